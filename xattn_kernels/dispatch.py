@@ -1,0 +1,89 @@
+"""Choosing a backend: an ordered tuple, and for each backend the reasons why it cannot run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Backend(NamedTuple):
+    """reasons(inputs) is empty when run(inputs) will work; `by_name` keeps it out of defaults."""
+
+    name: str
+    reasons: Callable[[Any], list[str]]
+    run: Callable[[Any], Any]
+    by_name: bool = False
+
+
+def choose(op: str, backends: Sequence[Backend], inputs: Any, name: str | None) -> Backend:
+    """The backend called `name`, or the first that can run; raises with every reason otherwise."""
+    if name is not None:
+        named = [b for b in backends if b.name == name]
+        if not named:
+            known = ", ".join(repr(b.name) for b in backends)
+            raise ValueError(f"{op}: unknown backend {name!r}; there are {known}")
+        found = named[0].reasons(inputs)
+        if found:
+            raise RuntimeError(f"{op}: backend {name!r} cannot run this call: {'; '.join(found)}")
+        return named[0]
+    for backend in backends:
+        if not backend.by_name and not backend.reasons(inputs):
+            return backend
+    raise RuntimeError(f"{op}: no backend can run this call\n{report(backends, inputs)}")
+
+
+def report(backends: Sequence[Backend], inputs: Any) -> str:
+    """One line per backend: its reasons, or that it can run."""
+    lines = []
+    for b in backends:
+        can = "can run" + (f" when asked for: backend={b.name!r}" if b.by_name else "")
+        lines.append(f"  {b.name:<8} {'; '.join(b.reasons(inputs)) or can}")
+    return "\n".join(lines)
+
+
+def explain(op: Callable, *args, **kwargs) -> str:
+    """Says, without running it, which backend `op(*args, **kwargs)` takes and why not the others.
+
+    >>> import torch, xattn_kernels
+    >>> q = torch.zeros(1, 2, 3, 16)
+    >>> print(xattn_kernels.explain(xattn_kernels.cross_attention, q, q, q))  # doctest: +SKIP
+    """
+    if not hasattr(op, "backends"):
+        raise TypeError(f"explain needs one of the package's ops, got {op!r}")
+    kwargs = dict(kwargs)
+    name = kwargs.pop("backend", None)
+    inputs = op.check(*args, **kwargs)
+    try:
+        chosen = f"takes {choose(op.__name__, op.backends, inputs, name).name!r}"
+    except RuntimeError:
+        chosen = f"cannot run with backend={name!r}"
+    return f"{op.__name__} {chosen}\n{report(op.backends, inputs)}"
+
+
+@lru_cache(None)
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def triton_on_cpu() -> bool:
+    """Whether CPU tensors go to Triton: under its interpreter, or with an emulator in charge."""
+    return os.environ.get("TRITON_INTERPRET") == "1" or os.environ.get("XATTN_TRITON_ON_CPU") == "1"
+
+
+def triton_device_reasons(device: torch.device) -> list[str]:
+    """Why Triton kernels cannot run on tensors of `device`."""
+    if not _has_triton():
+        return ["triton is not installed (pip install triton)"]
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if torch.version.hip is None and major < 8:
+            return [f"compute capability {major}.{minor} < 8.0"]
+        return []
+    if device.type == "cpu" and triton_on_cpu():
+        return []
+    return [f"tensors are on {device.type}, Triton needs a GPU (or TRITON_INTERPRET=1 to debug)"]

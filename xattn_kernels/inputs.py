@@ -1,0 +1,233 @@
+"""What a call of `cross_attention` is made of, checked once, before any backend sees it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .masks import KeyInterval
+
+
+class CrossAttentionResult(NamedTuple):
+    """Output of `cross_attention` when more than `out` is asked for; None for what was not.
+
+    out [B, Hq, Nq, Dv] in the dtype of q; lse, entropy, max_probability float32 [B, Hq, Nq]
+    (float64 for float64 inputs), natural logarithms.
+    """
+
+    out: Tensor
+    lse: Tensor | None = None
+    entropy: Tensor | None = None
+    max_probability: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class CrossAttentionInputs:
+    """One checked call: what every backend's `reasons` and `run` receive.
+
+    q [B, Hq, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv]; `mask` and `bias` are 4-d views whose
+    dimensions are 1 or full; `scale` is a float or a tensor of 1 or Hq values; `seed` is an int64
+    tensor with one value, present exactly when dropout_p > 0.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    interval: KeyInterval | None
+    mask: Tensor | None
+    bias: Tensor | None
+    scale: float | Tensor
+    softcap: float | None
+    dropout_p: float
+    seed: Tensor | None
+    return_lse: bool
+    return_statistics: bool
+    deterministic: bool
+
+    B = property(lambda self: self.q.shape[0])
+    Hq = property(lambda self: self.q.shape[1])
+    Hkv = property(lambda self: self.k.shape[1])
+    Nq = property(lambda self: self.q.shape[2])
+    Nk = property(lambda self: self.k.shape[2])
+    D = property(lambda self: self.q.shape[3])
+    Dv = property(lambda self: self.v.shape[3])
+
+    def bounds(self) -> tuple[Tensor | None, Tensor | None]:
+        """(start, stop) as [B, Nq] views by stride, or (None, None) without an interval."""
+        return self.interval.expand(self.B, self.Nq) if self.interval else (None, None)
+
+
+def check_tensors(q: Tensor, k: Tensor, v: Tensor | None) -> None:
+    """Raises unless q, k (and v) agree in rank, sizes, heads, dtype, device and layout."""
+    named = {"q": q, "k": k} | ({"v": v} if v is not None else {})
+    for name, t in named.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+        if t.dim() != 4:
+            heads = "Hq, Nq, D" if name == "q" else "Hkv, Nk, " + ("D" if name == "k" else "Dv")
+            raise ValueError(
+                f"{name} must have 4 dimensions [B, {heads}], got shape {tuple(t.shape)}"
+            )
+        if not t.dtype.is_floating_point:
+            raise TypeError(f"{name} must be a floating-point tensor, got {t.dtype}")
+        if t.dtype != q.dtype:
+            raise TypeError(f"q, k and v must share one dtype, got q {q.dtype} and {name} {t.dtype}")
+        if t.device != q.device:
+            raise ValueError(
+                f"q, k and v must be on one device, got q on {q.device} and {name} on {t.device}"
+            )
+        if t.shape[3] > 1 and t.stride(3) != 1:
+            raise ValueError(
+                f"the last dimension of {name} must be contiguous (stride 1), got stride "
+                f"{t.stride(3)}; call .contiguous() on it"
+            )
+        if t.shape[0] != q.shape[0]:
+            raise ValueError(
+                f"q, k and v must share the batch size, got q {q.shape[0]} and {name} "
+                f"{t.shape[0]} (expand() makes a broadcast batch without a copy)"
+            )
+    if q.shape[3] < 1 or k.shape[3] != q.shape[3]:
+        raise ValueError(f"q and k must share a head width D >= 1, got {q.shape[3]}, {k.shape[3]}")
+    if k.shape[1] < 1 or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"the query heads must be a multiple of the key heads, got Hq={q.shape[1]} and "
+            f"Hkv={k.shape[1]}"
+        )
+    if v is not None and v.shape[1:3] != k.shape[1:3]:
+        raise ValueError(
+            f"k and v must share [B, Hkv, Nk], got {tuple(k.shape[:3])} and {tuple(v.shape[:3])}"
+        )
+
+
+def view_4d(name: str, t: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """`t` as a 4-d view broadcastable to [B, Hq, Nq, Nk]; raises when it is not."""
+    full = (*q.shape[:3], k.shape[2])
+    if t.device != q.device:
+        raise ValueError(f"{name} must be on the device of q, {q.device}, got {t.device}")
+    fits = t.dim() <= 4 and all(
+        n in (1, f) for n, f in zip(reversed(t.shape), reversed(full), strict=False)
+    )
+    if not fits:
+        raise ValueError(
+            f"{name} must broadcast to [B, Hq, Nq, Nk] = {list(full)}, got shape {list(t.shape)}"
+        )
+    return t.reshape((1,) * (4 - t.dim()) + tuple(t.shape))
+
+
+def check_mask(
+    mask, q: Tensor, k: Tensor, validate: bool
+) -> tuple[KeyInterval | None, Tensor | None]:
+    """Sorts `mask` into (interval, bool mask). The range check reads values, so a GPU waits."""
+    if mask is None:
+        return None, None
+    if isinstance(mask, KeyInterval):
+        if mask.start.device != q.device:
+            raise ValueError(
+                f"mask must be on the device of q, {q.device}, got {mask.start.device}"
+            )
+        mask.expand(q.shape[0], q.shape[2])
+        if validate or (q.device.type == "cpu" and not torch.compiler.is_compiling()):
+            mask.check(k.shape[2])
+        return mask, None
+    if not isinstance(mask, Tensor):
+        raise TypeError(
+            f"mask must be a KeyInterval, a bool tensor or None, got {type(mask).__name__}"
+        )
+    if mask.dtype != torch.bool:
+        raise TypeError(
+            f"a mask tensor must be bool (True = attend), got {mask.dtype}; pass additive values "
+            "as bias"
+        )
+    return None, view_4d("mask", mask, q, k)
+
+
+def check_bias(bias, q: Tensor, k: Tensor) -> Tensor | None:
+    if bias is None:
+        return None
+    if not isinstance(bias, Tensor) or not bias.dtype.is_floating_point:
+        got = bias.dtype if isinstance(bias, Tensor) else type(bias).__name__
+        raise TypeError(f"bias must be a floating-point tensor, got {got}")
+    return view_4d("bias", bias, q, k)
+
+
+def check_scale(scale, q: Tensor) -> float | Tensor:
+    if scale is None:
+        return q.shape[3] ** -0.5
+    if not isinstance(scale, Tensor):
+        return float(scale)
+    if not scale.dtype.is_floating_point:
+        raise TypeError(f"scale must be a float or a floating-point tensor, got {scale.dtype}")
+    if scale.device != q.device:
+        raise ValueError(f"scale must be on the device of q, {q.device}, got {scale.device}")
+    if tuple(scale.shape) not in ((), (1,), (q.shape[1],)):
+        raise ValueError(
+            f"scale must be a scalar or have shape [Hq] = [{q.shape[1]}], got "
+            f"{list(scale.shape)}"
+        )
+    return scale.reshape(-1)
+
+
+def check_dropout(dropout_p: float, seed, q: Tensor) -> tuple[float, Tensor | None]:
+    """(p, seed tensor). Without a seed one is drawn from torch's generator of q's device."""
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    if dropout_p == 0.0:
+        return 0.0, None
+    if seed is None:
+        return dropout_p, torch.randint(2**62, (1,), dtype=torch.int64, device=q.device)
+    if not isinstance(seed, Tensor):
+        return dropout_p, torch.full((1,), int(seed), dtype=torch.int64, device=q.device)
+    if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != q.device:
+        raise ValueError(
+            f"seed must be an int or one int64 value on {q.device}, got {seed.dtype} of shape "
+            f"{list(seed.shape)} on {seed.device}"
+        )
+    return dropout_p, seed.reshape(1)
+
+
+def check_softcap(softcap) -> float | None:
+    if softcap is not None and not 0.0 < softcap < float("inf"):
+        raise ValueError(f"softcap must be None or a positive number, got {softcap}")
+    return softcap
+
+
+def check_inputs(
+    q,
+    k,
+    v,
+    *,
+    mask,
+    bias,
+    scale,
+    softcap,
+    dropout_p,
+    seed,
+    return_lse,
+    return_statistics,
+    deterministic,
+    validate,
+) -> CrossAttentionInputs:
+    """The checked inputs of one call; raises TypeError or ValueError naming the argument."""
+    check_tensors(q, k, v)
+    interval, mask = check_mask(mask, q, k, validate)
+    dropout_p, seed = check_dropout(dropout_p, seed, q)
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+    return CrossAttentionInputs(
+        q=q,
+        k=k,
+        v=v,
+        interval=interval,
+        mask=mask,
+        bias=check_bias(bias, q, k),
+        scale=check_scale(scale, q),
+        softcap=check_softcap(softcap),
+        dropout_p=dropout_p,
+        seed=seed,
+        return_lse=return_lse or return_statistics,
+        return_statistics=return_statistics,
+        deterministic=deterministic,
+    )

@@ -1,0 +1,134 @@
+"""The equations, in eager PyTorch: the oracle of every kernel, and the backend named `eager`.
+
+    s   = softcap(scale * q k^T) + bias                 over the keys that the mask allows
+    p   = softmax(s)      out = dropout(p) v            lse = log(sum(exp(s)))
+    entropy = lse - sum_j p_j s_j                       max_probability = exp(max_j s_j - lse)
+
+    ds  = p * (dp - delta + dlse - dentropy * (s - lse + entropy))                     (eq. ds)
+    dp  = dropout(dout v^T)       delta = sum_d dout * out
+    dq  = scale * ds k     dk = scale * ds^T q     dv = dropout(p)^T dout     dbias = ds
+    dscale_h = sum_i <q_i, dq_i> / scale_h             (with a softcap c: ds * (1 - (s / c)^2))
+
+Every dtype up to float64, every device, differentiable as often as autograd likes; the cost is
+the [B, Hq, Nq, Nk] tensors that the kernels exist to avoid.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .inputs import CrossAttentionInputs, CrossAttentionResult
+
+NEG_INF = float("-inf")
+
+
+def reasons(x: CrossAttentionInputs) -> list[str]:
+    """The reference runs everything."""
+    return []
+
+
+def philox_keep(seed: Tensor, dropout_p: float, B: int, Hq: int, Nq: int, Nk: int) -> Tensor:
+    """Which probabilities dropout keeps: bool [B, Hq, Nq, Nk], the same bits as in the kernels.
+
+    Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) with
+    key = the two halves of `seed` and counter = (j, i, h, b); word 0 >= round(p * 2^32) is kept.
+    """
+    low32 = 0xFFFFFFFF
+
+    def mul(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+        product = a * b  # wraps modulo 2^64, which leaves both halves right
+        return (product >> 32) & low32, product & low32
+
+    def axis(n: int, dim: int) -> Tensor:
+        return torch.arange(n, dtype=torch.int64, device=seed.device).view(
+            [-1 if d == dim else 1 for d in range(4)]
+        )
+
+    c0, c1, c2, c3 = axis(Nk, 3), axis(Nq, 2), axis(Hq, 1), axis(B, 0)
+    seed = seed.reshape(())
+    key0, key1 = seed & low32, (seed >> 32) & low32
+    for _ in range(10):
+        high0, low0 = mul(0xD2511F53, c0)
+        high1, low1 = mul(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ key0, low1, high0 ^ c3 ^ key1, low0
+        key0, key1 = (key0 + 0x9E3779B9) & low32, (key1 + 0xBB67AE85) & low32
+    return (c0 >= round(dropout_p * 2**32)).expand(B, Hq, Nq, Nk)
+
+
+def allowed_keys(x: CrossAttentionInputs) -> Tensor | None:
+    """bool, broadcastable to [B, Hq, Nq, Nk]; None when every key is allowed."""
+    if x.interval is None:
+        return x.mask
+    start, stop = x.bounds()
+    j = torch.arange(x.Nk, device=x.q.device)
+    dense = (j >= start[:, None, :, None]) & (j < stop[:, None, :, None])
+    return dense if x.mask is None else dense & x.mask
+
+
+def scores(x: CrossAttentionInputs) -> Tensor:
+    """s [B, Hq, Nq, Nk] in float32 at least; -inf where the mask forbids."""
+    k = x.k.repeat_interleave(x.Hq // x.Hkv, dim=1)
+    s = x.q @ k.transpose(-1, -2)
+    s = s.to(torch.promote_types(s.dtype, torch.float32))
+    s = s * (x.scale.to(s.dtype).view(1, -1, 1, 1) if isinstance(x.scale, Tensor) else x.scale)
+    if x.softcap is not None:
+        s = x.softcap * torch.tanh(s / x.softcap)
+    if x.bias is not None:
+        s = s + x.bias
+    allowed = allowed_keys(x)
+    return s if allowed is None else s.masked_fill(~allowed, NEG_INF)
+
+
+def softmax(s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(p, lse, entropy, max_probability) over the last dimension.
+
+    A row that is -inf throughout has p = 0, lse = -inf, entropy = max_probability = 0, and its
+    gradients are 0: `inf - inf` and `log 0` are never formed, so there is no NaN to clean up.
+    """
+    if s.shape[-1] == 0:
+        row = s.sum(-1)
+        return s, torch.full_like(row, NEG_INF), row, row
+    m = s.detach().amax(-1, keepdim=True)
+    m = m.masked_fill(m == NEG_INF, 0.0)
+    t = s - m
+    e = t.exp()
+    l = e.sum(-1, keepdim=True)  # noqa: E741 - the row sum is called l in every paper
+    empty = l == 0
+    l = l.masked_fill(empty, 1.0)  # noqa: E741
+    p = e / l
+    lse = (m + l.log()).masked_fill(empty, NEG_INF)
+    entropy = l.log() - (p * t.masked_fill(t == NEG_INF, 0.0)).sum(-1, keepdim=True)
+    max_probability = (1.0 / l).detach().masked_fill(empty, 0.0)
+    return p, *(row.squeeze(-1) for row in (lse, entropy, max_probability))
+
+
+def drop(p: Tensor, x: CrossAttentionInputs) -> Tensor:
+    if x.dropout_p == 0.0:
+        return p
+    keep = philox_keep(x.seed, x.dropout_p, x.B, x.Hq, x.Nq, x.Nk)
+    return (p / (1.0 - x.dropout_p)).masked_fill(~keep, 0.0)
+
+
+def cross_attention(x: CrossAttentionInputs) -> CrossAttentionResult:
+    """out, lse, entropy and max_probability by the equations at the top."""
+    p, lse, entropy, max_probability = softmax(scores(x))
+    v = x.v.repeat_interleave(x.Hq // x.Hkv, dim=1)
+    out = drop(p, x).to(v.dtype) @ v
+    statistics = (entropy, max_probability) if x.return_statistics else (None, None)
+    return CrossAttentionResult(out, lse if x.return_lse else None, *statistics)
+
+
+def attention_weights(x: CrossAttentionInputs, lse: Tensor | None, average_heads: bool) -> Tensor:
+    """p after dropout: [B, Nq, Nk] (mean over the heads) or [B, Hq, Nq, Nk].
+
+    With `lse` [B, Hq, Nq] the probabilities are exp(s - lse) and lse receives a gradient.
+    """
+    s = scores(x)
+    if lse is None:
+        p = softmax(s)[0]
+    else:
+        # an empty row has lse = -inf; s - inf = -inf is the same zero without inf - inf
+        p = (s - lse.masked_fill(lse == NEG_INF, float("inf"))[..., None]).exp()
+    p = drop(p, x)
+    return p.mean(1) if average_heads else p
