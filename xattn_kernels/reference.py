@@ -28,11 +28,14 @@ def reasons(x: CrossAttentionInputs) -> list[str]:
     return []
 
 
-def philox_keep(seed: Tensor, dropout_p: float, B: int, Hq: int, Nq: int, Nk: int) -> Tensor:
+def philox_keep(
+    seed: Tensor, dropout_p: float, B: int, Hq: int, Nq: int, Nk: int, first_head: int = 0
+) -> Tensor:
     """Which probabilities dropout keeps: bool [B, Hq, Nq, Nk], the same bits as in the kernels.
 
     Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) with
     key = the two halves of `seed` and counter = (j, i, h, b); word 0 >= round(p * 2^32) is kept.
+    h counts from `first_head`, so that one head's bits can be had alone.
     """
     low32 = 0xFFFFFFFF
 
@@ -45,7 +48,7 @@ def philox_keep(seed: Tensor, dropout_p: float, B: int, Hq: int, Nq: int, Nk: in
             [-1 if d == dim else 1 for d in range(4)]
         )
 
-    c0, c1, c2, c3 = axis(Nk, 3), axis(Nq, 2), axis(Hq, 1), axis(B, 0)
+    c0, c1, c2, c3 = axis(Nk, 3), axis(Nq, 2), first_head + axis(Hq, 1), axis(B, 0)
     seed = seed.reshape(())
     key0, key1 = seed & low32, (seed >> 32) & low32
     for _ in range(10):
