@@ -1,0 +1,83 @@
+# Every target sets up what it needs; a fresh machine needs python3 (3.10 to 3.13) and make only.
+# `make gpu` is the exception: it uses the machine's own python3 with its torch and Triton, and no network.
+PYTHON ?= python3
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check --no-input
+INSTALLED := $(VENV)/.installed
+TRITON_NEWEST := .triton39
+
+# Read by Triton when it is imported, so each needs a process of its own.
+INTERPRETED := OMP_NUM_THREADS=1 TRITON_INTERPRET=1
+COMPILED := OMP_NUM_THREADS=1 XATTN_TRITON_ON_CPU=1
+PYTEST := $(PY) -m pytest tests -n $(JOBS) --dist worksteal
+
+.PHONY: help setup test test-fast bench gpu compile-grid style format build clean distclean
+
+help:
+	@echo "make test          the whole suite, without a GPU"
+	@echo "make test-fast     the suite without slow tests, emulation and compile grid"
+	@echo "make bench         the main benchmark on this machine; table, JSON and plots"
+	@echo "make gpu           tests and benchmarks on a machine with a GPU, offline, with its own python3"
+	@echo "make compile-grid  every kernel configuration for every architecture, two Triton versions"
+	@echo "make style         lint and formatting; make format repairs what it can"
+	@echo "make build         wheel and source distribution in dist/"
+	@echo "make clean         remove build products and caches; make distclean also the environments"
+
+setup: $(INSTALLED)
+
+# torch first and alone, so that nothing else decides which torch is installed.
+$(INSTALLED): $(wildcard requirements/*.txt) pyproject.toml setup.py
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -r requirements/torch.txt
+	$(PIP) install --no-deps -r requirements/triton.txt
+	$(PIP) install -r requirements/dev.txt
+	$(PIP) install --no-build-isolation --no-deps -e .
+	touch $@
+
+$(TRITON_NEWEST)/.installed: requirements/triton-newest.txt $(INSTALLED)
+	$(PIP) install --upgrade --target $(TRITON_NEWEST) --no-deps -r requirements/triton-newest.txt
+	touch $@
+
+test: $(INSTALLED)
+	$(INTERPRETED) $(PYTEST) -m "not emulated and not compile and not gpu"
+	$(COMPILED) $(PYTEST) -m "emulated or compile"
+
+test-fast: $(INSTALLED)
+	$(INTERPRETED) $(PYTEST) -m "not slow and not emulated and not compile and not gpu"
+
+bench: $(INSTALLED)
+	$(PY) -m benchmarks main
+
+gpu:
+	$(PYTHON) -m pip --disable-pip-version-check --no-input install --no-build-isolation --no-deps -e .
+	$(PYTHON) -m benchmarks gpu
+
+compile-grid: $(INSTALLED) $(TRITON_NEWEST)/.installed
+	$(PY) -m benchmarks.compile_grid
+	PYTHONPATH=$(TRITON_NEWEST) $(PY) -m benchmarks.compile_grid
+
+CUDA_SOURCES = $(shell git ls-files 'csrc/*.cuh' 'csrc/*.cu' 'csrc/*.h' 'csrc/*.cpp')
+
+style: $(INSTALLED)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(if $(CUDA_SOURCES),$(VENV)/bin/clang-format --dry-run --Werror $(CUDA_SOURCES))
+
+format: $(INSTALLED)
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(if $(CUDA_SOURCES),$(VENV)/bin/clang-format -i $(CUDA_SOURCES))
+
+build: $(INSTALLED)
+	rm -rf build dist
+	$(PY) -m build --no-isolation
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.*' -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV) $(TRITON_NEWEST)
