@@ -1,0 +1,366 @@
+"""Masks of cross-attention as one interval of keys per query.
+
+In a `KeyInterval(start, stop)` query `i` of batch `b` attends to the keys
+`start[b, i] <= j < stop[b, i]`. The constructors lower every mask of this field to it at once,
+intervals combine with `&`, and what is not an interval is a bool tensor or a bias.
+
+    padding, causal, window   ragged keys, autoregression (bottom-right aligned), local attention
+    media                     text among images: Flamingo, Idefics, Mllama
+    packed                    sequences of different lengths laid end to end
+    qformer                   the three objectives of BLIP-2's Q-Former
+
+Sizes are ints; lengths are int32 or int64 tensors and decide the device, the rest take a `device`.
+No constructor waits for a device (but `packed` when it is not told `Nq`), so values are checked on
+the CPU only; `KeyInterval.check` reads any device. A wrong type is a TypeError, else a ValueError.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["KeyInterval", "padding", "causal", "window", "media", "packed", "qformer"]
+
+Device = torch.device | str | None
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class KeyInterval:
+    """Query `i` of batch `b` attends to the keys `start[b, i] <= j < stop[b, i]`.
+
+    start, stop: int32 tensors on one device that broadcast to `[B, Nq]` (0-d, `[Nq]`, `[1, Nq]`,
+        `[B, 1]` or `[B, Nq]`) and with each other; kept as given, neither copied nor expanded.
+        `start >= stop` is a row that sees nothing.
+
+    >>> last_two = torch.tensor([1, 2, 3], dtype=torch.int32)
+    >>> mask = KeyInterval(last_two, last_two + 2)
+    >>> mask
+    KeyInterval(1:3, 2:4, 3:5; shape=(3,), device=cpu)
+    >>> (mask & padding(torch.tensor([4]))).dense(5).long()
+    tensor([[[0, 1, 1, 0, 0],
+             [0, 0, 1, 1, 0],
+             [0, 0, 0, 1, 0]]])
+    """
+
+    start: Tensor
+    stop: Tensor
+
+    def __post_init__(self) -> None:
+        for name, bound in (("start", self.start), ("stop", self.stop)):
+            if not isinstance(bound, Tensor):
+                raise TypeError(f"{name} must be an int32 tensor, not {type(bound).__name__}")
+            if bound.dtype != torch.int32:
+                raise TypeError(f"{name} must be int32, not {bound.dtype}")
+            if bound.dim() > 2:
+                shape = list(bound.shape)
+                raise ValueError(f"{name} must broadcast to [B, Nq], but has shape {shape}")
+        _check_fit("start", self.start, "stop", self.stop)
+
+    @property
+    def shape(self) -> torch.Size:
+        """The common shape of start and stop, before it broadcasts to `[B, Nq]`."""
+        return torch.broadcast_shapes(self.start.shape, self.stop.shape)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of both tensors."""
+        return self.start.device
+
+    def __and__(self, other: KeyInterval) -> KeyInterval:
+        """The keys that both allow, `max(starts) <= j < min(stops)`."""
+        if not isinstance(other, KeyInterval):
+            raise TypeError(
+                f"a KeyInterval combines with a KeyInterval, not with {type(other).__name__}; "
+                "to combine it with a bool tensor use dense(Nk)"
+            )
+        _check_fit("the left KeyInterval", self, "the right one", other)
+        return KeyInterval(
+            torch.maximum(self.start, other.start), torch.minimum(self.stop, other.stop)
+        )
+
+    def dense(self, Nk: int) -> Tensor:
+        """The mask as a bool tensor `[*shape, Nk]`, True = attend. For tests and pictures."""
+        keys = torch.arange(Nk, dtype=torch.int32, device=self.device)
+        return (self.start[..., None] <= keys) & (keys < self.stop[..., None])
+
+    def visible_fraction(self, Nk: int) -> Tensor:
+        """The mean share of `Nk` keys that a query sees, 0-d float32; 0 without rows or keys."""
+        visible = (self.stop.clamp(0, Nk) - self.start.clamp(0, Nk)).clamp(min=0)
+        return visible.sum(dtype=torch.int64) / max(visible.numel() * Nk, 1)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> KeyInterval:
+        """The same intervals on another device."""
+        bounds = (self.start, self.stop)
+        return KeyInterval(*(x.to(device=device, non_blocking=non_blocking) for x in bounds))
+
+    def expand(self, B: int, Nq: int) -> tuple[Tensor, Tensor]:
+        """`(start, stop)` as `[B, Nq]` views, with stride 0 where they broadcast."""
+        for name, bound in (("start", self.start), ("stop", self.stop)):
+            sizes = (B, Nq)[2 - bound.dim() :]
+            if any(n != 1 and n != size for n, size in zip(bound.shape, sizes, strict=True)):
+                raise ValueError(
+                    f"{name} of the KeyInterval has shape {list(bound.shape)}, which does not "
+                    f"broadcast to [B, Nq] = {[B, Nq]}"
+                )
+        return self.start.expand(B, Nq), self.stop.expand(B, Nq)
+
+    def check(self, Nk: int) -> None:
+        """Raise ValueError at the first row with `start < 0` or `stop > Nk`; awaits the device."""
+        outside = (self.start < 0) | (self.stop > Nk)
+        if not outside.any():
+            return
+        row = tuple(outside.nonzero()[0].tolist())
+        start, stop = (bound.expand(self.shape)[row].item() for bound in (self.start, self.stop))
+        names = ("batch", "query")[2 - len(row) :]
+        where = ", ".join(f"{name} {i}" for name, i in zip(names, row, strict=True)) or "every row"
+        raise ValueError(
+            f"the KeyInterval at {where} is {start} <= j < {stop}, which is not inside "
+            f"the {Nk} keys: start >= 0 and stop <= {Nk} are required"
+        )
+
+    def __repr__(self) -> str:
+        facts = f"shape={tuple(self.shape)}, device={self.device}"
+        if type(self.start) is not Tensor or self.device.type == "meta":  # no values to show
+            return f"KeyInterval({facts})"
+        start, stop = (bound.expand(self.shape).flatten() for bound in (self.start, self.stop))
+        rows = [f"{a}:{b}" for a, b in torch.stack([start, stop], 1)[:8].tolist()]
+        return f"KeyInterval({', '.join(rows + ['...'] * (start.numel() > 8))}; {facts})"
+
+
+def padding(key_lengths: Tensor, *, side: str = "right", Nk: int | None = None) -> KeyInterval:
+    """The `key_lengths[b]` real keys of batch `b`; the rest is padding.
+
+        0 <= j < key_lengths[b]            side="right": the padding is on the right
+        Nk - key_lengths[b] <= j < Nk      side="left", which needs Nk
+
+    key_lengths: integer tensor `[B]`. Returns bounds that broadcast to `[B, 1]`.
+
+    >>> padding(torch.tensor([3, 1])).dense(4).long()
+    tensor([[[1, 1, 1, 0]],
+    <BLANKLINE>
+            [[1, 0, 0, 0]]])
+    """
+    _one_of("side", side, "right", "left")
+    Nk = Nk if Nk is None else _size("Nk", Nk)
+    lengths = _lengths("key_lengths", key_lengths, most=Nk)[:, None]
+    if side == "right":
+        return KeyInterval(lengths.new_zeros(()), lengths)
+    if Nk is None:
+        raise ValueError("padding(side='left') needs Nk, the number of keys")
+    return KeyInterval(Nk - lengths, lengths.new_full((), Nk))
+
+
+def causal(Nq: int, Nk: int, *, device: Device = None) -> KeyInterval:
+    """Each query sees the keys up to its own position; the last query is at the last key.
+
+        0 <= j <= i + Nk - Nq      (bottom-right aligned, as in FlashAttention 2.1 and later)
+
+    With `Nq > Nk` the first `Nq - Nk` rows see nothing. Returns bounds that broadcast to `[Nq]`.
+
+    >>> causal(2, 4).dense(4).long()
+    tensor([[1, 1, 1, 0],
+            [1, 1, 1, 1]])
+    """
+    return window(Nq, Nk, right=0, device=device)
+
+
+def window(
+    Nq: int, Nk: int, left: int | None = None, right: int | None = None, *, device: Device = None
+) -> KeyInterval:
+    """Each query sees `left` keys before its own position and `right` keys after it.
+
+        i + Nk - Nq - left <= j <= i + Nk - Nq + right      (bottom-right aligned; None: no limit)
+
+    The sliding window of Longformer (arXiv 2004.05150) and Mistral (arXiv 2310.06825, with
+    `right=0`). Returns bounds that broadcast to `[Nq]`.
+
+    >>> window(3, 5, left=1, right=0).dense(5).long()
+    tensor([[0, 1, 1, 0, 0],
+            [0, 0, 1, 1, 0],
+            [0, 0, 0, 1, 1]])
+    """
+    Nq, Nk = _size("Nq", Nq), _size("Nk", Nk)
+    position = torch.arange(Nq, dtype=torch.int32, device=device) + (Nk - Nq)
+    start, stop = position.new_zeros(()), position.new_full((), Nk)
+    if left is not None:
+        start = (position - _size("left", left)).clamp(0, Nk)
+    if right is not None:
+        stop = (position + _size("right", right) + 1).clamp(0, Nk)
+    return KeyInterval(start, stop)
+
+
+def media(
+    media_locations: Tensor,
+    tokens_per_media: int,
+    n_media: int,
+    attend: str = "last",
+    before_first: str = "none",
+) -> KeyInterval:
+    """Text among images: each token sees the last image so far, or all images so far.
+
+    The keys are `n_media` images of `t = tokens_per_media` keys each, end to end. With
+    `c = sum(media_locations[b, :i + 1])`, the number of images so far in the text:
+
+        (c - 1) t <= j < c t             attend="last"; no key where c > n_media
+        0 <= j < min(c, n_media) t       attend="all"
+        0 <= j < n_media t               before_first="all_keys", where c = 0 ("none": no key there)
+
+    media_locations: bool `[B, Nq]`, True at the one token that stands for an image, which sees it.
+
+    Returns `[B, Nq]`. Where `c > n_media`, attend="last" has nothing to see; OpenFlamingo
+    and lucidrains' Flamingo give such rows the mean of all values (all their scores are one fill
+    value), and with attend="all" the rows before the first image too. To decode, build the mask of
+    the whole text and keep the last rows of its start and stop.
+
+    Sources: Flamingo (arXiv 2204.14198, section 2.3). Before the first image, Flamingo, Idefics and
+    Meta's Llama 3.2 Vision see nothing, Llama 3.2 Vision in transformers sees all keys.
+
+    >>> media(torch.tensor([[False, True, False, True]]), 2, 2).dense(4).long()
+    tensor([[[0, 0, 0, 0],
+             [1, 1, 0, 0],
+             [1, 1, 0, 0],
+             [0, 0, 1, 1]]])
+    """
+    if not isinstance(media_locations, Tensor) or media_locations.dtype != torch.bool:
+        raise TypeError(f"media_locations must be a bool tensor, not {_kind(media_locations)}")
+    if media_locations.dim() != 2:
+        raise ValueError(f"media_locations must be [B, Nq], not {list(media_locations.shape)}")
+    _one_of("attend", attend, "last", "all")
+    _one_of("before_first", before_first, "none", "all_keys")
+    tokens, n_media = _size("tokens_per_media", tokens_per_media), _size("n_media", n_media)
+    count = media_locations.cumsum(-1, dtype=torch.int32)
+    # Clamped before the product, which may overflow. A row that sees nothing lies at 0 or Nk, in
+    # order with its neighbours: at the other end it would widen the keys that its tile visits.
+    stop = count.clamp(max=n_media) * tokens
+    start = (count - 1).clamp(0, n_media) * tokens if attend == "last" else stop.new_zeros(())
+    if before_first == "all_keys":
+        stop = torch.where(count == 0, n_media * tokens, stop)
+    return KeyInterval(start, stop)
+
+
+def packed(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *, Nq: int | None = None) -> KeyInterval:
+    """Sequences laid end to end in a batch of one: queries see the keys of their own sequence.
+
+        cu_k[s] <= j < cu_k[s + 1]      with the s for which  cu_q[s] <= i < cu_q[s + 1]
+
+    cu_seqlens_q, cu_seqlens_k: integer tensors `[S + 1]` of cumulative lengths, beginning
+        with 0, as in FlashAttention's varlen functions; empty sequences are fine on either side.
+    Nq: the number of query rows, by default `cu_seqlens_q[-1]` (which waits for the device). Rows
+        after the last sequence see nothing.
+
+    Returns `[Nq]`.
+
+    >>> packed(torch.tensor([0, 2, 3]), torch.tensor([0, 1, 4])).dense(4).long()
+    tensor([[1, 0, 0, 0],
+            [1, 0, 0, 0],
+            [0, 1, 1, 1]])
+    """
+    cu_q = _cumulative("cu_seqlens_q", cu_seqlens_q)
+    cu_k = _cumulative("cu_seqlens_k", cu_seqlens_k)
+    _check_fit("cu_seqlens_q", cu_q, "cu_seqlens_k", cu_k, same_shape=True)
+    Nq = int(cu_q[-1]) if Nq is None else _size("Nq", Nq)
+    rows = torch.arange(Nq, dtype=torch.int32, device=cu_q.device)
+    # The last sequence that begins at or before the row is the one that is not empty there.
+    sequence = torch.searchsorted(cu_q, rows, right=True) - 1
+    return KeyInterval(cu_k[sequence], cu_k[(sequence + 1).clamp(max=len(cu_k) - 1)])
+
+
+def qformer(
+    objective: str,
+    num_queries: int,
+    text_length: int,
+    text_lengths: Tensor | None = None,
+    *,
+    device: Device = None,
+) -> KeyInterval:
+    """Self-attention of BLIP-2's Q-Former, rows and keys both `[queries; text]`.
+
+    With `Q = num_queries`, `T = text_length`, for a query row and for row `Q + t` of the text:
+
+        "itc"   0 <= j < Q        Q <= j < Q + T     contrastive: neither sees the other
+        "itm"   0 <= j < Q + T    0 <= j < Q + T     matching: everything sees everything
+        "itg"   0 <= j < Q        0 <= j <= Q + t    generation: causal text, sees the queries
+
+    text_lengths: integer tensor `[B]`, the real text of each batch; the rest, on the right, is
+        padding that no row sees: the mask `& padding(num_queries + text_lengths)`.
+
+    Returns bounds that broadcast to `[Q + T]`, with text_lengths to `[B, Q + T]`.
+    Source: BLIP-2 (arXiv 2301.12597, section 3.2 and figure 2).
+
+    >>> qformer("itg", 2, 2).dense(4).long()
+    tensor([[1, 1, 0, 0],
+            [1, 1, 0, 0],
+            [1, 1, 1, 0],
+            [1, 1, 1, 1]])
+    """
+    _one_of("objective", objective, "itc", "itm", "itg")
+    Q, T = _size("num_queries", num_queries), _size("text_length", text_length)
+    if text_lengths is not None:
+        real = _lengths("text_lengths", text_lengths, most=T)
+        device = real.device if device is None else device
+    row = torch.arange(Q + T, dtype=torch.int32, device=device)
+    if objective == "itm":
+        mask = KeyInterval(row.new_zeros(()), row.new_full((), Q + T))
+    elif objective == "itg":
+        mask = KeyInterval(row.new_zeros(()), (row + 1).clamp(min=Q))
+    else:
+        is_text = row >= Q
+        mask = KeyInterval(is_text.int() * Q, Q + is_text.int() * T)
+    return mask if text_lengths is None else mask & padding(Q + real)
+
+
+def _kind(value: object) -> str:
+    return f"a {value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__
+
+
+def _one_of(name: str, value: str, *allowed: str) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}")
+
+
+def _size(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, not {_kind(value)}")
+    if value < 0:
+        raise ValueError(f"{name} must be at least 0, not {value}")
+    return value
+
+
+def _lengths(name: str, value: Tensor, most: int | None = None) -> Tensor:
+    if not isinstance(value, Tensor) or value.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be an int32 or int64 tensor, not {_kind(value)}")
+    if value.dim() != 1:
+        raise ValueError(f"{name} must have 1 dimension, not shape {list(value.shape)}")
+    if _readable(value) and value.numel():
+        if value.min() < 0:
+            raise ValueError(f"{name} must be at least 0, not {value.min()}")
+        if most is not None and value.max() > most:
+            raise ValueError(f"{name} must be at most {most}, not {value.max()}")
+    return value.int()
+
+
+def _cumulative(name: str, value: Tensor) -> Tensor:
+    value = _lengths(name, value).contiguous()
+    if not len(value):
+        raise ValueError(f"{name} must begin with 0, but is empty")
+    if _readable(value) and (value[0] != 0 or (value.diff() < 0).any()):
+        raise ValueError(f"{name} must begin with 0 and never decrease, not {value.tolist()}")
+    return value
+
+
+def _readable(value: Tensor) -> bool:
+    """Whether its values can be looked at without waiting for a device or breaking a graph."""
+    return value.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _check_fit(a_name: str, a: object, b_name: str, b: object, same_shape: bool = False) -> None:
+    if a.device != b.device:
+        raise ValueError(f"{a_name} is on {a.device}, but {b_name} is on {b.device}")
+    if same_shape and a.shape != b.shape:
+        raise ValueError(f"{a_name} {list(a.shape)} and {b_name} {list(b.shape)} differ in shape")
+    pairs = zip(reversed(a.shape), reversed(b.shape), strict=False)
+    if any(m != n and m != 1 and n != 1 for m, n in pairs):
+        shapes = f"{a_name} {list(a.shape)} and {b_name} {list(b.shape)}"
+        raise ValueError(f"{shapes} do not broadcast together")
