@@ -1,0 +1,69 @@
+"""`python -m xattn_kernels`: versions, devices, and what each backend says of each device."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from . import __version__
+from .attention_weights import attention_weights
+from .cross_attention import cross_attention
+from .dispatch import explain
+
+# What the dispatch reads; shown when set, because it changes which backend is taken.
+SWITCHES = ("TRITON_INTERPRET", "XATTN_TRITON_ON_CPU")
+TENSORS = {cross_attention: 3, attention_weights: 2}
+GIB = 2**30
+
+
+def versions() -> list[str]:
+    """One line per part of the software."""
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = "not installed"
+    built_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
+    if torch.version.hip:
+        built_for = f"HIP {torch.version.hip}"
+    return [
+        f"xattn-kernels {__version__}  ({Path(__file__).parent})",
+        f"python        {platform.python_version()}  ({platform.platform()})",
+        f"torch         {torch.__version__}  ({built_for})",
+        f"triton        {triton}",
+        *(f"{name}={os.environ[name]}" for name in SWITCHES if name in os.environ),
+    ]
+
+
+def devices() -> list[tuple[torch.device, str]]:
+    """Each device that torch sees, with a description of it."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+    vectors = torch.backends.cpu.get_cpu_capability()
+    cpu = f"{platform.machine()} {vectors}, {torch.get_num_threads()} threads, {memory:.1f} GiB"
+    found = [(torch.device("cpu"), cpu)]
+    for index in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(index)
+        capability = f"capability {p.major}.{p.minor}"
+        gpu = f"{p.name}, {capability}, {p.multi_processor_count} SMs"
+        found.append((torch.device("cuda", index), f"{gpu}, {p.total_memory / GIB:.1f} GiB"))
+    return found
+
+
+def backends(device: torch.device) -> list[str]:
+    """For each op, what every backend says of a plain call on `device`."""
+    dtype = torch.float32 if device.type == "cpu" else torch.float16
+    t = torch.zeros(1, 1, 1, 64, dtype=dtype, device=device)
+    return [explain(op, *[t] * count) for op, count in TENSORS.items()]
+
+
+def main() -> None:
+    print(*versions(), sep="\n")
+    for device, description in devices():
+        print(f"\n{device}: {description}", *backends(device), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
