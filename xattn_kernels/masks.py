@@ -34,14 +34,12 @@ class KeyInterval:
         `[B, 1]` or `[B, Nq]`) and with each other; kept as given, neither copied nor expanded.
         `start >= stop` is a row that sees nothing.
 
-    >>> last_two = torch.tensor([1, 2, 3], dtype=torch.int32)
-    >>> mask = KeyInterval(last_two, last_two + 2)
-    >>> mask
-    KeyInterval(1:3, 2:4, 3:5; shape=(3,), device=cpu)
-    >>> (mask & padding(torch.tensor([4]))).dense(5).long()
-    tensor([[[0, 1, 1, 0, 0],
-             [0, 0, 1, 1, 0],
-             [0, 0, 0, 1, 0]]])
+    >>> start = torch.tensor([0, 2], dtype=torch.int32)
+    >>> KeyInterval(start, start + 2) & padding(torch.tensor([3]))
+    KeyInterval(0:2, 2:3; shape=(1, 2), device=cpu)
+    >>> _.dense(4).long()
+    tensor([[[1, 1, 0, 0],
+             [0, 0, 1, 0]]])
     """
 
     start: Tensor
@@ -49,13 +47,10 @@ class KeyInterval:
 
     def __post_init__(self) -> None:
         for name, bound in (("start", self.start), ("stop", self.stop)):
-            if not isinstance(bound, Tensor):
-                raise TypeError(f"{name} must be an int32 tensor, not {type(bound).__name__}")
-            if bound.dtype != torch.int32:
-                raise TypeError(f"{name} must be int32, not {bound.dtype}")
+            if not isinstance(bound, Tensor) or bound.dtype != torch.int32:
+                raise TypeError(f"{name} must be an int32 tensor, not {_kind(bound)}")
             if bound.dim() > 2:
-                shape = list(bound.shape)
-                raise ValueError(f"{name} must broadcast to [B, Nq], but has shape {shape}")
+                raise ValueError(f"{name} {list(bound.shape)} does not broadcast to [B, Nq]")
         _check_fit("start", self.start, "stop", self.stop)
 
     @property
@@ -71,26 +66,23 @@ class KeyInterval:
     def __and__(self, other: KeyInterval) -> KeyInterval:
         """The keys that both allow, `max(starts) <= j < min(stops)`."""
         if not isinstance(other, KeyInterval):
-            raise TypeError(
-                f"a KeyInterval combines with a KeyInterval, not with {type(other).__name__}; "
-                "to combine it with a bool tensor use dense(Nk)"
-            )
+            raise TypeError(f"& needs two KeyIntervals, not {_kind(other)}; or combine dense(Nk)")
         _check_fit("the left KeyInterval", self, "the right one", other)
-        return KeyInterval(
-            torch.maximum(self.start, other.start), torch.minimum(self.stop, other.stop)
-        )
+        start = torch.maximum(self.start, other.start)
+        return KeyInterval(start, torch.minimum(self.stop, other.stop))
 
     def dense(self, Nk: int) -> Tensor:
         """The mask as a bool tensor `[*shape, Nk]`, True = attend. For tests and pictures."""
-        keys = torch.arange(Nk, dtype=torch.int32, device=self.device)
+        keys = torch.arange(_size("Nk", Nk), dtype=torch.int32, device=self.device)
         return (self.start[..., None] <= keys) & (keys < self.stop[..., None])
 
     def visible_fraction(self, Nk: int) -> Tensor:
         """The mean share of `Nk` keys that a query sees, 0-d float32; 0 without rows or keys."""
+        Nk = _size("Nk", Nk)
         visible = (self.stop.clamp(0, Nk) - self.start.clamp(0, Nk)).clamp(min=0)
         return visible.sum(dtype=torch.int64) / max(visible.numel() * Nk, 1)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> KeyInterval:
+    def to(self, device: Device, non_blocking: bool = False) -> KeyInterval:
         """The same intervals on another device."""
         bounds = (self.start, self.stop)
         return KeyInterval(*(x.to(device=device, non_blocking=non_blocking) for x in bounds))
@@ -100,10 +92,8 @@ class KeyInterval:
         for name, bound in (("start", self.start), ("stop", self.stop)):
             sizes = (B, Nq)[2 - bound.dim() :]
             if any(n != 1 and n != size for n, size in zip(bound.shape, sizes, strict=True)):
-                raise ValueError(
-                    f"{name} of the KeyInterval has shape {list(bound.shape)}, which does not "
-                    f"broadcast to [B, Nq] = {[B, Nq]}"
-                )
+                shape = f"{name} {list(bound.shape)} of the KeyInterval"
+                raise ValueError(f"{shape} does not broadcast to [B, Nq] = {[B, Nq]}")
         return self.start.expand(B, Nq), self.stop.expand(B, Nq)
 
     def check(self, Nk: int) -> None:
@@ -116,8 +106,8 @@ class KeyInterval:
         names = ("batch", "query")[2 - len(row) :]
         where = ", ".join(f"{name} {i}" for name, i in zip(names, row, strict=True)) or "every row"
         raise ValueError(
-            f"the KeyInterval at {where} is {start} <= j < {stop}, which is not inside "
-            f"the {Nk} keys: start >= 0 and stop <= {Nk} are required"
+            f"the KeyInterval at {where} is {start} <= j < {stop}; with {Nk} keys it needs "
+            f"start >= 0 and stop <= {Nk}"
         )
 
     def __repr__(self) -> str:
@@ -137,10 +127,9 @@ def padding(key_lengths: Tensor, *, side: str = "right", Nk: int | None = None) 
 
     key_lengths: integer tensor `[B]`. Returns bounds that broadcast to `[B, 1]`.
 
-    >>> padding(torch.tensor([3, 1])).dense(4).long()
-    tensor([[[1, 1, 1, 0]],
-    <BLANKLINE>
-            [[1, 0, 0, 0]]])
+    >>> padding(torch.tensor([3, 1])).dense(4)[:, 0].long()
+    tensor([[1, 1, 1, 0],
+            [1, 0, 0, 0]])
     """
     _one_of("side", side, "right", "left")
     Nk = Nk if Nk is None else _size("Nk", Nk)
@@ -176,18 +165,17 @@ def window(
     The sliding window of Longformer (arXiv 2004.05150) and Mistral (arXiv 2310.06825, with
     `right=0`). Returns bounds that broadcast to `[Nq]`.
 
-    >>> window(3, 5, left=1, right=0).dense(5).long()
-    tensor([[0, 1, 1, 0, 0],
-            [0, 0, 1, 1, 0],
-            [0, 0, 0, 1, 1]])
+    >>> window(2, 4, left=1, right=0).dense(4).long()
+    tensor([[0, 1, 1, 0],
+            [0, 0, 1, 1]])
     """
     Nq, Nk = _size("Nq", Nq), _size("Nk", Nk)
     position = torch.arange(Nq, dtype=torch.int32, device=device) + (Nk - Nq)
     start, stop = position.new_zeros(()), position.new_full((), Nk)
-    if left is not None:
-        start = (position - _size("left", left)).clamp(0, Nk)
+    if left is not None:  # a reach past every key is cut first: it may be any large number
+        start = (position - min(_size("left", left), Nk)).clamp(0, Nk)
     if right is not None:
-        stop = (position + _size("right", right) + 1).clamp(0, Nk)
+        stop = (position + min(_size("right", right), Nq) + 1).clamp(0, Nk)
     return KeyInterval(start, stop)
 
 
@@ -208,7 +196,6 @@ def media(
         0 <= j < n_media t               before_first="all_keys", where c = 0 ("none": no key there)
 
     media_locations: bool `[B, Nq]`, True at the one token that stands for an image, which sees it.
-
     Returns `[B, Nq]`. Where `c > n_media`, attend="last" has nothing to see; OpenFlamingo
     and lucidrains' Flamingo give such rows the mean of all values (all their scores are one fill
     value), and with attend="all" the rows before the first image too. To decode, build the mask of
@@ -248,9 +235,7 @@ def packed(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *, Nq: int | None = None)
     cu_seqlens_q, cu_seqlens_k: integer tensors `[S + 1]` of cumulative lengths, beginning
         with 0, as in FlashAttention's varlen functions; empty sequences are fine on either side.
     Nq: the number of query rows, by default `cu_seqlens_q[-1]` (which waits for the device). Rows
-        after the last sequence see nothing.
-
-    Returns `[Nq]`.
+        after the last sequence see nothing. Returns `[Nq]`.
 
     >>> packed(torch.tensor([0, 2, 3]), torch.tensor([0, 1, 4])).dense(4).long()
     tensor([[1, 0, 0, 0],
@@ -259,8 +244,12 @@ def packed(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *, Nq: int | None = None)
     """
     cu_q = _cumulative("cu_seqlens_q", cu_seqlens_q)
     cu_k = _cumulative("cu_seqlens_k", cu_seqlens_k)
-    _check_fit("cu_seqlens_q", cu_q, "cu_seqlens_k", cu_k, same_shape=True)
+    if len(cu_q) != len(cu_k):
+        raise ValueError(f"cu_seqlens_q has {len(cu_q)} entries, cu_seqlens_k has {len(cu_k)}")
+    _check_fit("cu_seqlens_q", cu_q, "cu_seqlens_k", cu_k)
     Nq = int(cu_q[-1]) if Nq is None else _size("Nq", Nq)
+    if _readable(cu_q) and Nq < cu_q[-1]:
+        raise ValueError(f"Nq must be at least cu_seqlens_q[-1] = {cu_q[-1]}, not {Nq}")
     rows = torch.arange(Nq, dtype=torch.int32, device=cu_q.device)
     # The last sequence that begins at or before the row is the one that is not empty there.
     sequence = torch.searchsorted(cu_q, rows, right=True) - 1
@@ -289,11 +278,10 @@ def qformer(
     Returns bounds that broadcast to `[Q + T]`, with text_lengths to `[B, Q + T]`.
     Source: BLIP-2 (arXiv 2301.12597, section 3.2 and figure 2).
 
-    >>> qformer("itg", 2, 2).dense(4).long()
-    tensor([[1, 1, 0, 0],
-            [1, 1, 0, 0],
-            [1, 1, 1, 0],
-            [1, 1, 1, 1]])
+    >>> qformer("itg", 2, 1).dense(3).long()
+    tensor([[1, 1, 0],
+            [1, 1, 0],
+            [1, 1, 1]])
     """
     _one_of("objective", objective, "itc", "itm", "itg")
     Q, T = _size("num_queries", num_queries), _size("text_length", text_length)
@@ -301,13 +289,12 @@ def qformer(
         real = _lengths("text_lengths", text_lengths, most=T)
         device = real.device if device is None else device
     row = torch.arange(Q + T, dtype=torch.int32, device=device)
-    if objective == "itm":
-        mask = KeyInterval(row.new_zeros(()), row.new_full((), Q + T))
-    elif objective == "itg":
-        mask = KeyInterval(row.new_zeros(()), (row + 1).clamp(min=Q))
+    text = (row >= Q).int()
+    if objective == "itc":
+        mask = KeyInterval(text * Q, Q + text * T)
     else:
-        is_text = row >= Q
-        mask = KeyInterval(is_text.int() * Q, Q + is_text.int() * T)
+        stop = row.new_full((), Q + T) if objective == "itm" else (row + 1).clamp(min=Q)
+        mask = KeyInterval(row.new_zeros(()), stop)
     return mask if text_lengths is None else mask & padding(Q + real)
 
 
@@ -343,24 +330,20 @@ def _lengths(name: str, value: Tensor, most: int | None = None) -> Tensor:
 
 def _cumulative(name: str, value: Tensor) -> Tensor:
     value = _lengths(name, value).contiguous()
-    if not len(value):
-        raise ValueError(f"{name} must begin with 0, but is empty")
-    if _readable(value) and (value[0] != 0 or (value.diff() < 0).any()):
+    if not len(value) or _readable(value) and (value[0] != 0 or (value.diff() < 0).any()):
         raise ValueError(f"{name} must begin with 0 and never decrease, not {value.tolist()}")
     return value
 
 
 def _readable(value: Tensor) -> bool:
     """Whether its values can be looked at without waiting for a device or breaking a graph."""
-    return value.device.type == "cpu" and not torch.compiler.is_compiling()
+    return type(value) is Tensor and value.is_cpu and not torch.compiler.is_compiling()
 
 
-def _check_fit(a_name: str, a: object, b_name: str, b: object, same_shape: bool = False) -> None:
+def _check_fit(a_name: str, a: object, b_name: str, b: object) -> None:
+    """Raise unless two tensors, or two KeyIntervals, are on one device and broadcast together."""
     if a.device != b.device:
         raise ValueError(f"{a_name} is on {a.device}, but {b_name} is on {b.device}")
-    if same_shape and a.shape != b.shape:
-        raise ValueError(f"{a_name} {list(a.shape)} and {b_name} {list(b.shape)} differ in shape")
     pairs = zip(reversed(a.shape), reversed(b.shape), strict=False)
     if any(m != n and m != 1 and n != 1 for m, n in pairs):
-        shapes = f"{a_name} {list(a.shape)} and {b_name} {list(b.shape)}"
-        raise ValueError(f"{shapes} do not broadcast together")
+        raise ValueError(f"{a_name} {list(a.shape)} and {b_name} {list(b.shape)} do not broadcast")
