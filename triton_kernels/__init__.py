@@ -1,0 +1,1 @@
+"""Triton kernels and their launchers: plain tensors and numbers in, plain tensors out."""

@@ -1,0 +1,432 @@
+"""Fused masked cross-attention: forward kernel, backward kernels, `forward`, `backward`.
+
+The equations are those of `xattn_kernels/reference.py`. The forward and dq kernels hold a tile of
+query rows and walk its keys; the dk, dv kernel holds a tile of keys and walks the rows that reach
+it. When all rows of a key head fit one tile the dq kernel writes dk and dv as well, and each of S,
+P, dP and dS is then computed once. Nothing is summed by atomics, so every result is deterministic.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .bias_gradient import dbias_kernel
+from .configs import Config
+from .launch import Call, empty_rows, split_buffer, split_count, sum_splits
+from .rows import merge_splits, row_delta, tile_bounds
+from .scores import (
+    forbid_outside,
+    kept,
+    row_offsets,
+    row_scale,
+    score_gradient,
+    tile_scores,
+)
+from .tiles import (
+    LN2,
+    dot_into,
+    dot_nt,
+    load_rows,
+    load_tile,
+    packed_rows,
+    program,
+    reaching_tiles,
+    row_bounds,
+    row_dot,
+    scale_rows,
+    split_range,
+    store_tile,
+    zero_tile,
+)
+
+
+@triton.jit
+def forward_kernel(
+    out, stride_out,  # [n_splits, B, Hq, Nq, DV]
+    lse, entropy, max_probability,  # float32 [n_splits, B, Hq, Nq]; the last two may be None
+    q, stride_q, k, stride_k, v, stride_v,
+    bias, stride_bias, mask, stride_mask,  # 4-d with broadcast strides, or None
+    start, stride_start, stop, stride_stop,  # int32 [B, Nq], or None
+    scale, scale_tensor, stride_scale, softcap, seed, threshold, dropout_scale,
+    B, Hkv, Nq, Nk, n_splits,
+    D: tl.constexpr, DV: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_V: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    tile, hkv, b, split = program(tl.cdiv(Nq * GROUP, BLOCK_Q), Hkv, B)
+    # [BLOCK_Q]
+    i, h, row_mask = packed_rows(tile, hkv, Nq, BLOCK_Q, GROUP)
+    if start is not None:
+        first, last = row_bounds(start, stop, stride_start, stride_stop, b, i, row_mask, Nk)
+        key_begin, key_end = tl.min(first), tl.max(last)
+        full_begin = tl.max(tl.where(row_mask, first, 0))
+        full_end = tl.min(tl.where(row_mask, last, Nk))
+    else:
+        first, last, key_begin, key_end, full_begin, full_end = 0, Nk, 0, Nk, 0, Nk
+    if start is not None:
+        first, last = first[:, None], last[:, None]
+    key_begin, key_end = split_range(key_begin, key_end, split, n_splits, BLOCK_K)
+
+    rs = row_scale(scale, scale_tensor, stride_scale, h)
+    if scale_tensor is not None:
+        rs = rs[:, None]
+    bias_rows = row_offsets(stride_bias, b, h, i)[:, None]
+    mask_rows = row_offsets(stride_mask, b, h, i)[:, None]
+    # [BLOCK_Q, D]
+    q_tile = load_tile(q, row_offsets(stride_q, b, h, i), row_mask, D, CHUNKS, ALIGN)
+    k += b * stride_k[0] + hkv.to(tl.int64) * stride_k[1]
+    v += b * stride_v[0] + hkv.to(tl.int64) * stride_v[1]
+    # [BLOCK_Q], [BLOCK_Q, DV]
+    m = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    l = tl.full([BLOCK_Q], 0.0, tl.float32)  # noqa: E741
+    a = tl.full([BLOCK_Q], 0.0, tl.float32)  # sum of e * log2(e), for the entropy
+    acc = zero_tile(BLOCK_Q, CHUNKS_V)
+    for k0 in range(key_begin, key_end, BLOCK_K):
+        j = k0 + tl.arange(0, BLOCK_K)
+        there = j < key_end
+        # [BLOCK_K, D]
+        k_tile = load_tile(k, j.to(tl.int64) * stride_k[2], there, D, CHUNKS, ALIGN)
+        # [BLOCK_Q, BLOCK_K]
+        s, _ = tile_scores(
+            dot_nt(q_tile, k_tile, CHUNKS, PRECISION), rs, softcap, bias, bias_rows, stride_bias,
+            mask, mask_rows, stride_mask, row_mask[:, None], j[None, :], Nk,
+        )  # fmt: skip
+        if (k0 < full_begin) | (k0 + BLOCK_K > full_end):
+            s = forbid_outside(s, first, last, j[None, :])
+        m_new = tl.maximum(m, tl.max(s, 1))
+        # a row with no key yet keeps m = -inf; subtracting 0 there never forms inf - inf
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+        e = tl.exp2(s - m_safe[:, None])
+        alpha = tl.exp2(m - m_safe)
+        if entropy is not None:
+            shift = tl.where(m == float("-inf"), 0.0, m - m_safe)
+            t = tl.where(e > 0, s - m_safe[:, None], 0.0)
+            a = alpha * (a + l * shift) + tl.sum(e * t, 1)
+        l = l * alpha + tl.sum(e, 1)  # noqa: E741
+        m = m_new
+        e = kept(e, seed, b, h[:, None], i[:, None], j[None, :], threshold)
+        # [BLOCK_K, DV]
+        v_tile = load_tile(v, j.to(tl.int64) * stride_v[2], there, DV, CHUNKS_V, ALIGN)
+        acc = dot_into(
+            scale_rows(acc, alpha, CHUNKS_V), e.to(v_tile[0].dtype), v_tile, CHUNKS_V, PRECISION
+        )
+
+    empty = l == 0
+    l = tl.where(empty, 1.0, l)  # noqa: E741
+    rows = ((split * B + b) * Hkv * GROUP + h) * Nq + i
+    tl.store(lse + rows, tl.where(empty, float("-inf"), m * LN2 + tl.log(l)), row_mask)
+    if entropy is not None:
+        tl.store(entropy + rows, tl.log(l) - LN2 * a / l, row_mask)
+        tl.store(max_probability + rows, tl.where(empty, 0.0, 1.0 / l), row_mask)
+    out += split * stride_out[0] + b * stride_out[1]
+    rows = h.to(tl.int64) * stride_out[2] + i.to(tl.int64) * stride_out[3]
+    acc = scale_rows(acc, dropout_scale / l, CHUNKS_V)
+    store_tile(out, rows, row_mask, acc, DV, CHUNKS_V, ALIGN)
+
+
+@triton.jit
+def dq_kernel(
+    dq, stride_dq,  # [n_splits, B, Hq, Nq, D]
+    dscale,  # float32 [n_splits, B, Hq, Nq], <q, dq> / scale of each row, or None
+    dk, stride_dk, dv, stride_dv,  # [B, Hkv, Nk, *], when one tile holds all rows; else None
+    dout, stride_dout, lse, delta, dentropy,  # float32 rows [B, Hq, Nq]; dentropy may be None
+    q, stride_q, k, stride_k, v, stride_v,
+    bias, stride_bias, mask, stride_mask,
+    start, stride_start, stop, stride_stop,
+    scale, scale_tensor, stride_scale, softcap, seed, threshold, dropout_scale,
+    B, Hkv, Nq, Nk, n_splits,
+    D: tl.constexpr, DV: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_V: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    tile, hkv, b, split = program(tl.cdiv(Nq * GROUP, BLOCK_Q), Hkv, B)
+    # [BLOCK_Q]
+    i, h, row_mask = packed_rows(tile, hkv, Nq, BLOCK_Q, GROUP)
+    if start is not None:
+        first, last = row_bounds(start, stop, stride_start, stride_stop, b, i, row_mask, Nk)
+        key_begin, key_end = tl.min(first), tl.max(last)
+        full_begin = tl.max(tl.where(row_mask, first, 0))
+        full_end = tl.min(tl.where(row_mask, last, Nk))
+        first, last = first[:, None], last[:, None]
+    else:
+        first, last, key_begin, key_end, full_begin, full_end = 0, Nk, 0, Nk, 0, Nk
+    key_begin, key_end = split_range(key_begin, key_end, split, n_splits, BLOCK_K)
+
+    rs = row_scale(scale, scale_tensor, stride_scale, h)
+    if scale_tensor is not None:
+        rs = rs[:, None]
+    bias_rows = row_offsets(stride_bias, b, h, i)[:, None]
+    mask_rows = row_offsets(stride_mask, b, h, i)[:, None]
+    rows = (b * Hkv * GROUP + h) * Nq + i
+    row_lse, row_delta, row_dentropy = load_rows(lse, delta, dentropy, rows, row_mask)
+    row_lse, row_delta = row_lse[:, None], row_delta[:, None]
+    if dentropy is not None:
+        row_dentropy = row_dentropy[:, None]
+    # [BLOCK_Q, D], [BLOCK_Q, DV]
+    q_tile = load_tile(q, row_offsets(stride_q, b, h, i), row_mask, D, CHUNKS, ALIGN)
+    dout_tile = load_tile(dout, row_offsets(stride_dout, b, h, i), row_mask, DV, CHUNKS_V, ALIGN)
+    k += b * stride_k[0] + hkv.to(tl.int64) * stride_k[1]
+    v += b * stride_v[0] + hkv.to(tl.int64) * stride_v[1]
+    acc = zero_tile(BLOCK_Q, CHUNKS)
+    for k0 in range(key_begin, key_end, BLOCK_K):
+        j = k0 + tl.arange(0, BLOCK_K)
+        there = j < key_end
+        # [BLOCK_K, D], [BLOCK_K, DV]
+        k_tile = load_tile(k, j.to(tl.int64) * stride_k[2], there, D, CHUNKS, ALIGN)
+        v_tile = load_tile(v, j.to(tl.int64) * stride_v[2], there, DV, CHUNKS_V, ALIGN)
+        # [BLOCK_Q, BLOCK_K]
+        s, th = tile_scores(
+            dot_nt(q_tile, k_tile, CHUNKS, PRECISION), rs, softcap, bias, bias_rows, stride_bias,
+            mask, mask_rows, stride_mask, row_mask[:, None], j[None, :], Nk,
+        )  # fmt: skip
+        if (k0 < full_begin) | (k0 + BLOCK_K > full_end):
+            s = forbid_outside(s, first, last, j[None, :])
+        p = tl.exp2(s - row_lse)
+        dp = dot_nt(dout_tile, v_tile, CHUNKS_V, PRECISION)
+        dp = kept(dp * dropout_scale, seed, b, h[:, None], i[:, None], j[None, :], threshold)
+        _, ds = score_gradient(p, s, row_lse, dp, row_delta, row_dentropy, th, softcap)
+        acc = dot_into(acc, ds.to(k_tile[0].dtype), k_tile, CHUNKS, PRECISION)
+        if dk is not None:
+            p = kept(p * dropout_scale, seed, b, h[:, None], i[:, None], j[None, :], threshold)
+            # [BLOCK_K, D], [BLOCK_K, DV]
+            dk_tile = zero_tile(BLOCK_K, CHUNKS)
+            dv_tile = zero_tile(BLOCK_K, CHUNKS_V)
+            ds_t = tl.trans((ds * rs).to(q_tile[0].dtype))
+            p_t = tl.trans(p.to(dout_tile[0].dtype))
+            dk_tile = dot_into(dk_tile, ds_t, q_tile, CHUNKS, PRECISION)
+            dv_tile = dot_into(dv_tile, p_t, dout_tile, CHUNKS_V, PRECISION)
+            keys = hkv.to(tl.int64) * stride_dk[1] + j.to(tl.int64) * stride_dk[2]
+            store_tile(dk + b * stride_dk[0], keys, there, dk_tile, D, CHUNKS, ALIGN)
+            keys = hkv.to(tl.int64) * stride_dv[1] + j.to(tl.int64) * stride_dv[2]
+            store_tile(dv + b * stride_dv[0], keys, there, dv_tile, DV, CHUNKS_V, ALIGN)
+
+    if dscale is not None:
+        tl.store(dscale + split * B * Hkv * GROUP * Nq + rows, row_dot(q_tile, acc, CHUNKS), row_mask)
+    dq += split * stride_dq[0] + b * stride_dq[1]
+    rows = h.to(tl.int64) * stride_dq[2] + i.to(tl.int64) * stride_dq[3]
+    rs = row_scale(scale, scale_tensor, stride_scale, h) + tl.full([BLOCK_Q], 0.0, tl.float32)
+    store_tile(dq, rows, row_mask, scale_rows(acc, rs, CHUNKS), D, CHUNKS, ALIGN)
+
+
+@triton.jit
+def dkdv_kernel(
+    dk, stride_dk, dv, stride_dv,  # [n_splits, B, Hkv, Nk, *]
+    bounds,  # int32 [B, n_tiles, 4]: smallest and largest start and stop of each row tile, or None
+    dout, stride_dout, lse, delta, dentropy,
+    q, stride_q, k, stride_k, v, stride_v,
+    bias, stride_bias, mask, stride_mask,
+    start, stride_start, stop, stride_stop,
+    scale, scale_tensor, stride_scale, softcap, seed, threshold, dropout_scale,
+    B, Hkv, Nq, Nk, n_splits,
+    D: tl.constexpr, DV: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_V: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    tile, hkv, b, split = program(tl.cdiv(Nk, BLOCK_K), Hkv, B)
+    n_tiles = tl.cdiv(Nq * GROUP, BLOCK_Q)
+    k0 = tile * BLOCK_K
+    # [BLOCK_K]
+    j = k0 + tl.arange(0, BLOCK_K)
+    there = j < Nk
+    tile_begin, tile_end = 0, n_tiles
+    if start is not None:
+        bounds += b * n_tiles * 4
+        tile_begin, tile_end = reaching_tiles(bounds, n_tiles, k0, k0 + BLOCK_K)
+    tile_begin, tile_end = split_range(tile_begin, tile_end, split, n_splits, 1)
+    k += b * stride_k[0] + hkv.to(tl.int64) * stride_k[1]
+    v += b * stride_v[0] + hkv.to(tl.int64) * stride_v[1]
+    # [BLOCK_K, D], [BLOCK_K, DV]
+    k_tile = load_tile(k, j.to(tl.int64) * stride_k[2], there, D, CHUNKS, ALIGN)
+    v_tile = load_tile(v, j.to(tl.int64) * stride_v[2], there, DV, CHUNKS_V, ALIGN)
+    dk_tile = zero_tile(BLOCK_K, CHUNKS)
+    dv_tile = zero_tile(BLOCK_K, CHUNKS_V)
+    for t in range(tile_begin, tile_end):
+        # [BLOCK_Q]
+        i, h, row_mask = packed_rows(t, hkv, Nq, BLOCK_Q, GROUP)
+        cut = k0 + BLOCK_K > Nk
+        reaches = True
+        if start is not None:
+            reaches = (tl.load(bounds + t * 4) < k0 + BLOCK_K) & (tl.load(bounds + t * 4 + 3) > k0)
+            cut |= (tl.load(bounds + t * 4 + 1) > k0) | (tl.load(bounds + t * 4 + 2) < k0 + BLOCK_K)
+            row_mask &= reaches
+        # [BLOCK_Q, D], [BLOCK_Q, DV]
+        q_tile = load_tile(q, row_offsets(stride_q, b, h, i), row_mask, D, CHUNKS, ALIGN)
+        dout_tile = load_tile(
+            dout, row_offsets(stride_dout, b, h, i), row_mask, DV, CHUNKS_V, ALIGN
+        )
+        rows = (b * Hkv * GROUP + h) * Nq + i
+        row_lse, row_delta, row_dentropy = load_rows(lse, delta, dentropy, rows, row_mask)
+        row_lse, row_delta = row_lse[None, :], row_delta[None, :]
+        if dentropy is not None:
+            row_dentropy = row_dentropy[None, :]
+        rs = row_scale(scale, scale_tensor, stride_scale, h)
+        if scale_tensor is not None:
+            rs = rs[None, :]
+        if reaches:
+            # [BLOCK_K, BLOCK_Q]
+            s, th = tile_scores(
+                dot_nt(k_tile, q_tile, CHUNKS, PRECISION), rs, softcap,
+                bias, row_offsets(stride_bias, b, h, i)[None, :], stride_bias,
+                mask, row_offsets(stride_mask, b, h, i)[None, :], stride_mask,
+                row_mask[None, :], j[:, None], Nk,
+            )  # fmt: skip
+            if cut:
+                if start is not None:
+                    first, last = row_bounds(
+                        start, stop, stride_start, stride_stop, b, i, row_mask, Nk
+                    )
+                    s = forbid_outside(s, first[None, :], last[None, :], j[:, None])
+                else:
+                    s = forbid_outside(s, 0, Nk, j[:, None])
+            p = tl.exp2(s - row_lse)
+            keep_p = kept(p, seed, b, h[None, :], i[None, :], j[:, None], threshold)
+            dv_tile = dot_into(
+                dv_tile, keep_p.to(dout_tile[0].dtype), dout_tile, CHUNKS_V, PRECISION
+            )
+            dp = dot_nt(v_tile, dout_tile, CHUNKS_V, PRECISION)
+            dp = kept(dp * dropout_scale, seed, b, h[None, :], i[None, :], j[:, None], threshold)
+            _, ds = score_gradient(p, s, row_lse, dp, row_delta, row_dentropy, th, softcap)
+            if scale_tensor is not None:
+                ds *= rs
+            dk_tile = dot_into(dk_tile, ds.to(q_tile[0].dtype), q_tile, CHUNKS, PRECISION)
+
+    one = tl.full([BLOCK_K], 1.0, tl.float32)
+    if scale_tensor is None:
+        dk_tile = scale_rows(dk_tile, one * scale, CHUNKS)
+    keys = hkv.to(tl.int64) * stride_dk[2] + j.to(tl.int64) * stride_dk[3]
+    dk += split * stride_dk[0] + b * stride_dk[1]
+    store_tile(dk, keys, there, dk_tile, D, CHUNKS, ALIGN)
+    keys = hkv.to(tl.int64) * stride_dv[2] + j.to(tl.int64) * stride_dv[3]
+    dv += split * stride_dv[0] + b * stride_dv[1]
+    dv_tile = scale_rows(dv_tile, one * dropout_scale, CHUNKS_V)
+    store_tile(dv, keys, there, dv_tile, DV, CHUNKS_V, ALIGN)
+
+
+def forward(
+    q, k, v, bias, scale_tensor, start, stop, mask, seed, scale, softcap, dropout_p, statistics,
+    allow_tf32, n_splits=None,
+):  # fmt: skip
+    """(out, lse, entropy, max_probability); the last two have no elements without statistics.
+
+    q [B, Hq, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv]; start, stop int32 [B, Nq] or None;
+    mask bool and bias 4-d with dimensions 1 or full, or None; scale_tensor [1] or [Hq], or None to
+    use the number `scale`; softcap 0 for none. `n_splits` overrides how many programs share the
+    keys of a row tile.
+    """
+    call = Call(
+        q, k, v, bias, scale_tensor, start, stop, mask, seed, scale, softcap, dropout_p, allow_tf32
+    )
+    out = empty_rows(q, call.DV)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    entropy, max_probability = (torch.empty_like(lse) if statistics else None for _ in range(2))
+    results = (out, lse, entropy, max_probability)
+    if call.Nk == 0:
+        for t, empty in zip(results, (0.0, float("-inf"), 0.0, 0.0), strict=True):
+            t is None or t.fill_(empty)
+    elif out.numel():
+        config = call.config("forward")
+        programs = call.row_tiles(config) * call.B * call.Hkv
+        n_splits = n_splits or split_count(programs, call.key_tiles(config), q.device)
+        parts = [split_buffer(t, n_splits) for t in results]
+        call.launch(
+            forward_kernel, config, programs * n_splits, (parts[0], parts[0].stride(), *parts[1:]),
+            n_splits,
+        )  # fmt: skip
+        if n_splits > 1:
+            merge_splits(results, parts)
+    return tuple(lse.new_empty(0) if t is None else t for t in results)
+
+
+def backward(
+    dout, dlse, dentropy, q, k, v, bias, scale_tensor, start, stop, mask, seed, out, lse, entropy,
+    scale, softcap, dropout_p, allow_tf32, needs, n_splits=None,
+):  # fmt: skip
+    """(dq, dk, dv, dbias, dscale); those that are not in the five `needs` have no elements.
+
+    dout like out, dlse and dentropy like lse, each None for zero; `needs` five bools for q, k, v,
+    bias and scale_tensor; the rest as `forward` took and returned it.
+    """
+    call = Call(
+        q, k, v, bias, scale_tensor, start, stop, mask, seed, scale, softcap, dropout_p, allow_tf32
+    )
+    inputs = (q, k, v, bias, scale_tensor)
+    if call.Nk == 0 or out.numel() == 0:
+        return tuple(
+            torch.zeros_like(t) if needed else q.new_empty(0)
+            for t, needed in zip(inputs, needs, strict=True)
+        )
+    if dout is None:
+        dout = torch.zeros_like(out)
+    elif dout.stride(3) != 1:
+        dout = dout.contiguous()
+    dentropy = None if dentropy is None else dentropy.contiguous()
+    delta = row_delta(out, dout, dlse, dentropy, entropy)
+    rows = (dout, dout.stride(), lse, delta, dentropy)
+    dq, dk, dv, dbias, dscale = (None,) * 5
+    fused = call.config("fused")
+    if needs[1] | needs[2] and call.row_tiles(fused) == 1:
+        dq, dscale, dk, dv = backward_dq(call, fused, rows, n_splits, True)
+    else:
+        if needs[0] or needs[4]:
+            dq, dscale, _, _ = backward_dq(call, call.config("dq"), rows, n_splits, False)
+        if needs[1] or needs[2]:
+            dk, dv = backward_dkdv(call, rows, n_splits)
+    if needs[3]:
+        dbias = backward_dbias(call, rows)
+    grads = (dq, dk, dv, dbias, dscale)
+    return tuple(
+        t if needed else q.new_empty(0) for t, needed in zip(grads, needs, strict=True)
+    )
+
+
+def backward_dq(call: Call, config: Config, rows: tuple, n_splits: int | None, with_dkdv: bool):
+    """(dq, dscale, dk, dv); dk and dv are None unless one row tile holds every row."""
+    q, k, v = call.q, call.k, call.v
+    programs = call.row_tiles(config) * call.B * call.Hkv
+    n_splits = n_splits or split_count(programs, call.key_tiles(config), q.device)
+    dq = split_buffer(empty_rows(q, call.D), n_splits)
+    dk, dv = None, None
+    if with_dkdv:
+        dk, dv = empty_rows(k, call.D), empty_rows(v, call.DV)
+        if call.start is not None:  # keys that no row reaches are not visited
+            dk.zero_(), dv.zero_()
+    dscale = None
+    if call.scale_tensor is not None:
+        dscale = q.new_empty((n_splits, *q.shape[:3]), dtype=torch.float32)
+    strides = [(0,) * 4 if t is None else t.stride() for t in (dk, dv)]
+    call.launch(
+        dq_kernel, config, programs * n_splits,
+        (dq, dq.stride(), dscale, dk, strides[0], dv, strides[1], *rows), n_splits,
+    )  # fmt: skip
+    if dscale is not None:
+        over = (0, 1, 3) if call.scale_tensor.numel() > 1 else (0, 1, 2, 3)
+        dscale = dscale.sum(over).to(call.scale_tensor.dtype).view_as(call.scale_tensor)
+    return sum_splits(dq, q.dtype), dscale, dk, dv
+
+
+def backward_dkdv(call: Call, rows: tuple, n_splits: int | None):
+    config = call.config("dkdv")
+    bounds = None
+    if call.start is not None:
+        bounds = tile_bounds(call, config)
+    programs = call.key_tiles(config) * call.B * call.Hkv
+    n_splits = n_splits or split_count(programs, call.row_tiles(config), call.q.device)
+    dk = split_buffer(empty_rows(call.k, call.D), n_splits)
+    dv = split_buffer(empty_rows(call.v, call.DV), n_splits)
+    call.launch(
+        dkdv_kernel, config, programs * n_splits,
+        (dk, dk.stride(), dv, dv.stride(), bounds, *rows), n_splits,
+    )  # fmt: skip
+    return sum_splits(dk, call.k.dtype), sum_splits(dv, call.v.dtype)
+
+
+def backward_dbias(call: Call, rows: tuple) -> Tensor:
+    config, bias = call.config("dbias"), call.bias
+    tiles = [triton.cdiv(n, b) for n, b in zip(bias.shape[2:], (config.block_q, config.block_k))]
+    programs = bias.shape[0] * bias.shape[1] * tiles[0] * tiles[1]
+    all_tiles = triton.cdiv(call.Nq, config.block_q) * call.key_tiles(config) * call.B * call.Hq
+    n_splits = split_count(programs, all_tiles // programs, bias.device)
+    dbias = bias.new_empty((n_splits, *bias.shape), dtype=torch.float32)
+    call.launch(dbias_kernel, config, programs * n_splits, (dbias, *bias.shape, *rows), n_splits)
+    return dbias.sum(0).to(bias.dtype)

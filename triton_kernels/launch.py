@@ -1,0 +1,151 @@
+"""From tensors to kernel arguments: one `Call` describes a call, whichever kernel it launches."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import triton
+from torch import Tensor
+
+from .configs import Config, lookup
+from .tiles import column_chunks
+
+INTERPRETED_ARCH = 90  # whose table rows the interpreter runs
+DEFAULT_MULTIPROCESSORS = 132
+
+
+def target_arch() -> int:
+    """Compute capability times ten of the device (or emulator) that Triton compiles for."""
+    if triton.knobs.runtime.interpret:
+        return INTERPRETED_ARCH
+    arch = triton.runtime.driver.active.get_current_target().arch
+    return arch if isinstance(arch, int) else 80  # AMD names its targets; it takes sm_80's rows
+
+
+@lru_cache(None)
+def multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return DEFAULT_MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def split_count(programs: int, steps: int, device: torch.device) -> int:
+    """How many programs share one loop of `steps` tiles so that the device is filled twice over.
+
+    A split keeps at least four tiles: below that its merge costs more than it hides.
+    """
+    return max(1, min(2 * multiprocessors(device) // max(programs, 1), steps // 4))
+
+
+def empty_rows(t: Tensor, width: int) -> Tensor:
+    """Uninitialised [B, H, N, width] with heads and rows in the memory order of `t`."""
+    B, H, N, _ = t.shape
+    if t.stride(1) < t.stride(2):
+        return t.new_empty((B, N, H, width)).transpose(1, 2)
+    return t.new_empty((B, H, N, width))
+
+
+def split_buffer(t: Tensor | None, n_splits: int) -> Tensor | None:
+    """What n_splits programs write instead of `t`: [n_splits, *t.shape], float32 when several."""
+    if t is None or n_splits == 1:
+        return None if t is None else t[None]
+    return t.new_empty((n_splits, *t.shape), dtype=torch.float32)
+
+
+def sum_splits(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum over splits, in a fixed order."""
+    return parts[0] if parts.shape[0] == 1 else parts.sum(0).to(dtype)
+
+
+def broadcast_strides(t: Tensor | None) -> tuple[int, ...]:
+    """Strides with 0 where a dimension is broadcast."""
+    if t is None:
+        return (0, 0, 0, 0)
+    return tuple(s if n > 1 else 0 for s, n in zip(t.stride(), t.shape, strict=True))
+
+
+def row_alignment(*tensors: Tensor) -> int:
+    """Elements by which every row offset can be divided: 16 bytes' worth, or less."""
+    align = 16 // tensors[0].element_size()
+    strides = [s for t in tensors for s, n in zip(t.stride()[:-1], t.shape, strict=False) if n > 1]
+    while any(s % align for s in strides):
+        align //= 2
+    return align
+
+
+def device_guard(device: torch.device):
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call's inputs, in the order in which every kernel takes them."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None
+    scale_tensor: Tensor | None
+    start: Tensor | None
+    stop: Tensor | None
+    mask: Tensor | None
+    seed: Tensor | None
+    scale: float
+    softcap: float
+    dropout_p: float
+    allow_tf32: bool
+
+    B = property(lambda self: self.q.shape[0])
+    Hq = property(lambda self: self.q.shape[1])
+    Nq = property(lambda self: self.q.shape[2])
+    D = property(lambda self: self.q.shape[3])
+    Hkv = property(lambda self: self.k.shape[1])
+    Nk = property(lambda self: self.k.shape[2])
+    DV = property(lambda self: self.v.shape[3])
+    group = property(lambda self: self.Hq // self.Hkv)
+
+    def config(self, kernel: str) -> Config:
+        itemsize = self.q.element_size()
+        width = max(self.D, self.DV)
+        return lookup(kernel, target_arch(), width, itemsize, self.Nq * self.group)
+
+    def row_tiles(self, config: Config) -> int:
+        return triton.cdiv(self.Nq * self.group, config.block_q)
+
+    def key_tiles(self, config: Config) -> int:
+        return triton.cdiv(self.Nk, config.block_k)
+
+    def operands(self) -> tuple:
+        """q ... dropout_scale, the run of parameters that all kernels share."""
+        mask = None if self.mask is None else self.mask.view(torch.uint8)
+        intervals = (None, (0, 0), None, (0, 0))
+        if self.start is not None:
+            intervals = (self.start, self.start.stride(), self.stop, self.stop.stride())
+        stride_scale = (0,)
+        if self.scale_tensor is not None and self.scale_tensor.numel() > 1:
+            stride_scale = self.scale_tensor.stride()
+        return (
+            self.q, self.q.stride(), self.k, self.k.stride(), self.v, self.v.stride(),
+            self.bias, broadcast_strides(self.bias), mask, broadcast_strides(mask), *intervals,
+            None if self.scale_tensor is not None else self.scale, self.scale_tensor, stride_scale,
+            self.softcap or None, self.seed, round(self.dropout_p * 2**32),
+            1.0 / (1.0 - self.dropout_p),
+        )  # fmt: skip
+
+    def launch(self, kernel, config: Config, programs: int, results: tuple, n_splits: int) -> None:
+        """Launches `kernel` on `results`, the shared operands and the sizes."""
+        rows = [t for t in (*results, self.q, self.k, self.v) if isinstance(t, Tensor) and t.dim() > 3]
+        tf32 = self.allow_tf32 and self.q.dtype == torch.float32
+        with device_guard(self.q.device):
+            kernel[(programs,)](
+                *results, *self.operands(), self.B, self.Hkv, self.Nq, self.Nk, n_splits,
+                D=self.D, DV=self.DV,
+                CHUNKS=column_chunks(self.D), CHUNKS_V=column_chunks(self.DV),
+                GROUP=self.group, BLOCK_Q=config.block_q, BLOCK_K=config.block_k,
+                ALIGN=row_alignment(self.q, *rows), PRECISION="tf32" if tf32 else "ieee",
+                num_warps=config.num_warps, num_stages=config.num_stages,
+            )  # fmt: skip

@@ -1,0 +1,144 @@
+"""Small kernels over rows: merging splits, delta, and the interval bounds of row tiles."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import Config
+from .launch import Call, device_guard, row_alignment
+from .tiles import column_chunks, load_tile, packed_rows, row_bounds, row_dot, scale_rows, store_tile, zero_tile
+
+
+@triton.jit
+def merge_kernel(
+    out, stride_out,  # [B, H, N, DV]
+    lse, entropy, max_probability,  # float32 [B, H, N]; the last two may be None
+    out_parts, lse_parts, entropy_parts, max_parts,  # float32 [n_splits, B, H, N(, DV)]
+    H, N, n_rows, n_splits,
+    DV: tl.constexpr, CHUNKS_V: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """out = sum_c w_c out_c with w_c = exp(lse_c - lse); entropy = sum_c w_c (H_c - ln w_c)."""
+    # [BLOCK]
+    r = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there = r < n_rows
+    m = tl.full([BLOCK], float("-inf"), tl.float32)
+    for c in range(n_splits):
+        m = tl.maximum(m, tl.load(lse_parts + c * n_rows + r, there, float("-inf")))
+    m_safe = tl.where(m == float("-inf"), 0.0, m)
+    l = tl.full([BLOCK], 0.0, tl.float32)  # noqa: E741
+    for c in range(n_splits):
+        l += tl.exp(tl.load(lse_parts + c * n_rows + r, there, float("-inf")) - m_safe)  # noqa: E741
+    empty = l == 0
+    log_l = tl.log(tl.where(empty, 1.0, l))
+    acc = zero_tile(BLOCK, CHUNKS_V)
+    row_entropy = tl.full([BLOCK], 0.0, tl.float32)
+    row_max = tl.full([BLOCK], 0.0, tl.float32)
+    for c in range(n_splits):
+        at = c * n_rows + r
+        log_w = tl.load(lse_parts + at, there, float("-inf")) - m_safe - log_l
+        w = tl.exp(log_w)
+        part = load_tile(out_parts, at * DV, there, DV, CHUNKS_V, ALIGN)
+        acc = add_tiles(acc, scale_rows(part, w, CHUNKS_V), CHUNKS_V)
+        if entropy is not None:
+            log_w = tl.where(w > 0, log_w, 0.0)
+            row_entropy += w * (tl.load(entropy_parts + at, there, 0.0) - log_w)
+            row_max = tl.maximum(row_max, w * tl.load(max_parts + at, there, 0.0))
+    tl.store(lse + r, tl.where(empty, float("-inf"), m_safe + log_l), there)
+    if entropy is not None:
+        tl.store(entropy + r, row_entropy, there)
+        tl.store(max_probability + r, row_max, there)
+    rows = r // (H * N) * stride_out[0] + r // N % H * stride_out[1] + r % N * stride_out[2]
+    store_tile(out, rows, there, acc, DV, CHUNKS_V, ALIGN)
+
+
+@triton.jit
+def add_tiles(a, b, CHUNKS: tl.constexpr):
+    out = ()
+    for i in tl.static_range(len(CHUNKS)):
+        out = out + (a[i] + b[i],)
+    return out
+
+
+@triton.jit
+def delta_kernel(
+    delta,  # float32 [B, H, N]
+    out, stride_out, dout, stride_dout,  # [B, H, N, DV]
+    dlse, dentropy, entropy,  # float32 [B, H, N], or None
+    H, N, n_rows,
+    DV: tl.constexpr, CHUNKS_V: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """delta = <out, dout> - dlse + dentropy * entropy: what eq. ds subtracts from dp, per row."""
+    r = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there = r < n_rows
+    b, h, n = r // (H * N), r // N % H, r % N
+    rows = b * stride_out[0] + h * stride_out[1] + n * stride_out[2]
+    out_tile = load_tile(out, rows, there, DV, CHUNKS_V, ALIGN)
+    rows = b * stride_dout[0] + h * stride_dout[1] + n * stride_dout[2]
+    dout_tile = load_tile(dout, rows, there, DV, CHUNKS_V, ALIGN)
+    total = row_dot(out_tile, dout_tile, CHUNKS_V)
+    if dlse is not None:
+        total -= tl.load(dlse + r, there, 0.0)
+    if dentropy is not None:
+        total += tl.load(dentropy + r, there, 0.0) * tl.load(entropy + r, there, 0.0)
+    tl.store(delta + r, total, there)
+
+
+@triton.jit
+def bounds_kernel(
+    bounds,  # int32 [B, n_tiles, 4]
+    start, stride_start, stop, stride_stop, Nq, Nk, n_tiles,
+    GROUP: tl.constexpr, BLOCK_Q: tl.constexpr,
+):  # fmt: skip
+    """Smallest and largest start, smallest and largest stop of each tile of packed rows."""
+    tile, b = tl.program_id(0) % n_tiles, (tl.program_id(0) // n_tiles).to(tl.int64)
+    i, _, row_mask = packed_rows(tile, 0, Nq, BLOCK_Q, GROUP)
+    first, last = row_bounds(start, stop, stride_start, stride_stop, b, i, row_mask, Nk)
+    bounds += (b * n_tiles + tile) * 4
+    tl.store(bounds, tl.min(first))
+    tl.store(bounds + 1, tl.max(tl.where(row_mask, first, 0)))
+    tl.store(bounds + 2, tl.min(tl.where(row_mask, last, Nk)))
+    tl.store(bounds + 3, tl.max(last))
+
+
+ROWS = 16  # rows per program of the row kernels: 256 columns of float32 keep four warps busy
+
+
+def merge_splits(results: tuple, parts: list[Tensor]) -> None:
+    """Fills (out, lse, entropy, max_probability) from parts with a leading dimension of splits."""
+    out, lse, entropy, max_probability = results
+    _, H, N, DV = out.shape
+    with device_guard(out.device):
+        merge_kernel[(triton.cdiv(lse.numel(), ROWS),)](
+            out, out.stride(), lse, entropy, max_probability, *parts,
+            H, N, lse.numel(), parts[0].shape[0],
+            DV=DV, CHUNKS_V=column_chunks(DV), BLOCK=ROWS, ALIGN=row_alignment(out, parts[0]),
+        )  # fmt: skip
+
+
+def row_delta(
+    out: Tensor, dout: Tensor, dlse: Tensor | None, dentropy: Tensor | None, entropy: Tensor
+) -> Tensor:
+    """delta float32 [B, H, N], see `delta_kernel`."""
+    B, H, N, DV = out.shape
+    delta = out.new_empty((B, H, N), dtype=torch.float32)
+    with device_guard(out.device):
+        delta_kernel[(triton.cdiv(delta.numel(), ROWS),)](
+            delta, out, out.stride(), dout, dout.stride(),
+            None if dlse is None else dlse.contiguous(), dentropy,
+            None if dentropy is None else entropy, H, N, delta.numel(),
+            DV=DV, CHUNKS_V=column_chunks(DV), BLOCK=ROWS, ALIGN=row_alignment(out, dout),
+        )  # fmt: skip
+    return delta
+
+
+def tile_bounds(call: Call, config: Config) -> Tensor:
+    """int32 [B, n_tiles, 4], see `bounds_kernel`."""
+    n_tiles = call.row_tiles(config)
+    bounds = call.start.new_empty((call.B, n_tiles, 4))
+    with device_guard(bounds.device):
+        bounds_kernel[(call.B * n_tiles,)](
+            bounds, call.start, call.start.stride(), call.stop, call.stop.stride(),
+            call.Nq, call.Nk, n_tiles, GROUP=call.group, BLOCK_Q=config.block_q,
+        )  # fmt: skip
+    return bounds

@@ -1,0 +1,195 @@
+"""What every kernel shares: rows of a grouped tile, loads in column chunks, dots, masks, dropout.
+
+A query tile packs the GROUP query heads that share a key head: row r is query r // GROUP of head
+r % GROUP, so K and V are read once for the whole group and neighbouring rows keep neighbouring
+intervals. A head width is covered by chunks whose widths are powers of two, such as (64, 32) for
+96; a `tile` of keys, values or queries is the tuple of its chunks.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+INTERPRETING = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+def column_chunks(width: int) -> tuple[int, ...]:
+    """Powers of two from 16 up that sum to `width`, rounded up to a multiple of 16."""
+    width = -(-width // 16) * 16
+    return tuple(1 << bit for bit in range(8, 3, -1) if width >> bit & 1)
+
+
+@triton.constexpr_function
+def first_column(CHUNKS, i):
+    return sum(int(c) for c in CHUNKS[:i])
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b in float32. The interpreter would multiply the bit patterns of bfloat16."""
+    if INTERPRETING:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def dot_nt(a, b, CHUNKS: tl.constexpr, PRECISION: tl.constexpr):
+    """a b^T of two tiles [M, width], [N, width] -> [M, N]."""
+    M: tl.constexpr = a[0].shape[0]
+    N: tl.constexpr = b[0].shape[0]
+    acc = tl.full([M, N], 0.0, tl.float32)
+    for i in tl.static_range(len(CHUNKS)):
+        acc = dot(a[i], tl.trans(b[i]), acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def dot_into(acc, p, tile, CHUNKS: tl.constexpr, PRECISION: tl.constexpr):
+    """The tile acc [M, width] plus p [M, N] times the tile [N, width]."""
+    out = ()
+    for i in tl.static_range(len(CHUNKS)):
+        out = out + (dot(p, tile[i], acc[i], PRECISION),)
+    return out
+
+
+@triton.jit
+def zero_tile(ROWS: tl.constexpr, CHUNKS: tl.constexpr):
+    tile = ()
+    for i in tl.static_range(len(CHUNKS)):
+        tile = tile + (tl.full([ROWS, CHUNKS[i]], 0.0, tl.float32),)
+    return tile
+
+
+@triton.jit
+def scale_rows(tile, factor, CHUNKS: tl.constexpr):
+    """The tile with each row times factor [ROWS]."""
+    out = ()
+    for i in tl.static_range(len(CHUNKS)):
+        out = out + (tile[i] * factor[:, None],)
+    return out
+
+
+@triton.jit
+def row_dot(a, b, CHUNKS: tl.constexpr):
+    """sum_d a[r, d] * b[r, d] in float32 -> [ROWS]."""
+    total = tl.sum(a[0].to(tl.float32) * b[0].to(tl.float32), 1)
+    for i in tl.static_range(1, len(CHUNKS)):
+        total += tl.sum(a[i].to(tl.float32) * b[i].to(tl.float32), 1)
+    return total
+
+
+@triton.jit
+def load_tile(base, rows, row_mask, WIDTH: tl.constexpr, CHUNKS: tl.constexpr, ALIGN: tl.constexpr):
+    """Rows at element offsets `rows` (int64 [ROWS], multiples of ALIGN), zero where masked."""
+    rows = tl.multiple_of(rows, ALIGN)
+    tile = ()
+    for i in tl.static_range(len(CHUNKS)):
+        cols = first_column(CHUNKS, i) + tl.arange(0, CHUNKS[i])
+        keep = row_mask[:, None]
+        if first_column(CHUNKS, i + 1) > WIDTH:
+            keep = keep & (cols < WIDTH)[None, :]
+        tile = tile + (tl.load(base + (rows[:, None] + cols[None, :]), mask=keep, other=0.0),)
+    return tile
+
+
+@triton.jit
+def store_tile(
+    base, rows, row_mask, tile, WIDTH: tl.constexpr, CHUNKS: tl.constexpr, ALIGN: tl.constexpr
+):
+    rows = tl.multiple_of(rows, ALIGN)
+    for i in tl.static_range(len(CHUNKS)):
+        cols = first_column(CHUNKS, i) + tl.arange(0, CHUNKS[i])
+        keep = row_mask[:, None]
+        if first_column(CHUNKS, i + 1) > WIDTH:
+            keep = keep & (cols < WIDTH)[None, :]
+        tl.store(
+            base + (rows[:, None] + cols[None, :]), tile[i].to(base.dtype.element_ty), mask=keep
+        )
+
+
+@triton.jit
+def packed_rows(tile, hkv, Nq, BLOCK_Q: tl.constexpr, GROUP: tl.constexpr):
+    """(query index, query head, row mask) of the rows of a query tile, each [BLOCK_Q]."""
+    r = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    i = r // GROUP
+    return i, hkv * GROUP + r % GROUP, i < Nq
+
+
+@triton.jit
+def row_bounds(start, stop, stride_start, stride_stop, b, i, row_mask, Nk):
+    """Key interval of each row, clamped to [0, Nk]; an empty one is (Nk, 0)."""
+    i = i.to(tl.int64)
+    first = tl.load(start + b * stride_start[0] + i * stride_start[1], mask=row_mask, other=0)
+    last = tl.load(stop + b * stride_stop[0] + i * stride_stop[1], mask=row_mask, other=0)
+    first, last = tl.maximum(first, 0), tl.minimum(last, Nk)
+    empty = first >= last
+    return tl.where(empty, Nk, first), tl.where(empty, 0, last)
+
+
+@triton.jit
+def tanh(x):
+    """tanh to float32 accuracy; the hardware's approximation keeps 11 bits only."""
+    z = tl.minimum(tl.abs(x), 10.0)
+    y = z * z
+    # odd polynomial below 0.6, where 1 - 2 / (1 + e^2x) would cancel
+    small = 1.3331924e-1 + y * (-5.378383e-2 + y * (2.079598e-2 + y * -5.89516e-3))
+    small = z + z * y * (-3.3333298e-1 + y * small)
+    large = 1.0 - 2.0 / (1.0 + tl.exp2(2.0 * LOG2E * z))
+    t = tl.where(z < 0.6, small, large)
+    t = tl.where(x == x, t, x)
+    return tl.where(x < 0, -t, t)
+
+
+@triton.jit
+def dropout_keep(seed, b, h, i, j, threshold):
+    """Whether dropout keeps (b, h, i, j): Philox4x32-10, one counter each; see reference.py."""
+    b = tl.full([1, 1], 0, tl.int32) + b.to(tl.int32)
+    return tl.philox(seed, j.to(tl.int32), i.to(tl.int32), h.to(tl.int32), b)[0] >= threshold
+
+
+@triton.jit
+def program(n_tiles, Hkv, B):
+    """(tile, key head, batch, split) of this program; a 1-d grid has no 65,535 limit."""
+    pid = tl.program_id(0).to(tl.int64)
+    tile = (pid % n_tiles).to(tl.int32)
+    pid = pid // n_tiles
+    hkv = (pid % Hkv).to(tl.int32)
+    pid = pid // Hkv
+    return tile, hkv, pid % B, pid // B
+
+
+@triton.jit
+def split_range(begin, end, split, n_splits, BLOCK: tl.constexpr):
+    """The part of [begin, end) that is this split's, in whole blocks."""
+    per_split = tl.cdiv(tl.cdiv(tl.maximum(end - begin, 0), BLOCK), n_splits) * BLOCK
+    begin += split.to(tl.int32) * per_split
+    return begin, tl.minimum(end, begin + per_split)
+
+
+@triton.jit
+def reaching_tiles(bounds, n_tiles, key_begin, key_end):
+    """First and one past the last row tile whose keys meet [key_begin, key_end)."""
+    first, last = n_tiles, 0
+    for t0 in range(0, n_tiles, 256):
+        # [256]
+        t = t0 + tl.arange(0, 256)
+        begin = tl.load(bounds + t * 4, t < n_tiles, 0)
+        end = tl.load(bounds + t * 4 + 3, t < n_tiles, 0)
+        reaches = (begin < key_end) & (end > key_begin)
+        first = tl.minimum(first, tl.min(tl.where(reaches, t, n_tiles)))
+        last = tl.maximum(last, tl.max(tl.where(reaches, t + 1, 0)))
+    return first, last
+
+
+@triton.jit
+def load_rows(lse, delta, dentropy, rows, row_mask):
+    """lse in log2 units (+inf for a row without keys, so that p = 0), delta, dentropy."""
+    row_lse = tl.load(lse + rows, row_mask, float("-inf"))
+    row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2E)
+    row_delta = tl.load(delta + rows, row_mask, 0.0)
+    row_dentropy = 0.0
+    if dentropy is not None:
+        row_dentropy = tl.load(dentropy + rows, row_mask, 0.0)
+    return row_lse, row_delta, row_dentropy

@@ -1,0 +1,255 @@
+"""`cross_attention`: the public op, its autograd Function and its custom ops.
+
+The equations are in `reference.py`; the kernels of the `triton` backend in `triton_kernels/`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import reference, sdpa
+from .dispatch import Backend, choose, triton_device_reasons
+from .inputs import CrossAttentionInputs, CrossAttentionResult, check_inputs
+
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def cross_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask=None,
+    bias: Tensor | None = None,
+    scale: float | Tensor | None = None,
+    softcap: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    return_lse: bool = False,
+    return_statistics: bool = False,
+    deterministic: bool | None = None,
+    backend: str | None = None,
+    validate: bool = False,
+) -> Tensor | CrossAttentionResult:
+    """Attention of `q` over `k`, `v` with any mask, without the score matrix.
+
+        s   = softcap(scale * q k^T) + bias        over the keys that `mask` allows
+        p   = softmax(s)        out = dropout(p) v        lse = log(sum(exp(s)))
+
+    A query without any allowed key gets out = 0, lse = -inf and zero gradients on every backend.
+    Keys outside every query's interval are never used, so padding may hold anything.
+
+    Args:
+        q: [B, Hq, Nq, D], float32, float16 or bfloat16 (float64 on the eager and sdpa backends);
+            any strides with a contiguous last dimension, an expanded batch included.
+        k: [B, Hkv, Nk, D]; Hq must be a multiple of Hkv (grouped-query attention).
+        v: [B, Hkv, Nk, Dv].
+        mask: a `KeyInterval`, a bool tensor (True = attend) that broadcasts to [B, Hq, Nq, Nk],
+            or None.
+        bias: floating-point tensor that broadcasts to [B, Hq, Nq, Nk], added to the scores; it is
+            never expanded, and its gradient has its own shape.
+        scale: float, or a tensor with 1 or Hq values that may require grad; D ** -0.5 by default.
+        softcap: c in `c * tanh(scale * q k^T / c)`, or None.
+        dropout_p: probability in [0, 1) of dropping an attention weight.
+        seed: int or one int64 value on the device of q; the same seed drops the same weights on
+            every backend. None draws one from torch's generator.
+        return_lse: also return lse [B, Hq, Nq] (float32, natural logarithm, differentiable).
+        return_statistics: also return lse, the entropy of each row in nats (differentiable) and
+            its largest probability (not differentiable), before dropout.
+        deterministic: bitwise reproducible gradients; by default what
+            `torch.use_deterministic_algorithms` says. Today's kernels are always deterministic.
+        backend: "triton", "sdpa" or "eager"; None takes the first of triton and sdpa that can run.
+        validate: check the range of a KeyInterval on a GPU too, which waits for the device; on
+            the CPU it is always checked. Unchecked, bounds are clamped to [0, Nk].
+
+    Returns:
+        out [B, Hq, Nq, Dv] in the dtype of q, or a `CrossAttentionResult` when lse or statistics
+        are asked for.
+
+    Raises:
+        TypeError, ValueError: an argument of a wrong type, shape, dtype, device or range.
+        RuntimeError: the named backend, or every backend, has reasons against this call.
+
+    Source: Vaswani et al., "Attention is all you need" (2017); the tiling is that of Dao,
+    "FlashAttention-2" (2023).
+    """
+    x = check_inputs(
+        q,
+        k,
+        v,
+        mask=mask,
+        bias=bias,
+        scale=scale,
+        softcap=softcap,
+        dropout_p=dropout_p,
+        seed=seed,
+        return_lse=return_lse,
+        return_statistics=return_statistics,
+        deterministic=deterministic,
+        validate=validate,
+    )
+    result = choose("cross_attention", BACKENDS, x, backend).run(x)
+    return result if x.return_lse else result.out
+
+
+def triton_reasons(x: CrossAttentionInputs) -> list[str]:
+    """Why the Triton kernels cannot run this call."""
+    found = triton_device_reasons(x.q.device)
+    if x.q.dtype not in TRITON_DTYPES:
+        found.append(f"dtype {x.q.dtype} is not float32, float16 or bfloat16")
+    if max(x.D, x.Dv) > 256:
+        found.append(f"head width {max(x.D, x.Dv)} > 256")
+    if min(x.D, x.Dv) < 1:
+        found.append("Dv is 0")
+    if isinstance(x.bias, Tensor) and x.bias.dtype == torch.float64:
+        found.append("bias is float64")
+    return found
+
+
+def triton_run(x: CrossAttentionInputs) -> CrossAttentionResult:
+    start, stop = x.bounds()
+    scale_tensor = x.scale if isinstance(x.scale, Tensor) else None
+    options = (
+        math.nan if scale_tensor is not None else x.scale,
+        x.softcap or 0.0,
+        x.dropout_p,
+        x.return_statistics,
+        torch.backends.cuda.matmul.allow_tf32,
+    )
+    out, lse, entropy, max_probability = CrossAttentionFunction.apply(
+        x.q, x.k, x.v, x.bias, scale_tensor, start, stop, x.mask, x.seed, options
+    )
+    statistics = (entropy, max_probability) if x.return_statistics else (None, None)
+    return CrossAttentionResult(out, lse if x.return_lse else None, *statistics)
+
+
+BACKENDS = (
+    Backend("triton", triton_reasons, triton_run),
+    Backend("sdpa", sdpa.reasons, sdpa.cross_attention),
+    Backend("eager", reference.reasons, reference.cross_attention, by_name=True),
+)
+cross_attention.backends = BACKENDS
+
+
+class CrossAttentionFunction(torch.autograd.Function):
+    """Wires the launchers into autograd; nothing is computed here."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, bias, scale, start, stop, mask, seed, options):
+        ctx.set_materialize_grads(False)
+        launch = forward_op if torch.compiler.is_compiling() else forward_op._init_fn
+        results = launch(q, k, v, bias, scale, start, stop, mask, seed, *options)
+        out, lse, entropy, max_probability = results
+        ctx.save_for_backward(q, k, v, bias, scale, start, stop, mask, seed, out, lse, entropy)
+        ctx.options = options
+        ctx.mark_non_differentiable(max_probability)
+        return results
+
+    @staticmethod
+    def backward(ctx, dout, dlse, dentropy, _):
+        launch = backward_op if torch.compiler.is_compiling() else backward_op._init_fn
+        with torch.no_grad():
+            grads = launch(
+                dout, dlse, dentropy, *ctx.saved_tensors, *ctx.options, ctx.needs_input_grad[:5]
+            )
+        grads = tuple(
+            g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[:5], strict=True)
+        )
+        if torch.is_grad_enabled():
+            grads = RefuseDoubleBackward.apply(dout, *ctx.saved_tensors[:5], *grads)
+        return *grads, *[None] * 5
+
+
+class RefuseDoubleBackward(torch.autograd.Function):
+    """Identity on the gradients that says so when somebody differentiates them again."""
+
+    @staticmethod
+    def forward(ctx, dout, q, k, v, bias, scale, *grads):
+        return tuple(None if g is None else g.view_as(g) for g in grads)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            "cross_attention: the kernels have no double backward; use backend='eager' for "
+            "second derivatives"
+        )
+
+
+@torch.library.custom_op("xattn_kernels::cross_attention_forward", mutates_args=())
+def forward_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    scale_tensor: Tensor | None,
+    start: Tensor | None,
+    stop: Tensor | None,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    softcap: float,
+    dropout_p: float,
+    statistics: bool,
+    allow_tf32: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(out, lse, entropy, max_probability); the last two have no elements without statistics."""
+    from .triton_kernels import cross_attention as kernels
+
+    return kernels.forward(
+        q, k, v, bias, scale_tensor, start, stop, mask, seed, scale, softcap, dropout_p,
+        statistics, allow_tf32,
+    )  # fmt: skip
+
+
+@forward_op.register_fake
+def _(q, k, v, bias, scale_tensor, start, stop, mask, seed, scale, softcap, dropout_p,
+      statistics, allow_tf32):  # fmt: skip
+    B, Hq, Nq, _ = q.shape
+    row = q.new_empty((B, Hq, Nq), dtype=torch.float32)
+    extra = row if statistics else row.new_empty(0)
+    return q.new_empty((B, Hq, Nq, v.shape[3])), row, torch.empty_like(extra), torch.empty_like(extra)
+
+
+@torch.library.custom_op("xattn_kernels::cross_attention_backward", mutates_args=())
+def backward_op(
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    dentropy: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    scale_tensor: Tensor | None,
+    start: Tensor | None,
+    stop: Tensor | None,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    entropy: Tensor,
+    scale: float,
+    softcap: float,
+    dropout_p: float,
+    statistics: bool,
+    allow_tf32: bool,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dv, dbias, dscale); those not in `needs` have no elements."""
+    from .triton_kernels import cross_attention as kernels
+
+    return kernels.backward(
+        dout, dlse, dentropy, q, k, v, bias, scale_tensor, start, stop, mask, seed, out, lse,
+        entropy, scale, softcap, dropout_p, allow_tf32, needs,
+    )  # fmt: skip
+
+
+@backward_op.register_fake
+def _(dout, dlse, dentropy, q, k, v, bias, scale_tensor, start, stop, mask, seed, out, lse,
+      entropy, scale, softcap, dropout_p, statistics, allow_tf32, needs):  # fmt: skip
+    return tuple(
+        t.new_empty(t.shape) if needed else q.new_empty(0)
+        for t, needed in zip((q, k, v, bias, scale_tensor), needs, strict=True)
+    )
