@@ -1,0 +1,355 @@
+"""`MultiheadAttention`: takes the place of `nn.MultiheadAttention` and stays fused with weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import reduce
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from ..attention_weights import attention_weights
+from ..cross_attention import cross_attention
+from ..dispatch import Backend, choose, report
+from ..inputs import CrossAttentionInputs, check_inputs
+from ..masks import KeyInterval
+
+
+class MultiheadAttention(nn.Module):
+    """Multi-head attention with the constructor, call, parameters and results of torch's module.
+
+    What `nn.MultiheadAttention` documents means the same here, state dicts load both ways, and the
+    same seed initialises the same values. The differences:
+
+    - `need_weights=True`, torch's default, makes no [B, H, Nq, Nk] tensor, neither forward nor
+      backward: the head-averaged weights are computed again from lse as they are written.
+    - `forward(..., mask=KeyInterval)` names the keys of each query without a dense mask.
+    - A query whose keys are all masked gets the output bias and weights of 0. torch gives NaN or
+      the same, depending on the path it takes.
+    - Masks are used by stride, never repeated per head; a bool and a float mask may be mixed.
+    - No nested tensors, no TorchScript, no `dropout` of exactly 1.
+
+    On a GPU the Triton kernels run. Where they cannot, PyTorch's own fused kernels make the output
+    and the weights are made one head at a time. Only active dropout without the Triton kernels
+    takes `backend="eager"`, which makes the whole score matrix as torch does; `explain` tells.
+    A padding mask stays a mask: whether it is a suffix only its values could tell, and reading
+    them stalls a GPU. Who knows that it is one passes `mask=masks.padding(...)`.
+
+    Args:
+        backend: "triton", "sdpa" or "eager" for every call; None chooses for each.
+        The others are torch's, with torch's defaults.
+
+    Raises:
+        ValueError, AssertionError: embed_dim or num_heads is not positive; it does not divide.
+    """
+
+    backend: str | None = None
+
+    def __init__(
+        self, embed_dim, num_heads, dropout=0.0, bias=True, add_bias_kv=False, add_zero_attn=False,
+        kdim=None, vdim=None, batch_first=False, device=None, dtype=None, *, backend=None,
+    ) -> None:  # fmt: skip
+        if embed_dim <= 0 or num_heads <= 0:
+            raise ValueError(
+                f"embed_dim and num_heads must be positive, got {embed_dim} and {num_heads}"
+            )
+        _require(embed_dim % num_heads == 0, f"{num_heads=} does not divide {embed_dim=}")
+        super().__init__()
+        self.embed_dim, self.num_heads = embed_dim, num_heads
+        self.head_dim = embed_dim // num_heads
+        self.kdim = embed_dim if kdim is None else kdim
+        self.vdim = embed_dim if vdim is None else vdim
+        self._qkv_same_embed_dim = self.kdim == self.vdim == embed_dim
+        self.dropout, self.batch_first, self.add_zero_attn = dropout, batch_first, add_zero_attn
+        self.backend = backend
+
+        def parameter(name: str, wanted: bool, *shape: int) -> None:
+            empty = torch.empty(shape, device=device, dtype=dtype) if wanted else None
+            self.register_parameter(name, nn.Parameter(empty) if wanted else None)
+
+        packed = self._qkv_same_embed_dim
+        parameter("in_proj_weight", packed, 3 * embed_dim, embed_dim)
+        parameter("q_proj_weight", not packed, embed_dim, embed_dim)
+        parameter("k_proj_weight", not packed, embed_dim, self.kdim)
+        parameter("v_proj_weight", not packed, embed_dim, self.vdim)
+        parameter("in_proj_bias", bias, 3 * embed_dim)
+        self.out_proj = NonDynamicallyQuantizableLinear(
+            embed_dim, embed_dim, bias=bias, device=device, dtype=dtype
+        )
+        parameter("bias_k", add_bias_kv, 1, 1, embed_dim)
+        parameter("bias_v", add_bias_kv, 1, 1, embed_dim)
+        self._reset_parameters()
+
+    def _reset_parameters(self) -> None:
+        for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
+            if getattr(self, name) is not None:
+                nn.init.xavier_uniform_(getattr(self, name))
+        if self.in_proj_bias is not None:
+            nn.init.zeros_(self.in_proj_bias)
+            nn.init.zeros_(self.out_proj.bias)
+        if self.bias_k is not None:
+            nn.init.xavier_normal_(self.bias_k)
+            nn.init.xavier_normal_(self.bias_v)
+
+    @classmethod
+    def from_torch(cls, module: nn.MultiheadAttention, *, backend=None) -> MultiheadAttention:
+        """A new module with the same Parameter objects, settings, training mode and hooks.
+
+        Raises TypeError for anything but `nn.MultiheadAttention` itself: a subclass may have
+        changed what its parameters mean.
+        """
+        if type(module) is not nn.MultiheadAttention:
+            raise TypeError(f"module must be an nn.MultiheadAttention, got {type(module).__name__}")
+        new = cls.__new__(cls)
+        new.__dict__ = {
+            name: value.copy() if isinstance(value, dict | set) else value
+            for name, value in vars(module).items()
+        }
+        new.backend = backend
+        return new
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+        *,
+        mask: KeyInterval | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(output, weights or None), in the shapes of torch's module.
+
+        Args:
+            query: [Nq, B, embed_dim], with `batch_first` [B, Nq, embed_dim], unbatched
+                [Nq, embed_dim]; key and value likewise, kdim and vdim wide.
+            key_padding_mask: [B, Nk], unbatched [Nk]; bool (True = ignore) or additive float.
+            need_weights: also return the weights after dropout, [B, Nq, Nk], differentiable.
+            attn_mask: [Nq, Nk] or [B * num_heads, Nq, Nk]; bool (True = not allowed) or float.
+            average_attn_weights: False returns them as [B, num_heads, Nq, Nk].
+            is_causal: says that attn_mask, which must be given, is causal (query i sees the keys
+                up to i). As in torch this replaces attn_mask where there is no padding mask and
+                no weights are asked for; then only visible keys cost anything.
+            mask: the keys that each query may see, on top of the other masks. With `add_bias_kv`
+                or `add_zero_attn`, whose keys every query sees, it becomes a dense mask.
+
+        Raises:
+            AssertionError, RuntimeError: what torch raises for a wrong shape or dtype.
+            TypeError, ValueError: a wrong `mask`, or dropout outside [0, 1).
+        """
+        x = self._inputs(
+            query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights,
+            is_causal, mask=mask,
+        )  # fmt: skip
+        backend = self._backend(x)
+        with_lse = replace(x, return_lse=need_weights)
+        out, lse, *_ = backend.run(x if backend.reasons(with_lse) else with_lse)
+        weights = None
+        if need_weights:
+            weights = attention_weights(
+                x.q, x.k, lse=lse, mask=x.mask if x.interval is None else x.interval, bias=x.bias,
+                dropout_p=x.dropout_p, seed=x.seed, average_heads=average_attn_weights,
+                backend=self.backend,
+            )  # fmt: skip
+        # the head axis moves behind the sequence: [B, Nq, H, D], [Nq, B, H, D] or [Nq, H, D]
+        if query.dim() == 2:
+            out, weights = out[0].transpose(0, 1), None if weights is None else weights[0]
+        else:
+            out = out.transpose(1, 2) if self.batch_first else out.permute(2, 0, 1, 3)
+        return self.out_proj(out.flatten(-2)), weights
+
+    def explain(self, *args, **kwargs) -> str:
+        """Says which backend `forward(*args, **kwargs)` takes for the output and why not others."""
+        x = self._inputs(*args, **kwargs)
+        chosen = self._backend(x).name
+        return f"MultiheadAttention takes {chosen!r}\n{report(cross_attention.backends, x)}"
+
+    def _backend(self, x: CrossAttentionInputs) -> Backend:
+        """The one asked for, else the first that can; `eager` is last, where torch is eager too."""
+        if self.backend is not None:
+            return choose("MultiheadAttention", cross_attention.backends, x, self.backend)
+        return next(b for b in cross_attention.backends if not b.reasons(x))
+
+    def _inputs(
+        self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None,
+        average_attn_weights=True, is_causal=False, *, mask=None,
+    ) -> CrossAttentionInputs:  # fmt: skip
+        """The checked call of `cross_attention` behind this call of `forward`."""
+        if is_causal and attn_mask is None:
+            raise RuntimeError("is_causal is a hint about attn_mask; attn_mask must be given too")
+        _check_ranks(query, key, value, key_padding_mask, attn_mask)
+        _check_sizes(self, query, key, value, attn_mask)
+        if query.dim() == 2 and key_padding_mask is not None:
+            key_padding_mask = key_padding_mask[None]
+        q, k, v = (self._split_heads(x) for x in self._project(query, key, value))
+        Nk = k.shape[2]
+        k, v = self._append_keys(k, self.bias_k), self._append_keys(v, self.bias_v)
+        causal = is_causal and key_padding_mask is None and not need_weights
+        masks = _as_4d(None if causal else attn_mask, key_padding_mask, q, Nk)
+        mask, bias = _mask_and_bias(masks, mask, causal, q, Nk, k.shape[2] - Nk)
+        return check_inputs(
+            q, k, v, mask=mask, bias=bias, scale=None, softcap=None,
+            dropout_p=self.dropout if self.training else 0.0, seed=None, return_lse=False,
+            return_statistics=False, deterministic=None, validate=False,
+        )  # fmt: skip
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+        """q, k, v in the layout of the inputs; inputs that are one tensor share one product."""
+        if self._qkv_same_embed_dim:
+            parts = (1, 1, 1) if key is not value else (3,) if query is key else (1, 2)
+            weights = self.in_proj_weight.split([n * self.embed_dim for n in parts])
+        else:
+            parts = (1, 1, 1)
+            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        biases = [None] * len(parts)
+        if self.in_proj_bias is not None:
+            biases = self.in_proj_bias.split([n * self.embed_dim for n in parts])
+        products = map(F.linear, (query, key, value), weights, biases)
+        chunks = (product.chunk(n, dim=-1) for product, n in zip(products, parts, strict=True))
+        return [x for chunk in chunks for x in chunk]
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        """[..., embed_dim] in any of the three layouts -> a view [B, H, N, D]."""
+        x = x.unflatten(-1, (self.num_heads, self.head_dim))
+        if x.dim() == 3:
+            return x.transpose(0, 1)[None]
+        return x.transpose(1, 2) if self.batch_first else x.permute(1, 2, 0, 3)
+
+    def _append_keys(self, x: Tensor, learned: Tensor | None) -> Tensor:
+        """[B, H, N, D] with the learned row of `add_bias_kv`, then the zeros of `add_zero_attn`."""
+        if learned is not None:
+            row = learned.view(1, self.num_heads, 1, self.head_dim)
+            x = torch.cat([x, row.expand(x.shape[0], -1, -1, -1)], dim=2)
+        return F.pad(x, (0, 0, 0, 1)) if self.add_zero_attn else x
+
+    def merge_masks(self, attn_mask, key_padding_mask, query) -> tuple[Tensor | None, int | None]:
+        """What the inference path of `nn.TransformerEncoderLayer` asks its attention for.
+
+        query [B, N, E] -> (mask, kind): (None, None), ([B, N], 1) or ([B, H, N, N], 2).
+        """
+        if attn_mask is None:
+            return key_padding_mask, None if key_padding_mask is None else 1
+        B, N, _ = query.shape
+        shape = B, self.num_heads, N, N
+        merged = attn_mask.view(shape) if attn_mask.dim() == 3 else attn_mask.expand(shape)
+        return merged if key_padding_mask is None else merged + key_padding_mask[:, None, None], 2
+
+
+def replace_multihead_attention(model: nn.Module, *, backend: str | None = None) -> int:
+    """Turns every `nn.MultiheadAttention` in `model` into ours, in place; returns how many.
+
+    The modules keep their identity and change their class: the root itself, shared modules, hooks,
+    optimizers and every reference to them stay valid. Subclasses are left alone, since they may
+    have changed what the module does.
+
+    The layers of `nn.Transformer` work as before. In inference (`eval()` without gradients) torch's
+    encoder layer may bypass its attention for a kernel of its own;
+    `torch.backends.mha.set_fastpath_enabled(False)` prevents that.
+    """
+    found = [m for m in model.modules() if type(m) is nn.MultiheadAttention]
+    for module in found:
+        module.__class__ = MultiheadAttention
+        module.backend = backend
+    return len(found)
+
+
+def _require(condition: bool, message: str, error: type[Exception] = AssertionError) -> None:
+    if not condition:
+        raise error(message)
+
+
+def _check_ranks(query, key, value, key_padding_mask, attn_mask) -> None:
+    """Raises what torch raises for tensors of wrong rank and masks of wrong dtype."""
+    nested = query.is_nested or key.is_nested or value.is_nested
+    _require(not nested, "query, key and value must be padded tensors, got a nested tensor")
+    rank = query.dim()
+    _require(rank in (2, 3), f"query must be 3-D, or 2-D without a batch, got {rank}-D")
+    for name, t, ranks in (
+        ("key", key, (rank,)),
+        ("value", value, (rank,)),
+        ("key_padding_mask", key_padding_mask, (rank - 1,)),
+        ("attn_mask", attn_mask, (2, 3)),
+    ):
+        if t is None:
+            continue
+        allowed = " or ".join(f"{r}-D" for r in ranks)
+        got = f"got {t.dim()}-D"
+        _require(t.dim() in ranks, f"{name} must be {allowed} for a {rank}-D query, {got}")
+        additive = "mask" not in name or t.dtype == torch.bool or t.dtype.is_floating_point
+        _require(additive, f"{name} must be bool or floating-point, got {t.dtype}")
+
+
+def _check_sizes(module, query, key, value, attn_mask) -> None:
+    """Raises what torch raises for widths, lengths and batches that do not fit."""
+    packed, sizes = module._qkv_same_embed_dim, f"got {list(key.shape)} and {list(value.shape)}"
+    width = query.shape[-1]
+    _require(
+        width == module.embed_dim, f"query must be embed_dim={module.embed_dim} wide, got {width}"
+    )
+    agree = key.shape == value.shape if packed else key.shape[:-1] == value.shape[:-1]
+    _require(agree, f"key and value must have the same length and batch, {sizes}")
+    widths = (key.shape[-1], value.shape[-1]) == (module.kdim, module.vdim)
+    _require(
+        widths,
+        f"key and value must be kdim={module.kdim} and vdim={module.vdim} wide, {sizes}",
+        RuntimeError if packed else AssertionError,
+    )
+    if query.dim() == 3:
+        B, found = (x.shape[0 if module.batch_first else 1] for x in (query, key))
+        _require(B == found, f"key must have the batch of query, {B}, got {found}", RuntimeError)
+    elif attn_mask is not None and attn_mask.dim() == 3:
+        expected = (module.num_heads, query.shape[0], key.shape[0])
+        got = f"got {list(attn_mask.shape)}"
+        _require(attn_mask.shape == expected, f"attn_mask must be {list(expected)}, {got}")
+
+
+def _as_4d(attn_mask, key_padding_mask, q: Tensor, Nk: int) -> list[Tensor]:
+    """torch's masks, those that are given, as views that broadcast to [B, H, Nq, Nk]."""
+    B, H, Nq, _ = q.shape
+    views = []
+    if attn_mask is not None:
+        expected = (B * H, Nq, Nk)[3 - attn_mask.dim() :]
+        message = f"attn_mask must be {list(expected)}, got {list(attn_mask.shape)}"
+        _require(attn_mask.shape == expected, message, RuntimeError)
+        dense = attn_mask.dim() == 3
+        views.append(attn_mask.unflatten(0, (B, H)) if dense else attn_mask[None, None])
+    if key_padding_mask is not None:
+        _require(
+            key_padding_mask.shape == (B, Nk),
+            f"key_padding_mask must be {[B, Nk]}, got {list(key_padding_mask.shape)}",
+        )
+        views.append(key_padding_mask[:, None, None])
+    return views
+
+
+def _mask_and_bias(
+    masks: list[Tensor], interval, causal: bool, q: Tensor, Nk: int, appended: int
+) -> tuple[KeyInterval | Tensor | None, Tensor | None]:
+    """`mask` (True = attend) and `bias` of `cross_attention` for 4-d `masks` (True = forbidden).
+
+    The mask is the interval or else one bool mask. All others are additive and become the bias,
+    so padding together with a causal mask needs at most [B, 1, Nq, Nk]. Appended keys come after
+    the Nk keys that the masks know; everybody sees them, unless the causal hint hides them.
+    """
+    B, _, Nq, _ = q.shape
+    if interval is not None and not isinstance(interval, KeyInterval):
+        raise TypeError(f"mask must be a KeyInterval or None, got {type(interval).__name__}")
+    if interval is not None and appended:
+        masks = [*masks, ~KeyInterval(*interval.expand(B, Nq)).dense(Nk)[:, None]]
+        interval = None
+    if appended:
+        masks = [F.pad(m, (0, appended)) for m in masks]
+    if causal:
+        stop = torch.arange(1, Nq + 1, dtype=torch.int32, device=q.device).clamp(max=Nk + appended)
+        rows = KeyInterval(torch.zeros_like(stop), stop)
+        interval = rows if interval is None else interval & rows
+    bools = [m for m in masks if m.dtype == torch.bool]
+    mask = ~bools.pop(0) if interval is None and bools else interval
+    terms = [m for m in masks if m.dtype != torch.bool]
+    terms += [torch.zeros_like(m, dtype=q.dtype).masked_fill(m, float("-inf")) for m in bools]
+    return mask, reduce(torch.add, terms) if terms else None
