@@ -173,7 +173,7 @@ def window(
     position = torch.arange(Nq, dtype=torch.int32, device=device) + (Nk - Nq)
     start, stop = position.new_zeros(()), position.new_full((), Nk)
     if left is not None:  # a reach past every key is cut first: it may be any large number
-        start = (position - min(_size("left", left), Nk)).clamp(0, Nk)
+        start = (position - min(_size("left", left), Nk)).clamp(min=0)
     if right is not None:
         stop = (position + min(_size("right", right), Nq) + 1).clamp(0, Nk)
     return KeyInterval(start, stop)
