@@ -1,0 +1,134 @@
+"""What the command line does: choose cases and providers, run them, print, save and draw."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from . import case, document, machine, rows, runner, workloads
+from .case import Case
+from .providers import BY_NAME
+from .steps import step
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+CPU_DENSE_GFLOP = 10.0
+# q, k, v, out and their gradients, and about as much again for what providers allocate.
+TENSORS_PER_CASE = 6
+RESULTS = Path(__file__).with_name("results")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Random tensors in real shapes."""
+    return measure(options, case.build, "random normal", default_name(options))
+
+
+def main(options: argparse.Namespace) -> int:
+    """The interleaved document of photographs and text."""
+    return measure(options, document.build, document.INPUT, "main")
+
+
+def measure(options: argparse.Namespace, build: Callable[..., Case], words: str, name: str) -> int:
+    """Runs, printing each table as it is ready and saving all rows after each."""
+    device, dtype = device_and_dtype(options)
+    chosen = pick(options.workload, workloads.load(), "workload")
+    providers = [BY_NAME[p] for p in pick(options.provider, BY_NAME, "provider")]
+    settings = runner.Settings(
+        modes=tuple(pick(options.mode, workloads.MODES, "mode")),
+        budget=options.budget_seconds,
+        first_call=options.first_call_seconds,
+        memory=not options.no_memory,
+        input=words,
+    )
+    folder = options.out or RESULTS / machine.slug(device)
+    name = options.name or f"{name}-{str(dtype).removeprefix('torch.')}"
+    began, done, written = time.perf_counter(), [], []
+    for group in runner.run(cases(options, build, chosen), len(chosen), providers, settings):
+        done += group
+        tqdm.write(rows.table(group) + "\n")
+        written = rows.save(done, folder, name)
+    reasons = rows.without_times(done)
+    print("\n".join([rows.summary(done), "", *(["without a time:"] if reasons else []), *reasons]))
+    written += draw(done, folder, name)
+    files = ", ".join(path.name for path in written)
+    print(f"{time.perf_counter() - began:.0f} s; wrote {files} in {folder}")
+    return 1 if any(r.status == "wrong" and r.provider.startswith("xattn-") for r in done) else 0
+
+
+def draw(done: list[rows.Row], folder: Path, name: str) -> list[Path]:
+    try:
+        from . import plots
+    except ImportError as missing:
+        print(f"no plots: {missing}")
+        return []
+    return plots.draw(done, folder, name)
+
+
+def warm(options: argparse.Namespace) -> int:
+    """Compiles what compiles, a process per workload, and leaves it in the caches on disk."""
+    chosen = pick(options.workload, workloads.load(), "workload")
+    end = time.perf_counter() + options.budget_seconds
+    pool = ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn"))
+    waiting = {pool.submit(warm_one, options, name): name for name in chosen}
+    ready, failed = [], []
+    try:
+        for future in as_completed(waiting, timeout=max(end - time.perf_counter(), 0.0)):
+            (failed if future.exception() else ready).append(waiting[future])
+    except TimeoutError:
+        pass
+    unfinished = len(chosen) - len(ready) - len(failed)
+    for process in list(pool._processes.values()):
+        process.terminate()
+    pool.shutdown(wait=False, cancel_futures=True)
+    failures = f"{len(failed)} failed {', '.join(failed)}".strip()
+    print(f"{len(ready)} workloads compiled, {failures}, {unfinished} unfinished")
+    return 1 if failed else 0
+
+
+def warm_one(options: argparse.Namespace, name: str) -> None:
+    (built,) = cases(options, case.build, [name])
+    for provider in [BY_NAME[p] for p in pick(options.provider, BY_NAME, "provider")]:
+        for mode in pick(options.mode, workloads.MODES, "mode"):
+            if provider.compiles and not provider.reasons(built, mode):
+                step(provider, built, mode)()
+
+
+def cases(
+    options: argparse.Namespace, build: Callable[..., Case], chosen: list[str]
+) -> Iterator[Case]:
+    """Each workload, scaled to the machine, with tensors; built when it is its turn."""
+    device, dtype = device_and_dtype(options)
+    gflop = options.dense_gflop
+    if gflop is None:
+        gflop = CPU_DENSE_GFLOP if device.type == "cpu" else float("inf")
+    elements = machine.free_memory(device) / dtype.itemsize / TENSORS_PER_CASE
+    known = workloads.load()
+    for name in chosen:
+        w = workloads.fit(known[name], 1e9 * gflop, elements)
+        yield build(w, known[name], device, dtype, options.seed)
+
+
+def device_and_dtype(options: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    name = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    return device, DTYPES[pick(name, DTYPES, "dtype")[0]]
+
+
+def pick(text: str, known: Any, what: str) -> list[str]:
+    """Comma-separated names, "all" for every known one; leaves with a message on another."""
+    chosen = list(known) if text == "all" else text.split(",")
+    unknown = [name for name in chosen if name not in known]
+    if unknown:
+        raise SystemExit(f"unknown {what} {', '.join(unknown)}; there are {', '.join(known)}")
+    return chosen
+
+
+def default_name(options: argparse.Namespace) -> str:
+    return "+".join(options.workload.split(","))[:60]

@@ -1,0 +1,168 @@
+"""`make gpu`: everything that a machine with a GPU can prove, unattended, offline, in ten minutes.
+
+Phases are processes with a time limit each and one deadline for all; a phase that fails or runs out
+of time is reported and the next one starts. The summary at the end fits a screen; full outputs are
+in `logs/` beside the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from . import machine, rows
+from .commands import RESULTS
+
+PYTHON = sys.executable
+PROBE = Path(__file__).with_name("sanitizer_probe.py")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A command that gets at most `seconds`; `missing` says why it cannot run at all."""
+
+    name: str
+    command: list[str]
+    seconds: float
+    environment: dict[str, str] = field(default_factory=dict)
+    missing: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    phase: Phase
+    verdict: str
+    seconds: float
+    last_line: str
+
+    @property
+    def line(self) -> str:
+        text = f"{self.phase.name:<12} {self.verdict:<8} {self.seconds:5.0f} s  {self.last_line}"
+        return text[:100]
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--device", default="cuda", help="cpu rehearses the phases without a GPU (%(default)s)")
+    add("--minutes", type=float, default=9.5, help="for everything (%(default)s)")
+    add("--workload", default="all")
+    add("--provider", default="all")
+    add("--dense-gflop", type=float, default=None)
+    add("--tests", default="tests", help="what pytest is given (%(default)s)")
+    add("--out", type=Path, default=None, help="folder (benchmarks/results/<device>)")
+
+
+def main(chosen: argparse.Namespace) -> int:
+    if chosen.device == "cuda" and not torch.cuda.is_available():
+        print("no CUDA device is visible to torch; --device cpu rehearses the phases")
+        return 2
+    out = chosen.out or RESULTS / machine.slug(chosen.device)
+    (out / "logs").mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + 60 * chosen.minutes
+    outcomes = []
+    for phase in phases(chosen, out):
+        print(f"--- {phase.name}: {' '.join(phase.command)}", flush=True)
+        outcomes.append(perform(phase, out / "logs", end - time.monotonic()))
+        print(outcomes[-1].line, flush=True)
+    print(report(outcomes, out, chosen))
+    return 1 if any(outcome.verdict == "failed" for outcome in outcomes) else 0
+
+
+def phases(chosen: argparse.Namespace, out: Path) -> list[Phase]:
+    """What is run, in order of worth: what comes last gets the time that is left."""
+    device = chosen.device
+    test_device = {"XATTN_TEST_DEVICE": device}
+    workers = ["-n", "4"] if find_spec("xdist") else []
+    tests = [PYTHON, "-m", "pytest", chosen.tests, "-q", "--tb=short", *workers]
+    bench = [PYTHON, "-m", "benchmarks"]
+    common = ["--device", device, "--provider", chosen.provider, "--out", str(out)]
+    if chosen.dense_gflop is not None:
+        common += ["--dense-gflop", str(chosen.dense_gflop)]
+    dtype = ["--dtype", "bfloat16", "--workload", chosen.workload, *common]
+    jobs = str(max(1, min((os.cpu_count() or 2) // 2, 8)))
+    no_sanitizer = "" if shutil.which("compute-sanitizer") else "compute-sanitizer is not on PATH"
+    sanitizer = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
+    probe = [PYTHON, str(PROBE), device]
+    main_budget = ["--budget-seconds", "35"]
+    no_photographs = "" if find_spec("sklearn") else "scikit-learn is not installed"
+    return [
+        Phase("environment", [PYTHON, "-m", "xattn_kernels"], 30),
+        Phase("gpu tests", [*tests, "-m", "gpu"], 80, test_device),
+        Phase("compile", [*bench, "warm", *dtype, "--jobs", jobs, "--budget-seconds", "65"], 75),
+        Phase("benchmarks", [*bench, "run", *dtype, "--budget-seconds", "140"], 160),
+        Phase("main job", [*bench, "main", *common, *main_budget], 50, {}, no_photographs),
+        Phase("probe", probe, 30),
+        Phase("memcheck", [*sanitizer, "memcheck", *probe], 50, {}, no_sanitizer),
+        Phase("racecheck", [*sanitizer, "racecheck", *probe], 50, {}, no_sanitizer),
+        Phase("all tests", tests, 200, test_device),
+    ]
+
+
+def perform(phase: Phase, logs: Path, left: float) -> Outcome:
+    """Runs one phase within its limit and what is left, its whole output in a log file."""
+    if phase.missing:
+        return Outcome(phase, "missing", 0.0, phase.missing)
+    if left < 1.0:
+        return Outcome(phase, "no time", 0.0, "the time for everything is spent")
+    log, began = logs / f"{phase.name.replace(' ', '-')}.txt", time.monotonic()
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            phase.command,
+            cwd=machine.ROOT,
+            env=os.environ | phase.environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        status = wait(process, min(phase.seconds, left))
+    text = log.read_text(errors="replace")
+    return Outcome(phase, verdict(status, text), time.monotonic() - began, last_line(text))
+
+
+def wait(process: subprocess.Popen, seconds: float) -> int | None:
+    """The exit status, or None after `seconds`: interrupted first, so that pytest can sum up."""
+    for limit, sent in ((seconds, signal.SIGINT), (5.0, signal.SIGKILL), (5.0, None)):
+        try:
+            status = process.wait(limit)
+            return status if limit == seconds else None
+        except subprocess.TimeoutExpired:
+            if sent is not None:
+                os.killpg(process.pid, sent)
+    return None
+
+
+def verdict(status: int | None, text: str) -> str:
+    if re.search(r"Device not supported|not supported on this device", text):
+        return "missing"
+    if status is None:
+        return "time up"
+    no_tests = status == 5 and "pytest" not in text  # pytest's own status for an empty selection
+    return "passed" if status == 0 or no_tests else "failed"
+
+
+def last_line(text: str) -> str:
+    """The last line that says something, without progress bars and decoration."""
+    lines = [line.rsplit("\r", 1)[-1].strip(" =\n") for line in text.splitlines()]
+    return next((line for line in reversed(lines) if line), "")
+
+
+def report(outcomes: list[Outcome], out: Path, chosen: argparse.Namespace) -> str:
+    """The screen at the end: phases, then a line per workload."""
+    facts = machine.provenance(chosen.device)
+    lines = ["", ", ".join(f"{name} {value}" for name, value in facts.items())]
+    lines += [outcome.line for outcome in outcomes]
+    for path in sorted(out.glob("*-bfloat16.json")):
+        lines.append(rows.summary(rows.load(path)))
+    return "\n".join(lines)

@@ -1,0 +1,67 @@
+"""What the numbers were measured on: device, versions, commit, date; and its free memory."""
+
+from __future__ import annotations
+
+import platform
+import re
+import subprocess
+from datetime import datetime, timezone
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import psutil
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@lru_cache(None)
+def commit() -> str:
+    """The commit of this checkout, `-dirty` when tracked files differ; "unknown" without git."""
+    command = "git describe --always --dirty --exclude=* --abbrev=12".split()
+    options = {"cwd": ROOT, "capture_output": True, "text": True, "check": True}
+    try:
+        return subprocess.run(command, **options).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def device_name(device: torch.device | str) -> str:
+    """`NVIDIA H200`, or a processor's name with the threads that torch uses."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())
+        name = re.sub(r"\((R|TM)\)| CPU| Processor|@.*", "", found[1]).strip() if found else name
+    return f"{name} {torch.get_num_threads()} threads"
+
+
+def slug(device: torch.device | str) -> str:
+    """The device's name as a folder name."""
+    return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+
+
+def provenance(device: torch.device | str) -> dict[str, str]:
+    """The fields that every saved row carries."""
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = "none"
+    return {
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "triton": triton,
+        "commit": commit(),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
+    }
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a new tensor may take."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    return psutil.virtual_memory().available

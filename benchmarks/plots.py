@@ -1,0 +1,112 @@
+"""One picture per metric: every provider, workload by workload, a column per mode."""
+
+from __future__ import annotations
+
+import math
+from itertools import cycle
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from .rows import Row, number
+
+
+class Metric(NamedTuple):
+    field: str
+    name: str
+    label: str
+    log: bool
+
+
+METRICS = (
+    Metric("ms", "time", "milliseconds (median, quartiles), less is better", True),
+    Metric("peak_mib", "memory", "peak extra memory in MiB, less is better", True),
+    Metric("percent_of_product", "flops", "attended FLOP/s, % of a large matrix product", False),
+    Metric("percent_of_copy", "bandwidth", "least bytes per second, % of a large copy", False),
+)
+OTHERS = ("#9aa5b1", "#c8ccd2", "#7b8794", "#b8a99a", "#8d99ae", "#a3b18a", "#d0b8ac", "#6c757d")
+OURS = {"xattn-triton": "#0b6e4f", "xattn-sdpa": "#2a9d8f", "xattn-eager": "#a7d7c5"}
+
+
+def draw(rows: list[Row], folder: Path, name: str) -> list[Path]:
+    """Writes `name`-<metric>.png for each metric that has numbers; returns the paths."""
+    rows = [r for r in rows if r.status == "ok"]
+    paths = []
+    for metric in METRICS:
+        shown = [r for r in rows if getattr(r, metric.field) is not None]
+        if shown:
+            paths.append(folder / f"{name}-{metric.name}.png")
+            picture(shown, metric, paths[-1])
+    return paths
+
+
+def picture(rows: list[Row], metric: Metric, path: Path) -> None:
+    modes = list(dict.fromkeys(r.mode for r in rows))
+    others = dict.fromkeys(r.provider for r in rows if r.provider not in OURS)
+    colours = OURS | dict(zip(others, cycle(OTHERS), strict=False))
+    heights = [sum(r.mode == mode for r in rows) for mode in modes]
+    size = (6.5 * len(modes), 1.6 + 0.24 * max(heights))
+    figure, axes = plt.subplots(1, len(modes), figsize=size, squeeze=False, layout="constrained")
+    for axis, mode in zip(axes[0], modes, strict=True):
+        panel(axis, [r for r in rows if r.mode == mode], metric, colours)
+        axis.set_title(mode)
+    first = rows[0]
+    figure.suptitle(
+        f"{metric.label}\n{first.device}, {first.dtype}, torch {first.torch}, "
+        f"triton {first.triton}, commit {first.commit}, {first.date}",
+        fontsize=9,
+    )
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def panel(axis, rows: list[Row], metric: Metric, colours: dict[str, str]) -> None:
+    """Rows from top to bottom; the workload's name above each group, the best first in it."""
+    place, ticks = 0.0, []
+    heading = {"transform": axis.get_yaxis_transform(), "va": "center", "weight": "bold"}
+    for workload in dict.fromkeys(r.workload for r in rows):
+        group = [r for r in rows if r.workload == workload]
+        axis.text(0.0, place, f" {workload}", **heading)
+        for row in sorted(group, key=lambda r: getattr(r, metric.field)):
+            place += 1
+            mark(axis, place, row, metric, colours[row.provider])
+            ticks.append((place, row.provider))
+        place += 1.5
+    axis.set_yticks(*zip(*ticks, strict=True), fontsize=8)
+    axis.set_ylim(place - 0.8, -0.8)
+    if metric.log:
+        axis.set_xscale("log")
+        steps = (1, 2, 5) if decades(rows, metric) < 3 else (1,)
+        axis.xaxis.set_major_locator(LogLocator(subs=steps))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        axis.set_xlim(left=0)
+    axis.margins(x=0.15)
+    axis.grid(axis="x", alpha=0.25)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def mark(axis, place: float, row: Row, metric: Metric, colour: str) -> None:
+    """A dot on a logarithmic axis, where a bar's length would mean nothing; else a bar."""
+    value = end = max(getattr(row, metric.field), 1e-3)
+    if not metric.log:
+        axis.barh(place, value, color=colour)
+    else:
+        axis.plot(value, place, "o", color=colour, markersize=7)
+    if metric.field == "ms":
+        end = row.ms_75
+        axis.hlines(place, row.ms_25, row.ms_75, color=colour, linewidth=2)
+    look = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "fontsize": 7}
+    axis.annotate(number(value), (end, place), **look)
+
+
+def decades(rows: list[Row], metric: Metric) -> float:
+    values = [max(getattr(r, metric.field), 1e-3) for r in rows]
+    return math.log10(max(values) / min(values))

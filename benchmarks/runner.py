@@ -1,0 +1,180 @@
+"""Runs providers over cases within a time budget: refuse, check, clock, weigh, in that order."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import quantiles
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from . import machine, memory, timing
+from .case import Case
+from .check import Truth
+from .providers import Provider
+from .rows import Row
+from .steps import Step, step
+
+MOST_CLOCK_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """budget: seconds for everything; first_call: most for one provider's compile and check."""
+
+    modes: tuple[str, ...] = ("forward", "both")
+    budget: float = 240.0
+    first_call: float = 60.0
+    memory: bool = True
+    input: str = "random normal"
+
+
+class Checked(NamedTuple):
+    """A call that gave the right result: peak in bytes where the device knows it, and its error."""
+
+    call: Step
+    peak: int | None
+    error_share: float
+
+
+def run(
+    cases: Iterable[Case], count: int, providers: list[Provider], settings: Settings
+) -> Iterator[list[Row]]:
+    """Yields the rows of one case and mode at a time; `count` is how many cases there will be."""
+    end, groups, facts = time.perf_counter() + settings.budget, count * len(settings.modes), None
+    with tqdm(total=groups * len(providers), unit="run") as bar:
+        for case in cases:
+            facts = facts or ceiling_facts(case)
+            truth = None
+            for mode in settings.modes:
+                group = Group(case, mode, providers, facts, settings, bar)
+                left = end - time.perf_counter()
+                if left > 0:
+                    truth = truth or Truth(case, any(m != "forward" for m in settings.modes))
+                    yield group.rows(truth, left / groups, left)
+                else:
+                    yield group.failed("skipped", f"the {settings.budget:.0f} s are spent")
+                groups -= 1
+
+
+def ceiling_facts(case: Case) -> dict:
+    product, copy = timing.ceilings(case.device, case.dtype)
+    facts = machine.provenance(case.device)
+    return {"product_tflops": product / 1e12, "copy_gbytes_per_s": copy / 1e9, **facts}
+
+
+class Group:
+    """All providers on one case in one mode."""
+
+    def __init__(
+        self,
+        case: Case,
+        mode: str,
+        providers: list[Provider],
+        facts: dict,
+        settings: Settings,
+        bar: tqdm,
+    ):
+        self.case, self.mode, self.providers = case, mode, providers
+        self.settings, self.bar = settings, bar
+        self.blank = Row(
+            workload=case.label,
+            provider="",
+            mode=mode,
+            dtype=str(case.dtype).removeprefix("torch."),
+            status="",
+            flops=case.flops(mode),
+            min_bytes=case.min_bytes(mode),
+            visible_fraction=case.visible_fraction(),
+            mask=case.workload.mask,
+            regime=case.workload.regime,
+            original=case.original.shape,
+            actual=case.workload.shape,
+            input=settings.input,
+            **facts,
+        )
+
+    def rows(self, truth: Truth, share: float, left: float) -> list[Row]:
+        """One row per provider, in about `share` seconds; only right results are timed."""
+        end = time.perf_counter() + share
+        checked = {}
+        for provider in self.providers:
+            self.bar.set_description(f"{self.case.label} {self.mode} {provider.name}")
+            checked[provider.name] = self.check(provider, truth, left)
+            self.bar.update()
+        right = {n: c for n, c in checked.items() if isinstance(c, Checked)}
+        try:
+            seconds = min(0.6 * (end - time.perf_counter()), MOST_CLOCK_SECONDS)
+            calls = {name: c.call for name, c in right.items()}
+            times = timing.measure(calls, self.case.device, seconds)
+        except Exception as error:  # a crash of one call must not lose the other workloads
+            return self.failed("error", one_line(error))
+        peaks = {name: c.peak for name, c in right.items()}
+        shares = {name: c.error_share for name, c in right.items()}
+        del calls, right
+        rows = [c for c in checked.values() if isinstance(c, Row)]
+        checked.clear()
+        peaks |= self.resident_peaks(list(times))
+        return rows + [self.timed(n, times[n], peaks[n], shares[n]) for n in times]
+
+    def check(self, provider: Provider, truth: Truth, left: float) -> Row | Checked:
+        """A row with the reason why there is no time, or the call whose result is right."""
+        blank, case = replace(self.blank, provider=provider.name), self.case
+        try:
+            found = provider.reasons(case, self.mode)
+            if found:
+                return replace(blank, status="unsupported", reason="; ".join(found))
+            with timing.time_limit(min(self.settings.first_call, max(left, 1.0))):
+                before = memory.allocated(case.device)
+                call = step(provider, case, self.mode)
+                wrong, share = truth.verdict(call())
+                if wrong:
+                    return replace(blank, status="wrong", reason=wrong)
+                return Checked(call, memory.device_peak(call, before, case.device), share)
+        except Exception as error:  # whatever a provider raises is its result
+            return replace(blank, status="error", reason=one_line(error))
+
+    def resident_peaks(self, names: list[str]) -> dict[str, int | None]:
+        """On a CPU the growth of a fresh process, provider by provider."""
+        if self.case.device.type != "cpu" or not self.settings.memory:
+            return {}
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "case.pt"
+            self.case.save(path)
+            limit = self.settings.first_call
+            return {name: memory.resident_peak(name, path, self.mode, limit) for name in names}
+
+    def timed(self, name: str, ms: list[float], peak: int | None, error_share: float) -> Row:
+        low, median, high = quantiles(ms, n=4, method="inclusive")
+        blank = self.blank
+        tflops, gbytes = blank.flops / median / 1e9, blank.min_bytes / median / 1e6
+        return replace(
+            blank,
+            provider=name,
+            status="ok",
+            ms=median,
+            ms_25=low,
+            ms_75=high,
+            repeats=len(ms),
+            peak_mib=None if peak is None else peak / 2**20,
+            tflops=tflops,
+            percent_of_product=100 * tflops / blank.product_tflops,
+            gbytes_per_s=gbytes,
+            percent_of_copy=100 * gbytes / blank.copy_gbytes_per_s,
+            error_share=error_share,
+        )
+
+    def failed(self, status: str, reason: str) -> list[Row]:
+        """The same status and reason for every provider."""
+        row = replace(self.blank, status=status, reason=reason)
+        return [replace(row, provider=p.name) for p in self.providers]
+
+
+def one_line(error: Exception) -> str:
+    """The kind of error and the first line that says something."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {text}"[:300]

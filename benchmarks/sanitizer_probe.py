@@ -1,0 +1,56 @@
+"""Every op once, small, forward and backward, for compute-sanitizer to watch.
+
+Sizes are odd on purpose: the last tile of every loop is a partial one.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from xattn_kernels import cross_attention, masks
+
+B, HQ, HKV, NQ, NK, D, DV = 2, 4, 2, 37, 83, 40, 24
+
+
+def calls(device: str) -> dict[str, dict]:
+    """Arguments of `cross_attention` that together use every flag."""
+    lengths = torch.tensor([NK, 19], dtype=torch.int32, device=device)
+    images = torch.zeros(B, NQ, dtype=torch.bool, device=device)
+    images[:, [5, 20]] = True
+    bias = torch.randn(1, HQ, NQ, NK, device=device, requires_grad=True)
+    scale = torch.full((HQ,), 0.2, device=device, requires_grad=True)
+    dense = torch.rand(B, 1, NQ, NK, device=device) < 0.5
+    return {
+        "plain": {},
+        "padding": {"mask": masks.padding(lengths)},
+        "media": {"mask": masks.media(images, 40, 2), "return_statistics": True},
+        "dense mask": {"mask": dense, "softcap": 5.0},
+        "bias and scale": {"bias": bias, "scale": scale},
+        "dropout": {"dropout_p": 0.2, "seed": 7, "return_lse": True},
+    }
+
+
+def main(device: str) -> int:
+    torch.manual_seed(0)
+    backend = None if device == "cuda" else "eager"
+    for name, options in calls(device).items():
+        dtype = torch.float32 if "bias" in options else torch.bfloat16
+        shapes = ((B, HQ, NQ, D), (B, HKV, NK, D), (B, HKV, NK, DV))
+        q, k, v = (torch.randn(s, device=device, dtype=dtype, requires_grad=True) for s in shapes)
+        result = cross_attention(q, k, v, backend=backend, **options)
+        parts = [result] if isinstance(result, torch.Tensor) else list(result)
+        finite = [t.nan_to_num(neginf=0.0).float() for t in parts if t is not None]
+        torch.autograd.grad(sum(t.sum() for t in finite), (q, k, v))
+        print(f"{name}: ran", flush=True)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1] if len(sys.argv) > 1 else "cuda"))
