@@ -52,17 +52,19 @@ def devices() -> list[tuple[torch.device, str]]:
     return found
 
 
-def backends(device: torch.device) -> list[str]:
-    """For each op, what every backend says of a plain call on `device`."""
+def explain_on(device: torch.device) -> None:
+    """Prints, for each op, what every backend says of a plain call on `device`."""
     dtype = torch.float32 if device.type == "cpu" else torch.float16
     t = torch.zeros(1, 1, 1, 64, dtype=dtype, device=device)
-    return [explain(op, *[t] * count) for op, count in TENSORS.items()]
+    for op, count in TENSORS.items():
+        explain(op, *[t] * count)
 
 
 def main() -> None:
     print(*versions(), sep="\n")
     for device, description in devices():
-        print(f"\n{device}: {description}", *backends(device), sep="\n")
+        print(f"\n{device}: {description}")
+        explain_on(device)
 
 
 if __name__ == "__main__":
