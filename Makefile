@@ -9,7 +9,7 @@ PIP := $(PY) -m pip --disable-pip-version-check --no-input
 INSTALLED := $(VENV)/.installed
 TRITON_NEWEST := .triton39
 
-# Read by Triton when it is imported, so each needs a process of its own.
+# The interpreter is chosen when Triton is imported, so each way needs a process of its own.
 INTERPRETED := OMP_NUM_THREADS=1 TRITON_INTERPRET=1
 COMPILED := OMP_NUM_THREADS=1 XATTN_TRITON_ON_CPU=1
 PYTEST := $(PY) -m pytest tests -n $(JOBS) --dist worksteal
@@ -55,9 +55,11 @@ gpu:
 	$(PYTHON) -m pip --disable-pip-version-check --no-input install --no-build-isolation --no-deps -e .
 	$(PYTHON) -m benchmarks gpu
 
+GRID := $(PY) -m benchmarks.compile_grid --jobs $(JOBS) --out benchmarks/results/static
+
 compile-grid: $(INSTALLED) $(TRITON_NEWEST)/.installed
-	$(PY) -m benchmarks.compile_grid
-	PYTHONPATH=$(TRITON_NEWEST) $(PY) -m benchmarks.compile_grid
+	$(GRID)
+	PYTHONPATH=$(TRITON_NEWEST) $(GRID)
 
 CUDA_SOURCES = $(shell git ls-files 'csrc/*.cuh' 'csrc/*.cu' 'csrc/*.h' 'csrc/*.cpp')
 
