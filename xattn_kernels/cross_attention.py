@@ -111,6 +111,9 @@ def triton_reasons(x: CrossAttentionInputs) -> list[str]:
 
 def triton_run(x: CrossAttentionInputs) -> CrossAttentionResult:
     start, stop = x.bounds()
+    # torch.compile refuses an autograd Function that gets one tensor twice
+    k = x.k.view(x.k.shape) if x.k is x.q else x.k
+    v = x.v.view(x.v.shape) if x.v is x.k or x.v is x.q else x.v
     scale_tensor = x.scale if isinstance(x.scale, Tensor) else None
     options = (
         math.nan if scale_tensor is not None else x.scale,
@@ -120,7 +123,7 @@ def triton_run(x: CrossAttentionInputs) -> CrossAttentionResult:
         torch.backends.cuda.matmul.allow_tf32,
     )
     out, lse, entropy, max_probability = CrossAttentionFunction.apply(
-        x.q, x.k, x.v, x.bias, scale_tensor, start, stop, x.mask, x.seed, options
+        x.q, k, v, x.bias, scale_tensor, start, stop, x.mask, x.seed, options
     )
     statistics = (entropy, max_probability) if x.return_statistics else (None, None)
     return CrossAttentionResult(out, lse if x.return_lse else None, *statistics)
@@ -131,7 +134,7 @@ BACKENDS = (
     Backend("sdpa", sdpa.reasons, sdpa.cross_attention),
     Backend("eager", reference.reasons, reference.cross_attention, by_name=True),
 )
-cross_attention.backends = BACKENDS
+cross_attention.backends, cross_attention.check = BACKENDS, check_inputs
 
 
 class CrossAttentionFunction(torch.autograd.Function):
@@ -140,7 +143,7 @@ class CrossAttentionFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, bias, scale, start, stop, mask, seed, options):
         ctx.set_materialize_grads(False)
-        launch = forward_op if torch.compiler.is_compiling() else forward_op._init_fn
+        launch = forward_op if torch.compiler.is_compiling() else launch_forward
         results = launch(q, k, v, bias, scale, start, stop, mask, seed, *options)
         out, lse, entropy, max_probability = results
         ctx.save_for_backward(q, k, v, bias, scale, start, stop, mask, seed, out, lse, entropy)
@@ -150,7 +153,7 @@ class CrossAttentionFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout, dlse, dentropy, _):
-        launch = backward_op if torch.compiler.is_compiling() else backward_op._init_fn
+        launch = backward_op if torch.compiler.is_compiling() else launch_backward
         with torch.no_grad():
             grads = launch(
                 dout, dlse, dentropy, *ctx.saved_tensors, *ctx.options, ctx.needs_input_grad[:5]
@@ -178,8 +181,7 @@ class RefuseDoubleBackward(torch.autograd.Function):
         )
 
 
-@torch.library.custom_op("xattn_kernels::cross_attention_forward", mutates_args=())
-def forward_op(
+def launch_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -204,17 +206,7 @@ def forward_op(
     )  # fmt: skip
 
 
-@forward_op.register_fake
-def _(q, k, v, bias, scale_tensor, start, stop, mask, seed, scale, softcap, dropout_p,
-      statistics, allow_tf32):  # fmt: skip
-    B, Hq, Nq, _ = q.shape
-    row = q.new_empty((B, Hq, Nq), dtype=torch.float32)
-    extra = row if statistics else row.new_empty(0)
-    return q.new_empty((B, Hq, Nq, v.shape[3])), row, torch.empty_like(extra), torch.empty_like(extra)
-
-
-@torch.library.custom_op("xattn_kernels::cross_attention_backward", mutates_args=())
-def backward_op(
+def launch_backward(
     dout: Tensor | None,
     dlse: Tensor | None,
     dentropy: Tensor | None,
@@ -240,16 +232,45 @@ def backward_op(
     """(dq, dk, dv, dbias, dscale); those not in `needs` have no elements."""
     from .triton_kernels import cross_attention as kernels
 
+    # a traced graph passes zeros where autograd passes None, without statistics of no elements
+    dentropy = dentropy if statistics else None
     return kernels.backward(
         dout, dlse, dentropy, q, k, v, bias, scale_tensor, start, stop, mask, seed, out, lse,
         entropy, scale, softcap, dropout_p, allow_tf32, needs,
     )  # fmt: skip
 
 
+# Under torch.compile and torch.export a launch is one node; an eager call goes straight to the
+# launcher, which saves the custom op's own dispatch on every call.
+forward_op = torch.library.custom_op(
+    "xattn_kernels::cross_attention_forward", launch_forward, mutates_args=()
+)
+backward_op = torch.library.custom_op(
+    "xattn_kernels::cross_attention_backward", launch_backward, mutates_args=()
+)
+
+
+@forward_op.register_fake
+def fake_forward(
+    q, k, v, bias, scale_tensor, start, stop, mask, seed, scale, softcap, dropout_p, statistics,
+    allow_tf32,
+):  # fmt: skip
+    from .triton_kernels import launch as kernels
+
+    row = q.new_empty(q.shape[:3], dtype=torch.float32)
+    extra = row if statistics else row.new_empty(0)
+    return kernels.empty_rows(q, v.shape[3]), row, torch.empty_like(extra), torch.empty_like(extra)
+
+
 @backward_op.register_fake
-def _(dout, dlse, dentropy, q, k, v, bias, scale_tensor, start, stop, mask, seed, out, lse,
-      entropy, scale, softcap, dropout_p, statistics, allow_tf32, needs):  # fmt: skip
+def fake_backward(
+    dout, dlse, dentropy, q, k, v, bias, scale_tensor, start, stop, mask, seed, out, lse, entropy,
+    scale, softcap, dropout_p, statistics, allow_tf32, needs,
+):  # fmt: skip
+    from .triton_kernels import launch as kernels
+
+    rows = [kernels.empty_rows(t, t.shape[3]) for t in (q, k, v)]
+    rest = [None if t is None else t.new_empty(t.shape) for t in (bias, scale_tensor)]
     return tuple(
-        t.new_empty(t.shape) if needed else q.new_empty(0)
-        for t, needed in zip((q, k, v, bias, scale_tensor), needs, strict=True)
+        t if needed else q.new_empty(0) for t, needed in zip(rows + rest, needs, strict=True)
     )

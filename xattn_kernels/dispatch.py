@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
+
+HAS_TRITON = find_spec("triton") is not None
 
 
 class Backend(NamedTuple):
@@ -46,13 +47,13 @@ def report(backends: Sequence[Backend], inputs: Any) -> str:
     return "\n".join(lines)
 
 
-def explain(op: Callable, *args, **kwargs) -> str:
-    """Says, without running it, which backend `op(*args, **kwargs)` takes and why not the others.
+def explain(op: Callable, *args, **kwargs) -> None:
+    """Prints which backend `op(*args, **kwargs)` would take and why the others cannot run it."""
+    print(explanation(op, *args, **kwargs))
 
-    >>> import torch, xattn_kernels
-    >>> q = torch.zeros(1, 2, 3, 16)
-    >>> print(xattn_kernels.explain(xattn_kernels.cross_attention, q, q, q))  # doctest: +SKIP
-    """
+
+def explanation(op: Callable, *args, **kwargs) -> str:
+    """What `explain` prints; nothing is run, but the arguments are checked."""
     if not hasattr(op, "backends"):
         raise TypeError(f"explain needs one of the package's ops, got {op!r}")
     kwargs = dict(kwargs)
@@ -65,11 +66,6 @@ def explain(op: Callable, *args, **kwargs) -> str:
     return f"{op.__name__} {chosen}\n{report(op.backends, inputs)}"
 
 
-@lru_cache(None)
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
-
-
 def triton_on_cpu() -> bool:
     """Whether CPU tensors go to Triton: under its interpreter, or with an emulator in charge."""
     return os.environ.get("TRITON_INTERPRET") == "1" or os.environ.get("XATTN_TRITON_ON_CPU") == "1"
@@ -77,7 +73,7 @@ def triton_on_cpu() -> bool:
 
 def triton_device_reasons(device: torch.device) -> list[str]:
     """Why Triton kernels cannot run on tensors of `device`."""
-    if not _has_triton():
+    if not HAS_TRITON:
         return ["triton is not installed (pip install triton)"]
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)

@@ -74,7 +74,9 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor | None) -> None:
         if not t.dtype.is_floating_point:
             raise TypeError(f"{name} must be a floating-point tensor, got {t.dtype}")
         if t.dtype != q.dtype:
-            raise TypeError(f"q, k and v must share one dtype, got q {q.dtype} and {name} {t.dtype}")
+            raise TypeError(
+                f"q, k and v must share one dtype, got q {q.dtype} and {name} {t.dtype}"
+            )
         if t.device != q.device:
             raise ValueError(
                 f"q, k and v must be on one device, got q on {q.device} and {name} on {t.device}"
@@ -164,8 +166,7 @@ def check_scale(scale, q: Tensor) -> float | Tensor:
         raise ValueError(f"scale must be on the device of q, {q.device}, got {scale.device}")
     if tuple(scale.shape) not in ((), (1,), (q.shape[1],)):
         raise ValueError(
-            f"scale must be a scalar or have shape [Hq] = [{q.shape[1]}], got "
-            f"{list(scale.shape)}"
+            f"scale must be a scalar or have shape [Hq] = [{q.shape[1]}], got {list(scale.shape)}"
         )
     return scale.reshape(-1)
 
@@ -199,18 +200,21 @@ def check_inputs(
     k,
     v,
     *,
-    mask,
-    bias,
-    scale,
-    softcap,
-    dropout_p,
-    seed,
-    return_lse,
-    return_statistics,
-    deterministic,
-    validate,
+    mask=None,
+    bias=None,
+    scale=None,
+    softcap=None,
+    dropout_p=0.0,
+    seed=None,
+    return_lse=False,
+    return_statistics=False,
+    deterministic=None,
+    validate=False,
 ) -> CrossAttentionInputs:
-    """The checked inputs of one call; raises TypeError or ValueError naming the argument."""
+    """The checked inputs of one call of `cross_attention`, whose arguments it takes.
+
+    Raises TypeError or ValueError naming the argument, what it was and what is allowed.
+    """
     check_tensors(q, k, v)
     interval, mask = check_mask(mask, q, k, validate)
     dropout_p, seed = check_dropout(dropout_p, seed, q)

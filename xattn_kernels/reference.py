@@ -91,14 +91,14 @@ def softmax(s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """
     if s.shape[-1] == 0:
         row = s.sum(-1)
-        return s, torch.full_like(row, NEG_INF), row, row
+        return s, row + NEG_INF, row, row.detach()
     m = s.detach().amax(-1, keepdim=True)
     m = m.masked_fill(m == NEG_INF, 0.0)
     t = s - m
     e = t.exp()
-    l = e.sum(-1, keepdim=True)  # noqa: E741 - the row sum is called l in every paper
+    l = e.sum(-1, keepdim=True)
     empty = l == 0
-    l = l.masked_fill(empty, 1.0)  # noqa: E741
+    l = l.masked_fill(empty, 1.0)
     p = e / l
     lse = (m + l.log()).masked_fill(empty, NEG_INF)
     entropy = l.log() - (p * t.masked_fill(t == NEG_INF, 0.0)).sum(-1, keepdim=True)

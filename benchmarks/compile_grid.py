@@ -1,0 +1,268 @@
+"""Compiles every row of the configuration table ahead of time and reports what the compiler made.
+
+No GPU is needed: the launchers run on meta tensors with a driver that only names the target, so
+what is compiled is what a user's call would compile. Per kernel and architecture: registers, stack
+(spilled bytes included), shared memory, tensor-core instructions.
+
+    python -m benchmarks.compile_grid --jobs 2 --out benchmarks/results/static
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import itertools
+import json
+import multiprocessing
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+ARCHS = (80, 89, 90, 100, 120)
+# largest dynamic shared memory of one block, in bytes (CUDA programming guide, table of limits)
+SHARED_LIMIT = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+FLAGS = ("mask", "bias", "scale", "softcap", "dropout", "statistics")
+FLAGS += ("bias scale softcap dropout statistics",)
+TENSOR_CORE = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call whose kernels are compiled."""
+
+    name: str
+    D: int
+    Dv: int
+    dtype: str
+    rows: int  # Nq
+    Nk: int = 4096
+    group: int = 1
+    interval: bool = True
+    flags: str = ""  # any of: mask bias scale softcap dropout statistics
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was compiled; the order of the fields is that of the table's columns."""
+
+    triton: str
+    arch: int
+    case: str
+    kernel: str
+    block_q: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    registers: int
+    stack: int
+    local: int
+    shared: int
+    tensor_core: int
+    error: str = ""
+
+
+def cases() -> list[Case]:
+    """Every width, kind of product and regime of the table, and the flags one at a time."""
+    widths = [(16, 16), (32, 160), (40, 40), (64, 64), (80, 80), (96, 96), (128, 128), (160, 160),
+              (192, 128), (256, 256)]  # fmt: skip
+    found = []
+    for (D, Dv), dtype in itertools.product(widths, ("bfloat16", "float32")):
+        for regime, rows in (("decode", 1), ("few", 64), ("many", 2048)):
+            found.append(Case(f"{regime}-D{D}-Dv{Dv}-{dtype}", D, Dv, dtype, rows))
+    for D, flag in itertools.product(
+        (64, 128), ("mask", "bias", "scale", "softcap", "dropout", "statistics")
+    ):
+        for regime, rows in (("few", 32), ("many", 2048)):
+            found.append(Case(f"{regime}-D{D}-{flag}", D, D, "bfloat16", rows, flags=flag))
+    for D in (64, 128):
+        found.append(Case(f"many-D{D}-dense", D, D, "bfloat16", 2048, interval=False))
+        found.append(Case(f"many-D{D}-float16", D, D, "float16", 2048))
+    found.append(Case("decode-gqa-D128", 128, 128, "bfloat16", 1, group=4))
+    found.append(Case("prefill-gqa-D128", 128, 128, "bfloat16", 512, group=4))
+    return found
+
+
+class CompileOnlyDriver:
+    """Stands where Triton looks for a device: names the target and nothing else."""
+
+    def __init__(self, arch: int):
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget("cuda", arch, 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return f"sm_{self.target.arch}"
+
+    def get_current_stream(self, device=None):
+        return 0
+
+
+@contextlib.contextmanager
+def compile_only(arch: int) -> Iterator[list]:
+    """Inside, a launch compiles for `arch` and runs nothing; yields the (name, kernel) compiled."""
+    from triton.runtime import jit
+    from triton.runtime.driver import driver
+
+    compiled, run, active = [], jit.JITFunction.run, driver._active
+
+    def compile_instead(self, *args, grid, warmup, **kwargs):
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        compiled.append((self.fn.__name__, kernel, kwargs))
+        return kernel
+
+    jit.JITFunction.run, driver._active = compile_instead, CompileOnlyDriver(arch)
+    try:
+        yield compiled
+    finally:
+        jit.JITFunction.run, driver._active = run, active
+
+
+def launch(case: Case) -> None:
+    """Forward and backward of `case` on meta tensors."""
+    import torch
+    from xattn_kernels.triton_kernels import cross_attention as kernels
+
+    dtype = getattr(torch, case.dtype)
+    B, Hkv = 2, 4
+    Hq = Hkv * case.group
+
+    def empty(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    q, k = empty(B, Hq, case.rows, case.D), empty(B, Hkv, case.Nk, case.D)
+    v = empty(B, Hkv, case.Nk, case.Dv)
+    start, stop = (empty(B, case.rows, dtype=torch.int32) for _ in range(2))
+    flags = case.flags.split()
+    operands = (
+        q, k, v,
+        empty(1, Hq, case.rows, case.Nk) if "bias" in flags else None,
+        empty(Hq, dtype=torch.float32) if "scale" in flags else None,
+        *((start, stop) if case.interval else (None, None)),
+        empty(B, 1, 1, case.Nk, dtype=torch.bool) if "mask" in flags else None,
+        empty(1, dtype=torch.int64) if "dropout" in flags else None,
+    )  # fmt: skip
+    options = (0.125, 30.0 if "softcap" in flags else 0.0, 0.1 if "dropout" in flags else 0.0)
+    statistics = "statistics" in flags
+    out, lse, entropy, _ = kernels.forward(*operands, *options, statistics, False)
+    needs = [True, True, True, operands[3] is not None, operands[4] is not None]
+    dentropy = lse if statistics else None
+    kernels.backward(out, None, dentropy, *operands, out, lse, entropy, *options, False, needs)
+
+
+def resources(kernel) -> dict[str, int]:
+    """Registers, stack and local bytes of a cubin, by the disassembler in Triton's wheel."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        text = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text))
+    return {
+        "registers": int(usage["REG"]),
+        "stack": int(usage["STACK"]),
+        "local": int(usage["LOCAL"]),
+    }
+
+
+def compile_case(task: tuple[int, Case]) -> list[Row]:
+    """The rows of one case on one architecture, one per distinct kernel."""
+    import triton
+
+    arch, case = task
+    common = {"triton": triton.__version__, "arch": arch, "case": case.name}
+    nothing = dict.fromkeys([f.name for f in fields(Row)[4:-1]], 0)
+    with compile_only(arch) as compiled:
+        try:
+            launch(case)
+        except Exception as error:  # reported as a row: one failure must not hide the others
+            return [
+                Row(**common, kernel="", **nothing, error=f"{type(error).__name__}: {error}"[:300])
+            ]
+    rows = []
+    for name, kernel, options in compiled:
+        rows.append(Row(
+            **common, kernel=name,
+            block_q=options.get("BLOCK_Q", options.get("BLOCK", 0)),
+            block_k=options.get("BLOCK_K", 0),
+            num_warps=kernel.metadata.num_warps, num_stages=kernel.metadata.num_stages,
+            **resources(kernel), shared=kernel.metadata.shared,
+            tensor_core=len(TENSOR_CORE.findall(kernel.asm["ptx"])),
+        ))  # fmt: skip
+    return rows
+
+
+def faults(row: Row) -> list[str]:
+    """Why a row fails the gate."""
+    found = [row.error] if row.error else []
+    if row.stack or row.local:
+        found.append(f"spills ({row.stack} bytes of stack, {row.local} local)")
+    if row.shared > SHARED_LIMIT[row.arch]:
+        found.append(f"{row.shared} bytes of shared memory > {SHARED_LIMIT[row.arch]}")
+    half = "float32" not in row.case
+    if (
+        half
+        and row.kernel.endswith(("forward_kernel", "dq_kernel", "dkdv_kernel", "dbias_kernel"))
+        and not row.tensor_core
+    ):
+        found.append("no tensor-core instruction")
+    return found
+
+
+def compile_all(tasks: list, jobs: int) -> list[Row]:
+    """Compiles in `jobs` processes; a progress bar on stderr."""
+    from tqdm import tqdm
+
+    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+        found = pool.imap(compile_case, tasks)
+        return [row for rows in tqdm(found, total=len(tasks), file=sys.stderr) for row in rows]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--arch", type=int, nargs="*", default=list(ARCHS))
+    parser.add_argument("--match", default="", help="only cases whose name contains this")
+    parser.add_argument("--every", type=int, default=1, help="only each n-th task: a sample")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument(
+        "--out", type=Path, help="folder for compile_grid_triton<version>.{json,csv}"
+    )
+    args = parser.parse_args()
+    tasks = [(arch, c) for c in cases() if args.match in c.name for arch in args.arch][
+        :: args.every
+    ]
+    rows = compile_all(tasks, args.jobs)
+    bad = [(row, faults(row)) for row in rows if faults(row)]
+    for row, why in bad:
+        tile = f"{row.block_q}x{row.block_k}, {row.num_warps} warps, {row.num_stages} stages"
+        print(f"sm_{row.arch} {row.case} {row.kernel} ({tile}): {'; '.join(why)}")
+    if args.out:
+        write(rows, args.out)
+    print(f"{len(rows)} kernels compiled from {len(tasks)} calls, {len(bad)} with faults")
+    return 1 if bad else 0
+
+
+def write(rows: list[Row], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = folder / f"compile_grid_triton{rows[0].triton}"
+    table = [asdict(row) for row in rows]
+    Path(f"{stem}.json").write_text(json.dumps(table, indent=0) + "\n")
+    with open(f"{stem}.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(Row)])
+        writer.writeheader()
+        writer.writerows(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
