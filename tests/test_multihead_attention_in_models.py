@@ -5,10 +5,10 @@ import pickle
 
 import pytest
 import torch
-from numerics import assert_as_accurate
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from largest_tensor import LargestTensor
+from numerics import assert_as_accurate
 from xattn_kernels import masks
 from xattn_kernels.modules import MultiheadAttention, replace_multihead_attention
 
@@ -209,22 +209,6 @@ def test_own_errors():
         MultiheadAttention(E, H, dropout=0.5, backend="sdpa")(*tensors)
 
 
-class LargestTensor(TorchDispatchMode):
-    """The most elements that any operator returned in one tensor."""
-
-    def __init__(self):
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for x in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(x, torch.Tensor) and x.untyped_storage().nbytes():
-                stored = x.untyped_storage().nbytes() // x.element_size()
-                self.numel = max(self.numel, min(stored, x.numel()))
-        return result
-
-
 @pytest.mark.parametrize("given", ["nothing", "padding", "attn_mask", "both", "interval"])
 def test_weights_never_exist_per_head(given):
     heads, n = 8, 96
@@ -240,7 +224,8 @@ def test_weights_never_exist_per_head(given):
     with LargestTensor() as largest:
         out, weights = module(x, x, x, **call)
         (out.square().sum() + weights.square().sum()).backward()
-    assert weights.numel() == B * n * n <= largest.numel < B * heads * n * n // 4
+    scores = weights.element_size() * B * heads * n * n
+    assert scores // heads <= largest.nbytes < scores // 2
     with LargestTensor() as largest:
         nn.MultiheadAttention(E, heads)(x, x, x)
-    assert largest.numel == B * heads * n * n
+    assert largest.nbytes == scores

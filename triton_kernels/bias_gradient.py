@@ -7,7 +7,15 @@ atomics, is deterministic, and only the bias itself is ever written.
 import triton
 import triton.language as tl
 
-from .scores import forbid_outside, kept, row_offsets, row_scale, score_gradient, tile_scores
+from .scores import (
+    forbid_outside,
+    kept,
+    plus_weight_gradient,
+    row_offsets,
+    row_scale,
+    score_gradient,
+    tile_scores,
+)
 from .tiles import dot_nt, load_rows, load_tile, row_bounds
 
 
@@ -15,7 +23,7 @@ from .tiles import dot_nt, load_rows, load_tile, row_bounds
 def dbias_kernel(
     dbias,  # float32 [n_splits, *bias.shape], contiguous
     bias_B, bias_H, bias_Nq, bias_Nk,  # each 1 or full
-    dout, stride_dout, lse, delta, dentropy,
+    dout, stride_dout, lse, delta, dentropy, dweights, stride_dweights,
     q, stride_q, k, stride_k, v, stride_v,
     bias, stride_bias, mask, stride_mask,
     start, stride_start, stop, stride_stop,
@@ -72,8 +80,12 @@ def dbias_kernel(
         if dentropy is not None:
             row_dentropy = row_dentropy[:, None]
         p = tl.exp2(s - row_lse)
-        dp = dot_nt(dout_tile, v_tile, CHUNKS_V, PRECISION) * dropout_scale
-        dp = kept(dp, seed, b, h_rows[:, None], i[:, None], j[None, :], threshold)
+        dp = plus_weight_gradient(
+            dot_nt(dout_tile, v_tile, CHUNKS_V, PRECISION), dweights,
+            row_offsets(stride_dweights, b, h_rows, i)[:, None], stride_dweights,
+            row_mask[:, None], j[None, :], Nk,
+        )  # fmt: skip
+        dp = kept(dp * dropout_scale, seed, b, h_rows[:, None], i[:, None], j[None, :], threshold)
         ds, _ = score_gradient(p, s, row_lse, dp, row_delta, row_dentropy, th, softcap)
         acc += ds
 

@@ -18,6 +18,7 @@ from .rows import merge_splits, row_delta, tile_bounds
 from .scores import (
     forbid_outside,
     kept,
+    plus_weight_gradient,
     row_offsets,
     row_scale,
     score_gradient,
@@ -129,8 +130,10 @@ def forward_kernel(
 def dq_kernel(
     dq, stride_dq,  # [n_splits, B, Hq, Nq, D]
     dscale,  # float32 [n_splits, B, Hq, Nq], <q, dq> / scale of each row, or None
+    dlse,  # float32 [n_splits, B, Hq, Nq], minus the row sums of ds, or None
     dk, stride_dk, dv, stride_dv,  # [B, Hkv, Nk, *], when one tile holds all rows; else None
     dout, stride_dout, lse, delta, dentropy,  # float32 rows [B, Hq, Nq]; dentropy may be None
+    dweights, stride_dweights,  # gradient of the weights, 4-d with broadcast strides, or None
     q, stride_q, k, stride_k, v, stride_v,
     bias, stride_bias, mask, stride_mask,
     start, stride_start, stop, stride_stop,
@@ -158,6 +161,7 @@ def dq_kernel(
         rs = rs[:, None]
     bias_rows = row_offsets(stride_bias, b, h, i)[:, None]
     mask_rows = row_offsets(stride_mask, b, h, i)[:, None]
+    weight_rows = row_offsets(stride_dweights, b, h, i)[:, None]
     rows = (b * Hkv * GROUP + h) * Nq + i
     row_lse, row_delta, row_dentropy = load_rows(lse, delta, dentropy, rows, row_mask)
     row_lse, row_delta = row_lse[:, None], row_delta[:, None]
@@ -169,6 +173,7 @@ def dq_kernel(
     k += b * stride_k[0] + hkv.to(tl.int64) * stride_k[1]
     v += b * stride_v[0] + hkv.to(tl.int64) * stride_v[1]
     acc = zero_tile(BLOCK_Q, CHUNKS)
+    row_ds = tl.full([BLOCK_Q], 0.0, tl.float32)
     for k0 in range(key_begin, key_end, BLOCK_K):
         j = k0 + tl.arange(0, BLOCK_K)
         there = j < key_end
@@ -183,9 +188,14 @@ def dq_kernel(
         if (k0 < full_begin) | (k0 + BLOCK_K > full_end):
             s = forbid_outside(s, first, last, j[None, :])
         p = tl.exp2(s - row_lse)
-        dp = dot_nt(dout_tile, v_tile, CHUNKS_V, PRECISION)
+        dp = plus_weight_gradient(
+            dot_nt(dout_tile, v_tile, CHUNKS_V, PRECISION), dweights, weight_rows,
+            stride_dweights, row_mask[:, None], j[None, :], Nk,
+        )  # fmt: skip
         dp = kept(dp * dropout_scale, seed, b, h[:, None], i[:, None], j[None, :], threshold)
-        _, ds = score_gradient(p, s, row_lse, dp, row_delta, row_dentropy, th, softcap)
+        capped, ds = score_gradient(p, s, row_lse, dp, row_delta, row_dentropy, th, softcap)
+        if dlse is not None:
+            row_ds += tl.sum(capped, 1)
         acc = dot_into(acc, ds.to(k_tile[0].dtype), k_tile, CHUNKS, PRECISION)
         if dk is not None:
             p = kept(p * dropout_scale, seed, b, h[:, None], i[:, None], j[None, :], threshold)
@@ -201,6 +211,8 @@ def dq_kernel(
             keys = hkv.to(tl.int64) * stride_dv[1] + j.to(tl.int64) * stride_dv[2]
             store_tile(dv + b * stride_dv[0], keys, there, dv_tile, DV, CHUNKS_V, ALIGN)
 
+    if dlse is not None:
+        tl.store(dlse + split * B * Hkv * GROUP * Nq + rows, -row_ds, row_mask)
     if dscale is not None:
         tl.store(dscale + split * B * Hkv * GROUP * Nq + rows, row_dot(q_tile, acc, CHUNKS), row_mask)
     dq += split * stride_dq[0] + b * stride_dq[1]
@@ -213,7 +225,7 @@ def dq_kernel(
 def dkdv_kernel(
     dk, stride_dk, dv, stride_dv,  # [n_splits, B, Hkv, Nk, *]
     bounds,  # int32 [B, n_tiles, 4]: smallest and largest start and stop of each row tile, or None
-    dout, stride_dout, lse, delta, dentropy,
+    dout, stride_dout, lse, delta, dentropy, dweights, stride_dweights,
     q, stride_q, k, stride_k, v, stride_v,
     bias, stride_bias, mask, stride_mask,
     start, stride_start, stop, stride_stop,
@@ -284,7 +296,11 @@ def dkdv_kernel(
             dv_tile = dot_into(
                 dv_tile, keep_p.to(dout_tile[0].dtype), dout_tile, CHUNKS_V, PRECISION
             )
-            dp = dot_nt(v_tile, dout_tile, CHUNKS_V, PRECISION)
+            dp = plus_weight_gradient(
+                dot_nt(v_tile, dout_tile, CHUNKS_V, PRECISION), dweights,
+                row_offsets(stride_dweights, b, h, i)[None, :], stride_dweights,
+                row_mask[None, :], j[:, None], Nk,
+            )  # fmt: skip
             dp = kept(dp * dropout_scale, seed, b, h[None, :], i[None, :], j[:, None], threshold)
             _, ds = score_gradient(p, s, row_lse, dp, row_delta, row_dentropy, th, softcap)
             if scale_tensor is not None:
@@ -362,14 +378,14 @@ def backward(
         dout = dout.contiguous()
     dentropy = None if dentropy is None else dentropy.contiguous()
     delta = row_delta(out, dout, dlse, dentropy, entropy)
-    rows = (dout, dout.stride(), lse, delta, dentropy)
+    rows = (dout, dout.stride(), lse, delta, dentropy, None, (0,) * 4)
     dq, dk, dv, dbias, dscale = (None,) * 5
     fused = call.config("fused")
     if needs[1] | needs[2] and call.row_tiles(fused) == 1:
-        dq, dscale, dk, dv = backward_dq(call, fused, rows, n_splits, True)
+        dq, dscale, dk, dv, _ = backward_dq(call, fused, rows, n_splits, True)
     else:
         if needs[0] or needs[4]:
-            dq, dscale, _, _ = backward_dq(call, call.config("dq"), rows, n_splits, False)
+            dq, dscale, *_ = backward_dq(call, call.config("dq"), rows, n_splits, False)
         if needs[1] or needs[2]:
             dk, dv = backward_dkdv(call, rows, n_splits)
     if needs[3]:
@@ -380,8 +396,14 @@ def backward(
     )
 
 
-def backward_dq(call: Call, config: Config, rows: tuple, n_splits: int | None, with_dkdv: bool):
-    """(dq, dscale, dk, dv); dk and dv are None unless one row tile holds every row."""
+def backward_dq(
+    call: Call, config: Config, rows: tuple, n_splits: int | None, with_dkdv: bool,
+    with_dlse: bool = False,
+):  # fmt: skip
+    """(dq, dscale, dk, dv, dlse); dk and dv only where one row tile holds every row, else None.
+
+    dlse is the gradient of an lse that came in as an argument: of `attention_weights` alone.
+    """
     q, k, v = call.q, call.k, call.v
     programs = call.row_tiles(config) * call.B * call.Hkv
     n_splits = n_splits or split_count(programs, call.key_tiles(config), q.device)
@@ -394,15 +416,17 @@ def backward_dq(call: Call, config: Config, rows: tuple, n_splits: int | None, w
     dscale = None
     if call.scale_tensor is not None:
         dscale = q.new_empty((n_splits, *q.shape[:3]), dtype=torch.float32)
+    dlse = q.new_empty((n_splits, *q.shape[:3]), dtype=torch.float32) if with_dlse else None
     strides = [(0,) * 4 if t is None else t.stride() for t in (dk, dv)]
     call.launch(
         dq_kernel, config, programs * n_splits,
-        (dq, dq.stride(), dscale, dk, strides[0], dv, strides[1], *rows), n_splits,
+        (dq, dq.stride(), dscale, dlse, dk, strides[0], dv, strides[1], *rows), n_splits,
     )  # fmt: skip
     if dscale is not None:
         over = (0, 1, 3) if call.scale_tensor.numel() > 1 else (0, 1, 2, 3)
         dscale = dscale.sum(over).to(call.scale_tensor.dtype).view_as(call.scale_tensor)
-    return sum_splits(dq, q.dtype), dscale, dk, dv
+    dlse = None if dlse is None else sum_splits(dlse, dlse.dtype)
+    return sum_splits(dq, q.dtype), dscale, dk, dv, dlse
 
 
 def backward_dkdv(call: Call, rows: tuple, n_splits: int | None):

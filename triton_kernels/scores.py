@@ -63,6 +63,16 @@ def kept(p, seed, b, h, i, j, threshold):
 
 
 @triton.jit
+def plus_weight_gradient(dp, dweights, rows, stride, row_mask, j, Nk):
+    """dp, to which the gradient of the weights is added where they were returned as well."""
+    if dweights is not None:
+        at = rows + j.to(tl.int64) * stride[3]
+        return dp + tl.load(dweights + at, row_mask & (j < Nk), 0.0).to(tl.float32)
+    else:
+        return dp
+
+
+@triton.jit
 def score_gradient(p, s, lse, dp, delta, dentropy, th, softcap):
     """(ds, ds before the softcap), eq. ds; delta already holds -dlse + dentropy * entropy."""
     ds = dp - delta

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from . import reference
+from .cross_attention import triton_reasons
+from .cross_attention import triton_run as triton_cross_attention
 from .dispatch import Backend, choose
 from .inputs import (
     CrossAttentionInputs,
@@ -25,9 +29,15 @@ NEG_INF = float("-inf")
 
 @dataclass(frozen=True)
 class AttentionWeightsInputs(CrossAttentionInputs):
-    """One checked call. `v` is `k`: the weights need no values, the shared code has the field."""
+    """One checked call; `v` is not used.
+
+    `lse` is a variable like any other: p = exp(s - lse), with a gradient for each of them.
+    `own_lse`, without gradient, is known to be lse of these scores: p = softmax(s), a little less
+    to compute, and the gradient keeps the precision that the two parts of it would cancel away.
+    """
 
     lse: Tensor | None
+    own_lse: Tensor | None
     average_heads: bool
 
 
@@ -107,6 +117,7 @@ def check(
         return_statistics=False,
         deterministic=torch.are_deterministic_algorithms_enabled(),
         lse=check_lse(lse, q),
+        own_lse=None,
         average_heads=average_heads,
     )
 
@@ -129,13 +140,12 @@ def check_lse(lse, q: Tensor) -> Tensor | None:
 
 def run_sdpa(x: AttentionWeightsInputs) -> Tensor:
     """One head's [B, Nq, Nk] at a time; checkpoints keep autograd from saving any of them."""
-    allowed = reference.allowed_keys(x)
+    allowed, bias = reference.allowed_keys(x), x.bias
+    if bias is None and allowed is not None:  # once for all heads
+        bias, allowed = torch.where(allowed, 0.0, NEG_INF).to(_sum_dtype(x)), None
+    scale = x.scale[None] if isinstance(x.scale, Tensor) else None
     heads = zip(
-        *(
-            _per_head(t, x.Hq)
-            for t in (x.q, x.k, None if allowed is None else ~allowed, x.bias, x.lse)
-        ),
-        _per_head(x.scale[None] if isinstance(x.scale, Tensor) else None, x.Hq),
+        *(_per_head(t, x.Hq) for t in (x.q, x.k, allowed, bias, x.lse, scale)),
         range(x.Hq),
         strict=True,
     )
@@ -145,10 +155,14 @@ def run_sdpa(x: AttentionWeightsInputs) -> Tensor:
     )
     if not x.average_heads:
         return torch.stack([w.to(x.q.dtype) for w in weights], dim=1)
-    total = next(weights).clone()
+    total = torch.zeros((x.B, x.Nq, x.Nk), dtype=_sum_dtype(x), device=x.q.device)
     for w in weights:
         total += w
-    return (total / x.Hq).to(x.q.dtype)
+    return total.to(x.q.dtype)
+
+
+def _sum_dtype(x: AttentionWeightsInputs) -> torch.dtype:
+    return torch.promote_types(x.q.dtype, torch.float32)
 
 
 def _per_head(t: Tensor | None, Hq: int) -> list[Tensor | None]:
@@ -162,39 +176,174 @@ def _per_head(t: Tensor | None, Hq: int) -> list[Tensor | None]:
     return [parts[h * len(parts) // Hq] for h in range(Hq)]
 
 
-def _one_head(x: AttentionWeightsInputs, q, k, forbidden, bias, lse, scale, head: int) -> Tensor:
-    """`reference.attention_weights` of one head: q [B, Nq, D], k [B, Nk, D] -> [B, Nq, Nk]."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    scale = x.scale if scale is None else scale.to(dtype)
+def _one_head(x: AttentionWeightsInputs, q, k, allowed, bias, lse, scale, head: int) -> Tensor:
+    """The term of one head in the result: q [B, Nq, D], k [B, Nk, D] -> [B, Nq, Nk]."""
+    q, k = q.to(_sum_dtype(x)), k.to(_sum_dtype(x))
+    if allowed is not None:
+        bias = torch.where(allowed, bias, NEG_INF)
+    factor = 1.0 / ((1.0 - x.dropout_p) * (x.Hq if x.average_heads else 1))
+    if lse is None and bias is not None:
+        # a row without a key gets finite scores and the factor 0: no inf - inf, in either direction
+        empty = (bias == NEG_INF).all(-1, keepdim=True).expand(-1, x.Nq, 1)
+        bias = bias.masked_fill(empty, 0.0)
+        factor = torch.where(empty, 0.0, factor).to(q.dtype)
     # [B, Nq, Nk]
-    s = torch.bmm(q.to(dtype) * scale, k.to(dtype).transpose(1, 2))
-    if x.softcap is not None:
-        s = x.softcap * torch.tanh(s / x.softcap)
-    if bias is not None:
-        s = s + bias
-    if forbidden is not None:
-        s = s.masked_fill(forbidden, NEG_INF)
-    if lse is not None:
-        # an empty row has lse = -inf; s - inf = -inf gives the same zero without inf - inf
-        p = (s - lse.masked_fill(lse == NEG_INF, float("inf"))[..., None]).exp()
-    elif bias is None and forbidden is None:
+    s = _scores(q, k, bias, x.scale if scale is None else scale.to(q.dtype), x.softcap)
+    if lse is None:
         p = s.softmax(-1)
     else:
-        empty = (s == NEG_INF).all(-1, keepdim=True)
-        p = s.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
-    if x.dropout_p == 0.0:
-        return p
-    keep = reference.philox_keep(x.seed, x.dropout_p, x.B, 1, x.Nq, x.Nk, first_head=head)
-    return (p / (1.0 - x.dropout_p)).masked_fill(~keep[:, 0], 0.0)
+        # an empty row has lse = -inf; s - inf = -inf gives the same zero without inf - inf
+        p = (s - lse.masked_fill(lse == NEG_INF, float("inf"))[..., None]).exp()
+    if x.dropout_p > 0.0:
+        keep = reference.philox_keep(x.seed, x.dropout_p, x.B, 1, x.Nq, x.Nk, first_head=head)
+        p = p.masked_fill(~keep[:, 0], 0.0)
+    return p * factor
+
+
+def _scores(q, k, bias, scale: float | Tensor, softcap: float | None) -> Tensor:
+    """softcap(scale * q k^T) + bias, in one pass where nothing has to happen in between."""
+    k = k.transpose(1, 2)
+    if isinstance(scale, float) and softcap is None:
+        addend = q.new_zeros(()) if bias is None else bias.to(q.dtype)
+        return torch.baddbmm(addend, q, k, beta=0 if bias is None else 1, alpha=scale)
+    s = torch.bmm(q, k) * scale
+    if softcap is not None:
+        s = softcap * torch.tanh(s / softcap)
+    return s if bias is None else s + bias
 
 
 def run_eager(x: AttentionWeightsInputs) -> Tensor:
     return reference.attention_weights(x, x.lse, x.average_heads).to(x.q.dtype)
 
 
+def run_triton(x: AttentionWeightsInputs) -> Tensor:
+    lse = x.own_lse if x.lse is None else x.lse
+    if lse is None:  # a forward pass over the narrowest values there are
+        narrow = replace(x, v=x.k[..., :16], dropout_p=0.0, seed=None, return_lse=True)
+        with torch.no_grad():
+            lse = triton_cross_attention(narrow).lse
+    scale_tensor = x.scale if isinstance(x.scale, Tensor) else None
+    options = (
+        math.nan if scale_tensor is not None else x.scale,
+        x.softcap or 0.0,
+        x.dropout_p,
+        x.average_heads,
+        x.lse is None,
+        torch.backends.cuda.matmul.allow_tf32,
+    )
+    # torch.compile refuses an autograd Function that gets one tensor twice
+    k = x.k.view(x.k.shape) if x.k is x.q else x.k
+    weights = AttentionWeightsFunction.apply(
+        x.q, k, x.bias, scale_tensor, lse, *x.bounds(), x.mask, x.seed, options
+    )
+    return weights[:, 0] if x.average_heads else weights
+
+
 BACKENDS = (
+    Backend("triton", triton_reasons, run_triton),
     Backend("sdpa", reference.reasons, run_sdpa),
     Backend("eager", reference.reasons, run_eager, by_name=True),
 )
-attention_weights.backends = BACKENDS
-attention_weights.check = check
+attention_weights.backends, attention_weights.check = BACKENDS, check
+
+
+class AttentionWeightsFunction(torch.autograd.Function):
+    """Wires the launchers into autograd; nothing is computed here."""
+
+    @staticmethod
+    def forward(ctx, q, k, bias, scale, lse, start, stop, mask, seed, options):
+        launch = forward_op if torch.compiler.is_compiling() else launch_forward
+        ctx.save_for_backward(q, k, bias, scale, lse, start, stop, mask, seed)
+        ctx.options = options
+        return launch(q, k, bias, scale, lse, start, stop, mask, seed, *options)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dweights):
+        launch = backward_op if torch.compiler.is_compiling() else launch_backward
+        needs = ctx.needs_input_grad[:5]
+        grads = launch(dweights, *ctx.saved_tensors, *ctx.options, needs)
+        grads = (g if needed else None for g, needed in zip(grads, needs, strict=True))
+        return *grads, *[None] * 5
+
+
+def launch_forward(
+    q: Tensor,
+    k: Tensor,
+    bias: Tensor | None,
+    scale_tensor: Tensor | None,
+    lse: Tensor,
+    start: Tensor | None,
+    stop: Tensor | None,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    softcap: float,
+    dropout_p: float,
+    average_heads: bool,
+    own_lse: bool,
+    allow_tf32: bool,
+) -> Tensor:
+    """[B, 1, Nq, Nk] averaged over the heads, or [B, Hq, Nq, Nk]."""
+    from .triton_kernels import attention_weights as kernels
+
+    return kernels.forward(
+        q, k, bias, scale_tensor, lse, start, stop, mask, seed, scale, softcap, dropout_p,
+        average_heads, own_lse, allow_tf32,
+    )  # fmt: skip
+
+
+def launch_backward(
+    dweights: Tensor,
+    q: Tensor,
+    k: Tensor,
+    bias: Tensor | None,
+    scale_tensor: Tensor | None,
+    lse: Tensor,
+    start: Tensor | None,
+    stop: Tensor | None,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    softcap: float,
+    dropout_p: float,
+    average_heads: bool,
+    own_lse: bool,
+    allow_tf32: bool,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dbias, dscale, dlse); those not in `needs` have no elements."""
+    from .triton_kernels import attention_weights as kernels
+
+    return kernels.backward(
+        dweights, q, k, bias, scale_tensor, lse, start, stop, mask, seed, scale, softcap,
+        dropout_p, average_heads, own_lse, allow_tf32, needs,
+    )  # fmt: skip
+
+
+# Under torch.compile and torch.export a launch is one node; an eager call goes straight to it.
+forward_op = torch.library.custom_op(
+    "xattn_kernels::attention_weights_forward", launch_forward, mutates_args=()
+)
+backward_op = torch.library.custom_op(
+    "xattn_kernels::attention_weights_backward", launch_backward, mutates_args=()
+)
+
+
+@forward_op.register_fake
+def fake_forward(q, k, bias, scale_tensor, lse, start, stop, mask, seed, scale, softcap, dropout_p,
+                 average_heads, own_lse, allow_tf32):  # fmt: skip
+    B, Hq, Nq, _ = q.shape
+    return q.new_empty((B, 1 if average_heads else Hq, Nq, k.shape[2]))
+
+
+@backward_op.register_fake
+def fake_backward(dweights, q, k, bias, scale_tensor, lse, start, stop, mask, seed, scale, softcap,
+                  dropout_p, average_heads, own_lse, allow_tf32, needs):  # fmt: skip
+    from .triton_kernels import launch as kernels
+
+    rows = [kernels.empty_rows(t, t.shape[3]) for t in (q, k)]
+    rest = [None if t is None else t.new_empty(t.shape) for t in (bias, scale_tensor, lse)]
+    return tuple(
+        t if needed else q.new_empty(0) for t, needed in zip(rows + rest, needs, strict=True)
+    )

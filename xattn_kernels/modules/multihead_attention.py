@@ -10,11 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from ..attention_weights import attention_weights
+from ..attention_weights import AttentionWeightsInputs, attention_weights
 from ..cross_attention import cross_attention
-from ..dispatch import Backend, choose, report
+from ..dispatch import choose, report
 from ..inputs import CrossAttentionInputs, check_inputs
 from ..masks import KeyInterval
+
+# Here `eager` needs no asking: it is the last resort where torch's module is eager as well.
+BACKENDS = tuple(b._replace(by_name=False) for b in cross_attention.backends)
 
 
 class MultiheadAttention(nn.Module):
@@ -146,16 +149,10 @@ class MultiheadAttention(nn.Module):
             query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights,
             is_causal, mask=mask,
         )  # fmt: skip
-        backend = self._backend(x)
+        backend = choose("MultiheadAttention", BACKENDS, x, self.backend)
         with_lse = replace(x, return_lse=need_weights)
         out, lse, *_ = backend.run(x if backend.reasons(with_lse) else with_lse)
-        weights = None
-        if need_weights:
-            weights = attention_weights(
-                x.q, x.k, lse=lse, mask=x.mask if x.interval is None else x.interval, bias=x.bias,
-                dropout_p=x.dropout_p, seed=x.seed, average_heads=average_attn_weights,
-                backend=self.backend,
-            )  # fmt: skip
+        weights = self._weights(x, lse, average_attn_weights) if need_weights else None
         # the head axis moves behind the sequence: [B, Nq, H, D], [Nq, B, H, D] or [Nq, H, D]
         if query.dim() == 2:
             out, weights = out[0].transpose(0, 1), None if weights is None else weights[0]
@@ -163,17 +160,17 @@ class MultiheadAttention(nn.Module):
             out = out.transpose(1, 2) if self.batch_first else out.permute(2, 0, 1, 3)
         return self.out_proj(out.flatten(-2)), weights
 
-    def explain(self, *args, **kwargs) -> str:
-        """Says which backend `forward(*args, **kwargs)` takes for the output and why not others."""
-        x = self._inputs(*args, **kwargs)
-        chosen = self._backend(x).name
-        return f"MultiheadAttention takes {chosen!r}\n{report(cross_attention.backends, x)}"
+    def _weights(self, x: CrossAttentionInputs, lse: Tensor | None, average: bool) -> Tensor:
+        own_lse = None if lse is None else lse.detach()
+        y = AttentionWeightsInputs(**vars(x), lse=None, own_lse=own_lse, average_heads=average)
+        name = self.backend
+        return choose("MultiheadAttention", attention_weights.backends, y, name).run(y)
 
-    def _backend(self, x: CrossAttentionInputs) -> Backend:
-        """The one asked for, else the first that can; `eager` is last, where torch is eager too."""
-        if self.backend is not None:
-            return choose("MultiheadAttention", cross_attention.backends, x, self.backend)
-        return next(b for b in cross_attention.backends if not b.reasons(x))
+    def explain(self, *args, **kwargs) -> None:
+        """Prints which backend `forward(*args, **kwargs)` takes for its output, and why."""
+        x = self._inputs(*args, **kwargs)
+        chosen = choose("MultiheadAttention", BACKENDS, x, self.backend).name
+        print(f"MultiheadAttention takes {chosen!r}\n{report(BACKENDS, x)}")
 
     def _inputs(
         self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None,

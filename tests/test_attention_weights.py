@@ -1,0 +1,258 @@
+"""`attention_weights` on every backend against the reference in float64, both directions."""
+
+import pytest
+import torch
+
+import xattn_kernels
+from largest_tensor import LargestTensor
+from numerics import assert_as_accurate
+from xattn_kernels import KeyInterval, cross_attention, masks
+from xattn_kernels.attention_weights import attention_weights, backward_op, forward_op
+from xattn_kernels.dispatch import triton_on_cpu
+
+B, HQ, HKV, NQ, NK, D = 2, 2, 1, 19, 37, 24
+BACKENDS = ["sdpa"] + ["triton"] * triton_on_cpu()
+SLOW_BACKENDS = [
+    pytest.param(name, marks=[pytest.mark.slow] * (name == "triton")) for name in BACKENDS
+]
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def interval():
+    """Random intervals, some of them empty, one of them everything."""
+    start = torch.randint(0, NK, (B, NQ), dtype=torch.int32)
+    stop = (start + torch.randint(-9, 25, (B, NQ), dtype=torch.int32)).clamp(0, NK)
+    start[0, 0], stop[0, 0] = 0, NK
+    return KeyInterval(start, stop)
+
+
+def some_rows_empty(*shape):
+    mask = torch.rand(shape) < 0.5
+    mask[..., 1, :] = False
+    return mask
+
+
+CASES = {
+    "plain": lambda: {},
+    "interval": lambda: {"mask": interval()},
+    "padding": lambda: {"mask": torch.arange(NK) < torch.tensor([NK, 0]).view(B, 1, 1, 1)},
+    "mask": lambda: {"mask": some_rows_empty(B, 1, NQ, NK)},
+    "mask_per_head": lambda: {"mask": some_rows_empty(HQ, NQ, NK)},
+    "bias": lambda: {"bias": torch.randn(HQ, NQ, NK)},
+    "bias_of_keys": lambda: {"bias": torch.randn(B, 1, 1, NK)},
+    "bias_infinite": lambda: {
+        "bias": torch.zeros(NQ, NK).masked_fill(some_rows_empty(NQ, NK).logical_not(), -torch.inf),
+    },
+    "mask_and_bias": lambda: {
+        "mask": some_rows_empty(B, 1, NQ, NK), "bias": torch.randn(HQ, 1, NK),
+    },
+    "softcap": lambda: {"softcap": 1.5},
+    "scale": lambda: {"scale": 0.3},
+    "scale_tensor": lambda: {"scale": 0.1 + 0.2 * torch.rand(1)},
+    "scale_per_head": lambda: {"scale": 0.1 + 0.2 * torch.rand(HQ)},
+    "dropout": lambda: {"dropout_p": 0.3, "seed": 7},
+    "everything": lambda: {
+        "mask": interval(), "bias": torch.randn(B, HQ, NQ, NK), "softcap": 3.0,
+        "scale": 0.1 + 0.2 * torch.rand(HQ), "dropout_p": 0.2, "seed": 2**40 + 1,
+    },
+}  # fmt: skip
+
+
+def run(tensors, options, backend, dtype):
+    """The weights and every gradient, by name."""
+
+    def leaf(t):
+        is_float = isinstance(t, torch.Tensor) and t.is_floating_point()
+        return t.detach().to(dtype).requires_grad_() if is_float else t
+
+    named = {name: leaf(t) for name, t in (tensors | options).items()}
+    if "lse" in named and dtype != torch.float64:
+        named["lse"] = tensors["lse"].float().requires_grad_()
+    weights = attention_weights(**named, backend=backend)
+    generator = torch.Generator().manual_seed(1)
+    weights.backward(torch.randn(weights.shape, generator=generator).to(dtype))
+    leaves = {n: t for n, t in named.items() if isinstance(t, torch.Tensor) and t.requires_grad}
+    return {"weights": weights} | {f"d{name}": t.grad for name, t in leaves.items()}
+
+
+def assert_matches_reference(tensors, options, backend, dtype):
+    truth = run(tensors, options, "eager", torch.float64)
+    eager, ours = (run(tensors, options, name, dtype) for name in ("eager", backend))
+    for name, value in truth.items():
+        assert_as_accurate(ours[name], eager[name], value, name)
+
+
+def make(dtype=torch.float32, Hq=HQ, Hkv=HKV):
+    """q [B, Hq, NQ, D] and k [B, Hkv, NK, D], exact in `dtype`, in the memory order of a module."""
+    shapes = {"q": (B, NQ, Hq, D), "k": (B, NK, Hkv, D)}
+    return {name: torch.randn(s).to(dtype).float().transpose(1, 2) for name, s in shapes.items()}
+
+
+@pytest.mark.parametrize("backend", SLOW_BACKENDS)
+@pytest.mark.parametrize("average", [True, False])
+@pytest.mark.parametrize("given", ["lse", "no_lse"])
+@pytest.mark.parametrize("case", CASES)
+def test_weights_and_gradients(case, given, average, backend):
+    if backend == "triton" and (given == "lse") != average and case not in ("plain", "everything"):
+        pytest.skip("slow in the interpreter, and each of the two is tested without the other")
+    tensors, options = make(), CASES[case]()
+    if given == "lse":
+        # not quite the softmax's own, so that a gradient lost in it would show
+        exact = cross_attention(
+            tensors["q"], tensors["k"], tensors["k"], return_lse=True, backend="eager", **options
+        ).lse
+        tensors["lse"] = exact + 0.1 * torch.randn_like(exact)
+    options["average_heads"] = average
+    assert_matches_reference(tensors, options, backend, torch.float32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("average", [True, False])
+@pytest.mark.parametrize("heads", [(1, 1), (4, 2)])
+def test_head_counts(heads, average, backend):
+    options = {"average_heads": average}
+    assert_matches_reference(make(torch.float32, *heads), options, backend, torch.float32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_dtypes(dtype, backend):
+    if backend == "triton" and dtype == torch.float64:
+        pytest.skip("the kernels have no float64")
+    assert_matches_reference(make(dtype), CASES["mask_and_bias"](), backend, dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_with_the_lse_of_cross_attention_it_is_softmax(backend):
+    """The gradients that pass through lse and those that do not add up to those of softmax."""
+    options = {"mask": interval(), "bias": torch.randn(1, HQ, 1, NK)}
+
+    def softmax(dtype, backend, with_lse):
+        q, k = (t.to(dtype).requires_grad_() for t in make().values())
+        bias = options["bias"].to(dtype)
+        lse = None
+        if with_lse:
+            attend = "triton" if backend == "triton" else "eager"
+            result = cross_attention(
+                q, k, k, mask=options["mask"], bias=bias, return_lse=True, backend=attend
+            )
+            lse = result.lse
+        weights = attention_weights(q, k, lse=lse, mask=options["mask"], bias=bias, backend=backend)
+        return weights, *torch.autograd.grad(weights.square().sum(), (q, k))
+
+    torch.manual_seed(1)
+    truth = softmax(torch.float64, "eager", False)
+    torch.manual_seed(1)
+    eager = softmax(torch.float32, "eager", True)
+    torch.manual_seed(1)
+    ours = softmax(torch.float32, backend, True)
+    for name, *results in zip(("weights", "dq", "dk"), ours, eager, truth, strict=True):
+        assert_as_accurate(*results, name)
+    rows = ours[0].sum(-1)[~options["mask"].dense(NK).any(-1)]
+    assert rows.numel() and torch.equal(rows, torch.zeros_like(rows))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_drops_what_cross_attention_drops(backend):
+    q, k = make().values()
+    v = torch.randn(B, HKV, NK, 16)
+    options = {"dropout_p": 0.4, "seed": torch.tensor(11)}
+    weights = attention_weights(q, k, average_heads=False, backend=backend, **options)
+    out = weights @ v.repeat_interleave(HQ // HKV, dim=1)
+    expected = cross_attention(q, k, v, backend="eager", **options)
+    assert_as_accurate(out, expected, expected)
+    assert 0.5 < (weights != 0).float().mean() < 0.7
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sizes", [(0, 1, 3, 4), (1, 2, 0, 4), (2, 1, 3, 0), (1, 1, 1, 1)])
+def test_degenerate_sizes(sizes, backend):
+    b, h, nq, nk = sizes
+    q = torch.randn(b, h, nq, 16, requires_grad=True)
+    k = torch.randn(b, h, nk, 16, requires_grad=True)
+    weights = attention_weights(q, k, mask=torch.ones(nq, nk, dtype=torch.bool), backend=backend)
+    assert weights.shape == (b, nq, nk) and bool((weights == 1).all())
+    weights.sum().backward()
+    assert not q.grad.any() and not k.grad.any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strides_and_broadcast_batch(backend):
+    q = torch.randn(1, HQ, NQ, 2 * D)[..., :D].expand(B, -1, -1, -1)
+    k = torch.randn(B, NK, HKV, D + 1)[..., 1:].transpose(1, 2)
+    options = {"bias": torch.randn(NK, NQ).T, "mask": torch.rand(B, NK, NQ).mT[:, None] < 0.5}
+    options["lse"] = torch.randn(B, NQ, HQ).transpose(1, 2) + 5
+    plain = {name: t.contiguous() for name, t in options.items()}
+    expected = attention_weights(q.contiguous(), k.contiguous(), backend="eager", **plain)
+    assert_as_accurate(attention_weights(q, k, backend=backend, **options), expected, expected)
+
+
+@pytest.mark.parametrize("backend", SLOW_BACKENDS)
+@pytest.mark.parametrize("case", ["plain", "interval", "padding", "dropout", "bias_of_keys"])
+def test_mean_never_exists_per_head(case, backend):
+    heads, n = 8, 48
+    tensors = [torch.randn(1, heads, n, 16, requires_grad=True) for _ in range(2)]
+    options = {
+        "interval": {"mask": masks.window(n, n, left=9)},
+        "padding": {"mask": torch.arange(n) < 33},
+        "bias_of_keys": {"bias": torch.randn(n, requires_grad=True)},
+        "dropout": {"dropout_p": 0.5},
+    }.get(case, {})
+    with LargestTensor() as largest:
+        attention_weights(*tensors, backend=backend, **options).square().sum().backward()
+    assert 4 * n * n <= largest.nbytes < 4 * heads * n * n // 2
+
+
+@pytest.mark.skipif(not triton_on_cpu(), reason="needs Triton's interpreter or an emulator")
+@pytest.mark.slow
+@pytest.mark.parametrize("own_lse", [True, False])
+def test_custom_ops_and_compile(own_lse):
+    q, k = (t.requires_grad_() for t in make().values())
+    lse = None if own_lse else torch.randn(B, HQ, NQ).add(5).requires_grad_()
+    bias = torch.randn(1, HQ, 1, NK, requires_grad=True)
+
+    def loss(q, k, bias, lse):
+        return attention_weights(q, k, lse=lse, bias=bias, backend="triton").square().sum()
+
+    leaves = [t for t in (q, k, bias, lse) if t is not None]
+    expected = torch.autograd.grad(loss(q, k, bias, lse), leaves)
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    for ours, theirs in zip(
+        torch.autograd.grad(compiled(q, k, bias, lse), leaves), expected, strict=True
+    ):
+        assert torch.equal(ours, theirs)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        (dq,) = torch.autograd.grad(loss(q, k, bias, lse), q, create_graph=True)
+        dq.sum().backward()
+    row = torch.randn(B, HQ, NQ).add(5)
+    tensors = (q.detach(), k.detach(), bias.detach(), None, row, None, None, None, None)
+    numbers = (0.2, 0.0, 0.0, True, own_lse, False)
+    torch.library.opcheck(forward_op, (*tensors, *numbers))
+    dweights = torch.randn(B, 1, NQ, NK)
+    torch.library.opcheck(backward_op, (dweights, *tensors, *numbers, [True] * 3 + [False, True]))
+
+
+def test_explain_and_errors(capsys):
+    q, k = make().values()
+    xattn_kernels.explain(attention_weights, q, k)
+    assert "attention_weights takes" in capsys.readouterr().out
+    for message, call in {
+        "lse must be a tensor or None, got float": {"lse": 1.0},
+        r"lse must be torch.float32 .* got torch.float64": {"lse": torch.zeros(B, HQ, NQ).double()},
+        r"lse must be \[B, Hq, Nq\] = \[2, 2, 19\]": {"lse": torch.zeros(B, HQ, NQ + 1)},
+        "bias must broadcast": {"bias": torch.zeros(NK, NQ)},
+        "dropout_p must be in": {"dropout_p": 1.0},
+        "a mask tensor must be bool": {"mask": torch.zeros(NQ, NK)},
+        "unknown backend 'cudnn'": {"backend": "cudnn"},
+    }.items():
+        with pytest.raises((TypeError, ValueError), match=message):
+            attention_weights(q, k, **call)
+    with pytest.raises(ValueError, match="q and k must share a head width"):
+        attention_weights(q, k[..., :8])
+    if not triton_on_cpu():
+        with pytest.raises(RuntimeError, match="backend 'triton' cannot run this call"):
+            attention_weights(q, k, backend="triton")

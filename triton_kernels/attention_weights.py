@@ -1,0 +1,155 @@
+"""Attention weights, averaged over the heads as they are written: forward kernel, launchers.
+
+    w_ij = 1 / H * sum_h dropout(exp(s_hij - lse_hi))
+
+The forward kernel holds one tile of the result and walks the heads. The backward is that of
+`cross_attention.py` with the gradient of the weights in place of <dout_i, v_j>. An lse from
+outside gets a gradient, minus the row sums of ds; where lse is that of these scores the row sums
+are subtracted instead (delta in eq. ds), which costs one more pass.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .cross_attention import backward_dbias, backward_dkdv, backward_dq
+from .launch import Call, broadcast_strides
+from .scores import forbid_outside, kept, row_offsets, row_scale, tile_scores
+from .tiles import LOG2E, dot_nt, load_rows, load_tile, row_bounds
+
+
+@triton.jit
+def weights_kernel(
+    weights, stride_weights,  # [B, 1 or Hq, Nq, Nk]
+    lse,  # float32 [B, Hq, Nq]
+    q, stride_q, k, stride_k, v, stride_v,
+    bias, stride_bias, mask, stride_mask,  # 4-d with broadcast strides, or None
+    start, stride_start, stop, stride_stop,  # int32 [B, Nq], or None
+    scale, scale_tensor, stride_scale, softcap, seed, threshold, dropout_scale,
+    B, Hkv, Nq, Nk, n_heads,  # of `weights`
+    D: tl.constexpr, DV: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_V: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    q_tiles, k_tiles = tl.cdiv(Nq, BLOCK_Q), tl.cdiv(Nk, BLOCK_K)
+    own_j, pid = pid % k_tiles, pid // k_tiles
+    own_i, pid = pid % q_tiles, pid // q_tiles
+    own_h, b = pid % n_heads, pid // n_heads
+    # [BLOCK_Q], [BLOCK_K]
+    i = (own_i * BLOCK_Q + tl.arange(0, BLOCK_Q)).to(tl.int32)
+    j = (own_j * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int32)
+    row_mask, there = i < Nq, j < Nk
+    heads = Hkv * GROUP // n_heads
+    head_end = own_h * heads + heads
+    if start is not None:
+        first, last = row_bounds(start, stop, stride_start, stride_stop, b, i, row_mask, Nk)
+        reaches = (tl.min(first) < (own_j + 1) * BLOCK_K) & (tl.max(last) > own_j * BLOCK_K)
+        head_end = tl.where(reaches, head_end, own_h * heads)
+    # [BLOCK_Q, BLOCK_K]
+    acc = tl.full([BLOCK_Q, BLOCK_K], 0.0, tl.float32)
+    for head in range(own_h * heads, head_end):
+        h = (tl.full([BLOCK_Q], 0, tl.int64) + head).to(tl.int32)
+        # [BLOCK_Q, D], [BLOCK_K, D]
+        q_tile = load_tile(q, row_offsets(stride_q, b, h, i), row_mask, D, CHUNKS, ALIGN)
+        keys = b * stride_k[0] + head // GROUP * stride_k[1] + j.to(tl.int64) * stride_k[2]
+        k_tile = load_tile(k, keys, there, D, CHUNKS, ALIGN)
+        s, _ = tile_scores(
+            dot_nt(q_tile, k_tile, CHUNKS, PRECISION),
+            row_scale(scale, scale_tensor, stride_scale, head), softcap,
+            bias, row_offsets(stride_bias, b, h, i)[:, None], stride_bias,
+            mask, row_offsets(stride_mask, b, h, i)[:, None], stride_mask,
+            row_mask[:, None], j[None, :], Nk,
+        )  # fmt: skip
+        if start is not None:
+            s = forbid_outside(s, first[:, None], last[:, None], j[None, :])
+        row_lse, _, _ = load_rows(lse, lse, None, (b * Hkv * GROUP + head) * Nq + i, row_mask)
+        p = tl.exp2(s - row_lse[:, None])
+        acc += kept(p, seed, b, h[:, None], i[:, None], j[None, :], threshold)
+
+    rows = row_offsets(stride_weights, b, own_h, i)[:, None] + j.to(tl.int64)[None, :]
+    acc = (acc * dropout_scale).to(weights.dtype.element_ty)
+    tl.store(weights + rows, acc, row_mask[:, None] & there[None, :])
+
+
+def log2_lse(lse: Tensor) -> Tensor:
+    """lse for exp2, with +inf in place of -inf, so that a row without keys has p = 0."""
+    lse = lse.contiguous() * LOG2E.value
+    return lse.masked_fill_(lse == float("-inf"), float("inf"))
+
+
+class WeightsCall(Call):
+    """A `Call` whose sums carry the 1 / H of the average along with the factor of dropout."""
+
+    def __init__(self, *operands, averaged: bool):
+        super().__init__(*operands)
+        object.__setattr__(self, "heads_averaged", self.Hq if averaged else 1)
+
+    def operands(self) -> tuple:
+        *others, dropout_scale = super().operands()
+        return (*others, (dropout_scale or 1.0) / self.heads_averaged)
+
+
+def forward(
+    q, k, bias, scale_tensor, lse, start, stop, mask, seed, scale, softcap, dropout_p,
+    average_heads, own_lse, allow_tf32,
+) -> Tensor:  # fmt: skip
+    """[B, 1, Nq, Nk] averaged over the heads, or [B, Hq, Nq, Nk], in the dtype of q.
+
+    lse float32 [B, Hq, Nq], with own_lse that of these very scores; the rest as in
+    `cross_attention.forward`.
+    """
+    call = WeightsCall(
+        q, k, k, bias, scale_tensor, start, stop, mask, seed, scale, softcap, dropout_p,
+        allow_tf32, averaged=average_heads,
+    )  # fmt: skip
+    n_heads = 1 if average_heads else call.Hq
+    weights = q.new_empty((call.B, n_heads, call.Nq, call.Nk))
+    if weights.numel():
+        config = call.config("dbias")  # the same tile and the same products, and it holds more
+        tiles = triton.cdiv(call.Nq, config.block_q) * call.key_tiles(config)
+        results = (weights[0], weights.stride(), log2_lse(lse))
+        call.launch(weights_kernel, config, call.B * n_heads * tiles, results, n_heads)
+    return weights
+
+
+def backward(
+    dweights, q, k, bias, scale_tensor, lse, start, stop, mask, seed, scale, softcap, dropout_p,
+    average_heads, own_lse, allow_tf32, needs,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dq, dk, dbias, dscale, dlse); those that are not in the five `needs` have no elements.
+
+    dweights like the weights, of any strides; the rest as `forward` took it. With own_lse the
+    gradients include what flows through lse.
+    """
+    # values and their gradient of zeros, one row for all: <dout, v> adds nothing to dweights
+    v, dout = (q.new_zeros(16).expand(*t.shape[:3], 16) for t in (k, q))
+    call = WeightsCall(
+        q, k, v, bias, scale_tensor, start, stop, mask, seed, scale, softcap, dropout_p,
+        allow_tf32, averaged=average_heads,
+    )  # fmt: skip
+    inputs = (q, k, bias, scale_tensor, lse)
+    if dweights.numel() == 0:
+        return tuple(
+            torch.zeros_like(t) if needed else q.new_empty(0)
+            for t, needed in zip(inputs, needs, strict=True)
+        )
+    config, lse, strides = call.config("dq"), log2_lse(lse), broadcast_strides(dweights)
+    dq, dk, dbias, dscale, dlse = (None,) * 5
+
+    def rows(delta: Tensor) -> tuple:
+        return (dout, dout.stride(), lse, delta, None, dweights[0], strides)
+
+    terms = rows(torch.zeros_like(lse))
+    if own_lse:
+        *_, dlse = backward_dq(call, config, terms, None, False, True)
+        terms = rows(-dlse)
+    if needs[0] or needs[3] or needs[4]:
+        dq, dscale, _, _, dlse = backward_dq(call, config, terms, None, False, needs[4])
+    if needs[1]:
+        dk, _ = backward_dkdv(call, terms, None)
+    if needs[2]:
+        dbias = backward_dbias(call, terms)
+    grads = (dq, dk, dbias, dscale, dlse)
+    return tuple(t if needed else q.new_empty(0) for t, needed in zip(grads, needs, strict=True))
