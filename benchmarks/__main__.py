@@ -18,7 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
     options(run, workload="all", budget=600.0)
     run.set_defaults(call=commands.run)
     job = tasks.add_parser("main", help="real photographs and real text, within five minutes")
-    options(job, workload=",".join(document.WORKLOADS), budget=170.0)
+    options(job, workload=",".join(document.WORKLOADS), budget=240.0)
     job.set_defaults(call=commands.main)
     warm = tasks.add_parser("warm", help="compile in parallel, so that a later run need not")
     options(warm, workload="all", budget=120.0)

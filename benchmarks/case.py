@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -125,6 +125,13 @@ class Case:
         lengths = torch.tensor([part for parts in batches for part in parts]).T
         cumulative = F.pad(lengths.cumsum(1), (1, 0)).to(self.device, torch.int32)
         return Segments(*cumulative, *lengths.amax(1).tolist())
+
+    def first_rows(self, rows: int) -> Case:
+        """The same case with its first `rows` queries only."""
+        mask = self.bounds and KeyInterval(*(t[:, :rows] for t in self.bounds))
+        w = replace(self.workload, Nq=min(rows, self.workload.Nq))
+        queries = {"q": self.q[:, :, :rows], "dout": self.dout[:, :, :rows]}
+        return replace(self, workload=w, interval=mask, **queries)
 
     def save(self, path: Path) -> None:
         bounds = (self.interval.start, self.interval.stop) if self.interval else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,32 +21,34 @@ FACTOR = 2.0
 FLOOR = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 NAMES = ("out", "dq", "dk", "dv")
 CHUNK = {"cpu": 2**25, "cuda": 2**27}  # scores that are held at once, in elements
+ROWS = 256
+
+
+class Piece(NamedTuple):
+    """Part of a case: which batches, query heads, key heads, rows and keys."""
+
+    b: slice
+    q_heads: slice
+    kv_heads: slice
+    rows: slice
+    keys: slice
 
 
 class Truth:
     """A case's results in float64, and for each the error that is allowed.
 
-    With `gradients`, dq, dk and dv for the case's dout belong to it. Computed in pieces of the
-    batch and of the key heads, so that memory stays bounded.
+    With `gradients`, dq, dk and dv for the case's dout belong to it. Computed piece by piece, so
+    that memory stays bounded, and in float64 without keys that no row of a piece attends to.
     """
 
     def __init__(self, case: Case, gradients: bool):
         self.names = NAMES if gradients else NAMES[:1]
-        shaped = (case.dout, case.q, case.k, case.v)[: len(self.names)]
-        self.truth = [torch.empty_like(t, dtype=torch.float64) for t in shaped]
-        errors = [0.0] * len(shaped)
-        for b, q_heads, kv_heads in pieces(case):
-            exact, eager = (
-                piece_results(case, b, q_heads, kv_heads, dtype, gradients)
-                for dtype in (torch.float64, case.dtype)
-            )
-            for i, name in enumerate(self.names):
-                self.truth[i][b, q_heads if name in ("out", "dq") else kv_heads] = exact[i]
-                errors[i] = max(errors[i], largest(eager[i].double() - exact[i]))
+        self.truth = compute(case, torch.float64, gradients, row_pieces(case))
+        eager = compute(case, case.dtype, gradients, head_pieces(case))
         floor = FLOOR[case.dtype]
         self.allowed = [
-            FACTOR * error + floor * max(largest(truth), 1e-3)
-            for error, truth in zip(errors, self.truth, strict=True)
+            FACTOR * largest(rough - truth) + floor * max(largest(truth), 1e-3)
+            for rough, truth in zip(eager, self.truth, strict=True)
         ]
 
     def verdict(self, results: tuple[Tensor, ...]) -> tuple[str, float]:
@@ -68,8 +71,8 @@ def largest(t: Tensor) -> float:
     return t.abs().max().item() if t.numel() else 0.0
 
 
-def pieces(case: Case) -> Iterator[tuple[slice, slice, slice]]:
-    """(batches, query heads, key heads): slices of at most CHUNK scores, or of one key head."""
+def head_pieces(case: Case) -> Iterator[Piece]:
+    """Whole rows of some batches and heads: at most CHUNK scores, or one key head."""
     w = case.workload
     scores = w.Hq * w.Nq * w.Nk
     heads = w.Hkv if scores <= CHUNK[case.device.type] else 1
@@ -77,20 +80,53 @@ def pieces(case: Case) -> Iterator[tuple[slice, slice, slice]]:
     for b in range(0, w.B, batches):
         for h in range(0, w.Hkv, heads):
             q_heads = slice(h * case.groups, (h + heads) * case.groups)
-            yield slice(b, b + batches), q_heads, slice(h, h + heads)
+            kv_heads = slice(h, h + heads)
+            yield Piece(slice(b, b + batches), q_heads, kv_heads, slice(0, w.Nq), slice(0, w.Nk))
+
+
+def row_pieces(case: Case) -> Iterator[Piece]:
+    """The same, with a mask cut further into blocks of rows over the keys that they attend to."""
+    for piece in head_pieces(case):
+        if case.bounds is None:
+            yield piece
+            continue
+        start, stop = (t.expand(case.workload.B, -1)[piece.b].cpu() for t in case.bounds)
+        for row in range(0, case.workload.Nq, ROWS):
+            rows = slice(row, row + ROWS)
+            full = start[:, rows] < stop[:, rows]
+            if full.any():
+                keys = slice(int(start[:, rows][full].min()), int(stop[:, rows][full].max()))
+                yield piece._replace(rows=rows, keys=keys)
+
+
+def compute(
+    case: Case, dtype: torch.dtype, gradients: bool, pieces: Iterator[Piece]
+) -> list[Tensor]:
+    """[out] or [out, dq, dk, dv] by the eager reference in `dtype`, put together in float64."""
+    shaped = (case.dout, case.q, case.k, case.v) if gradients else (case.dout,)
+    results = [torch.zeros_like(t, dtype=torch.float64) for t in shaped]
+    for piece in pieces:
+        b, q_heads, kv_heads, rows, keys = piece
+        parts = piece_results(case, dtype, gradients, piece)
+        for name, result, part in zip(NAMES, results, parts, strict=False):
+            of_queries = name in ("out", "dq")
+            result[(b, q_heads, rows) if of_queries else (b, kv_heads, keys)] += part
+    return results
 
 
 def piece_results(
-    case: Case, b: slice, q_heads: slice, kv_heads: slice, dtype: torch.dtype, gradients: bool
+    case: Case, dtype: torch.dtype, gradients: bool, piece: Piece
 ) -> tuple[Tensor, ...]:
-    """out, and with `gradients` dq, dk, dv, of one piece by the eager reference in `dtype`."""
-    places = ((case.q, q_heads), (case.k, kv_heads), (case.v, kv_heads))
-    q, k, v = (t[b, h].detach().to(dtype).requires_grad_(gradients) for t, h in places)
+    b, q_heads, kv_heads, rows, keys = piece
+    places = ((case.q, q_heads, rows), (case.k, kv_heads, keys), (case.v, kv_heads, keys))
+    q, k, v = (t[b, h, n].detach().to(dtype).requires_grad_(gradients) for t, h, n in places)
     mask = None
     if case.bounds is not None:
-        whole = case.bounds[0].shape[0] == 1
-        mask = KeyInterval(*(t if whole else t[b] for t in case.bounds))
+        batches = b if case.bounds[0].shape[0] > 1 else slice(None)
+        shifted = ((t[batches, rows] - keys.start).clamp(0, k.shape[2]) for t in case.bounds)
+        mask = KeyInterval(*shifted)
     out = cross_attention(q, k, v, mask=mask, backend="eager")
     if not gradients:
         return (out,)
-    return out.detach(), *torch.autograd.grad(out, (q, k, v), case.dout[b, q_heads].to(dtype))
+    dout = case.dout[b, q_heads, rows].to(dtype)
+    return out.detach(), *torch.autograd.grad(out, (q, k, v), dout)

@@ -22,7 +22,7 @@ from .machine import ROOT
 from .workloads import Workload, media_last
 
 INPUT = "2 photographs (scikit-learn), README.md"
-WORKLOADS = ("openflamingo-mmc4", "flamingo-32shot", "flamingo-train", "blip2-224", "blip2-364")
+WORKLOADS = ("openflamingo-mmc4", "flamingo-32shot", "flamingo-train", "blip2-224")
 PATCH = 14  # pixels, as in CLIP's ViT-L/14
 VOCABULARY = 4096
 

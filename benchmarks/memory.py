@@ -1,8 +1,9 @@
 """Peak extra memory of one call: what it takes beyond q, k, v, dout, its preparation included.
 
-On a GPU the allocator knows. On a CPU it is the growth of the resident set of a fresh process: one
-call to load code and start threads, then the peak is reset and a second preparation and call are
-measured. Processes are forked from a server that has only imported torch.
+On a GPU the allocator knows. On a CPU it is the growth of the resident set of a fresh process: a
+call of a few rows loads code and starts threads, then the peak is reset and the preparation and
+the call are measured (of what compiles, a second call only). Processes are forked from a server
+that has only imported torch.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from .providers import BY_NAME
 from .steps import Step, step
 
 PROC = Path("/proc/self")
+WARM_ROWS = 16
 # Large tensors then come from the system and go back at once, so the resident set is what is alive.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
@@ -62,6 +64,7 @@ def resident_peak(name: str, path: Path, mode: str, seconds: float) -> int | Non
     except EOFError:
         return None
     finally:
+        process.join(5.0)
         process.kill()
         process.join()
 
@@ -69,10 +72,8 @@ def resident_peak(name: str, path: Path, mode: str, seconds: float) -> int | Non
 def _child(sender: Connection, name: str, path: Path, mode: str, threads: int) -> None:
     torch.set_num_threads(threads)
     case, provider = Case.load(path), BY_NAME[name]
-    call = step(provider, case, mode)
+    call = step(provider, case if provider.compiles else case.first_rows(WARM_ROWS), mode)
     call()
-    if not provider.compiles:
-        del call
     before = _reset_peak()
     if not provider.compiles:
         call = step(provider, case, mode)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,8 +28,20 @@ METRICS = (
     Metric("percent_of_product", "flops", "attended FLOP/s, % of a large matrix product", False),
     Metric("percent_of_copy", "bandwidth", "least bytes per second, % of a large copy", False),
 )
-OTHERS = ("#9aa5b1", "#c8ccd2", "#7b8794", "#b8a99a", "#8d99ae", "#a3b18a", "#d0b8ac", "#6c757d")
-OURS = {"xattn-triton": "#0b6e4f", "xattn-sdpa": "#2a9d8f", "xattn-eager": "#a7d7c5"}
+COLOURS = {
+    "xattn-triton": "#0b6e4f",
+    "xattn-sdpa": "#2a9d8f",
+    "xattn-eager": "#a7d7c5",
+    "sdpa-flash": "#5c677d",
+    "sdpa-efficient": "#7d8597",
+    "sdpa-cudnn": "#979dac",
+    "sdpa-math": "#c0c4cf",
+    "torch-varlen": "#8a5a44",
+    "flash-attn": "#b08968",
+    "xformers": "#ddb892",
+    "flex": "#b56576",
+    "eager": "#ced4da",
+}
 
 
 def draw(rows: list[Row], folder: Path, name: str) -> list[Path]:
@@ -47,13 +58,11 @@ def draw(rows: list[Row], folder: Path, name: str) -> list[Path]:
 
 def picture(rows: list[Row], metric: Metric, path: Path) -> None:
     modes = list(dict.fromkeys(r.mode for r in rows))
-    others = dict.fromkeys(r.provider for r in rows if r.provider not in OURS)
-    colours = OURS | dict(zip(others, cycle(OTHERS), strict=False))
     heights = [sum(r.mode == mode for r in rows) for mode in modes]
     size = (6.5 * len(modes), 1.6 + 0.24 * max(heights))
     figure, axes = plt.subplots(1, len(modes), figsize=size, squeeze=False, layout="constrained")
     for axis, mode in zip(axes[0], modes, strict=True):
-        panel(axis, [r for r in rows if r.mode == mode], metric, colours)
+        panel(axis, [r for r in rows if r.mode == mode], metric)
         axis.set_title(mode)
     first = rows[0]
     figure.suptitle(
@@ -65,16 +74,16 @@ def picture(rows: list[Row], metric: Metric, path: Path) -> None:
     plt.close(figure)
 
 
-def panel(axis, rows: list[Row], metric: Metric, colours: dict[str, str]) -> None:
+def panel(axis, rows: list[Row], metric: Metric) -> None:
     """Rows from top to bottom; the workload's name above each group, the best first in it."""
     place, ticks = 0.0, []
     heading = {"transform": axis.get_yaxis_transform(), "va": "center", "weight": "bold"}
     for workload in dict.fromkeys(r.workload for r in rows):
         group = [r for r in rows if r.workload == workload]
         axis.text(0.0, place, f" {workload}", **heading)
-        for row in sorted(group, key=lambda r: getattr(r, metric.field)):
+        for row in sorted(group, key=lambda r: getattr(r, metric.field), reverse=not metric.log):
             place += 1
-            mark(axis, place, row, metric, colours[row.provider])
+            mark(axis, place, row, metric)
             ticks.append((place, row.provider))
         place += 1.5
     axis.set_yticks(*zip(*ticks, strict=True), fontsize=8)
@@ -93,9 +102,10 @@ def panel(axis, rows: list[Row], metric: Metric, colours: dict[str, str]) -> Non
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def mark(axis, place: float, row: Row, metric: Metric, colour: str) -> None:
+def mark(axis, place: float, row: Row, metric: Metric) -> None:
     """A dot on a logarithmic axis, where a bar's length would mean nothing; else a bar."""
     value = end = max(getattr(row, metric.field), 1e-3)
+    colour = COLOURS.get(row.provider, "black")
     if not metric.log:
         axis.barh(place, value, color=colour)
     else:

@@ -237,24 +237,28 @@ def prepare_xattn(backend: str, case: Case) -> Attend:
     return partial(xattn_kernels.cross_attention, mask=case.interval, backend=backend)
 
 
+def ours(backend: str) -> Provider:
+    how = partial(xattn_reasons, backend), partial(prepare_xattn, backend)
+    return Provider(f"xattn-{backend}", *how, compiles=backend == "triton")
+
+
+def sdpa(word: str, backend: SDPBackend) -> Provider:
+    return Provider(f"sdpa-{word}", partial(sdpa_reasons, backend), partial(prepare_sdpa, backend))
+
+
+# In the order in which they run: where time is short, the last are left out.
 PROVIDERS = (
-    *(
-        Provider(f"xattn-{b}", partial(xattn_reasons, b), partial(prepare_xattn, b), b == "triton")
-        for b in ("triton", "sdpa", "eager")
-    ),
-    Provider("eager", lambda case, mode: too_large(case, mode, 4), prepare_eager),
-    *(
-        Provider(f"sdpa-{word}", partial(sdpa_reasons, backend), partial(prepare_sdpa, backend))
-        for word, backend in (
-            ("math", SDPBackend.MATH),
-            ("efficient", SDPBackend.EFFICIENT_ATTENTION),
-            ("flash", SDPBackend.FLASH_ATTENTION),
-            ("cudnn", SDPBackend.CUDNN_ATTENTION),
-        )
-    ),
-    Provider("flex", flex_reasons, prepare_flex, compiles=True),
+    ours("triton"),
+    ours("sdpa"),
+    sdpa("flash", SDPBackend.FLASH_ATTENTION),
+    sdpa("efficient", SDPBackend.EFFICIENT_ATTENTION),
+    sdpa("cudnn", SDPBackend.CUDNN_ATTENTION),
     Provider("torch-varlen", torch_varlen_reasons, prepare_torch_varlen),
     Provider("flash-attn", partial(segment_reasons, "flash_attn"), prepare_flash_attn),
     Provider("xformers", xformers_reasons, prepare_xformers),
+    Provider("eager", lambda case, mode: too_large(case, mode, 4), prepare_eager),
+    Provider("flex", flex_reasons, prepare_flex, compiles=True),
+    sdpa("math", SDPBackend.MATH),
+    ours("eager"),
 )
 BY_NAME = {p.name: p for p in PROVIDERS}

@@ -19,7 +19,7 @@ from .providers import Provider
 from .rows import Row
 from .steps import Step, step
 
-MOST_CLOCK_SECONDS = 10.0
+MOST_CLOCK_SECONDS = 8.0
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ def run(
             truth = None
             for mode in settings.modes:
                 group = Group(case, mode, providers, facts, settings, bar)
-                left = end - time.perf_counter()
-                if left > 0:
+                if end > time.perf_counter():
                     truth = truth or Truth(case, any(m != "forward" for m in settings.modes))
+                    left = max(end - time.perf_counter(), 1.0)
                     yield group.rows(truth, left / groups, left)
                 else:
                     yield group.failed("skipped", f"the {settings.budget:.0f} s are spent")
@@ -99,12 +99,16 @@ class Group:
         )
 
     def rows(self, truth: Truth, share: float, left: float) -> list[Row]:
-        """One row per provider, in about `share` seconds; only right results are timed."""
-        end = time.perf_counter() + share
-        checked = {}
+        """One row per provider, in about `share` seconds; only right results are timed.
+
+        Half of it is for checking: the providers whose turn does not come in it are skipped.
+        """
+        began = time.perf_counter()
+        end, checked = began + share, {}
         for provider in self.providers:
             self.bar.set_description(f"{self.case.label} {self.mode} {provider.name}")
-            checked[provider.name] = self.check(provider, truth, left)
+            seconds = left if time.perf_counter() < (began + end) / 2 else 0.0
+            checked[provider.name] = self.check(provider, truth, seconds)
             self.bar.update()
         right = {n: c for n, c in checked.items() if isinstance(c, Checked)}
         try:
@@ -118,35 +122,41 @@ class Group:
         del calls, right
         rows = [c for c in checked.values() if isinstance(c, Row)]
         checked.clear()
-        peaks |= self.resident_peaks(list(times))
-        return rows + [self.timed(n, times[n], peaks[n], shares[n]) for n in times]
+        peaks |= self.resident_peaks(list(times), end)
+        return rows + [self.timed(n, times[n], peaks.get(n), shares[n]) for n in times]
 
     def check(self, provider: Provider, truth: Truth, left: float) -> Row | Checked:
         """A row with the reason why there is no time, or the call whose result is right."""
-        blank, case = replace(self.blank, provider=provider.name), self.case
+        case = self.case
         try:
             found = provider.reasons(case, self.mode)
             if found:
-                return replace(blank, status="unsupported", reason="; ".join(found))
-            with timing.time_limit(min(self.settings.first_call, max(left, 1.0))):
+                return self.without_time(provider, "unsupported", "; ".join(found))
+            if left <= 0:
+                return self.without_time(provider, "skipped", "no time was left for it")
+            with timing.time_limit(min(self.settings.first_call, left)):
                 before = memory.allocated(case.device)
                 call = step(provider, case, self.mode)
                 wrong, share = truth.verdict(call())
                 if wrong:
-                    return replace(blank, status="wrong", reason=wrong)
+                    return self.without_time(provider, "wrong", wrong)
                 return Checked(call, memory.device_peak(call, before, case.device), share)
         except Exception as error:  # whatever a provider raises is its result
-            return replace(blank, status="error", reason=one_line(error))
+            return self.without_time(provider, "error", one_line(error))
 
-    def resident_peaks(self, names: list[str]) -> dict[str, int | None]:
-        """On a CPU the growth of a fresh process, provider by provider."""
+    def resident_peaks(self, names: list[str], end: float) -> dict[str, int | None]:
+        """On a CPU the growth of a fresh process each, None for those begun after `end`."""
         if self.case.device.type != "cpu" or not self.settings.memory:
             return {}
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "case.pt"
             self.case.save(path)
-            limit = self.settings.first_call
-            return {name: memory.resident_peak(name, path, self.mode, limit) for name in names}
+            seconds = self.settings.first_call
+            return {
+                name: memory.resident_peak(name, path, self.mode, seconds)
+                for name in names
+                if time.perf_counter() < end
+            }
 
     def timed(self, name: str, ms: list[float], peak: int | None, error_share: float) -> Row:
         low, median, high = quantiles(ms, n=4, method="inclusive")
@@ -170,8 +180,10 @@ class Group:
 
     def failed(self, status: str, reason: str) -> list[Row]:
         """The same status and reason for every provider."""
-        row = replace(self.blank, status=status, reason=reason)
-        return [replace(row, provider=p.name) for p in self.providers]
+        return [self.without_time(p, status, reason) for p in self.providers]
+
+    def without_time(self, provider: Provider, status: str, reason: str) -> Row:
+        return replace(self.blank, provider=provider.name, status=status, reason=reason)
 
 
 def one_line(error: Exception) -> str:

@@ -23,11 +23,10 @@ def measure(
 
     Repeats go round over all calls, so that every call sees the same clocks and neighbours. Each
     call is repeated at least FEWEST times, then until its share of the time or MOST is reached.
+    What a first call compiles or allocates must be done before.
     """
     once = _clock(device)
     times = {name: [] for name in calls}
-    for call in calls.values():
-        call()
     share = 1e3 * seconds / max(len(calls), 1)
     going = set(calls)
     while going:
@@ -74,6 +73,8 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     source = torch.empty(elements, dtype=torch.int8, device=device).random_()
     target = torch.empty_like(source)
     calls = {"product": lambda: a @ b, "copy": lambda: target.copy_(source)}
+    for call in calls.values():
+        call()
     best = {name: min(ms) / 1e3 for name, ms in measure(calls, device, 1.0).items()}
     return 2 * n**3 / best["product"], 2 * elements / best["copy"]
 
