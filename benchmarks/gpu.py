@@ -170,8 +170,5 @@ def report(outcomes: list[Outcome], out: Path, device: str, began: float) -> str
     lines += [outcome.line for outcome in outcomes]
     for path in sorted(out.glob("*.json")):
         if path.stat().st_mtime >= began:
-            lines += [
-                f"\n{path.name}: our fastest, and how many times as fast as the others' it is"
-            ]
-            lines += [rows.summary(rows.load(path))]
+            lines += ["", path.stem, rows.summary(rows.load(path))]
     return "\n".join(lines)

@@ -36,7 +36,8 @@ def device_name(device: torch.device | str) -> str:
     if cpuinfo.exists():
         found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())
         name = re.sub(r"\((R|TM)\)| CPU| Processor|@.*", "", found[1]).strip() if found else name
-    return f"{name} {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{name} {threads} thread{'s' * (threads > 1)}"
 
 
 def slug(device: torch.device | str) -> str:

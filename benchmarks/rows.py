@@ -116,8 +116,10 @@ def without_times(rows: Iterable[Row]) -> list[str]:
 def summary(rows: list[Row]) -> str:
     """A line per workload: our fastest in ms, and how many times that the fastest other takes."""
     modes = list(dict.fromkeys(r.mode for r in rows))
-    head = "".join(f" {mode:>8} {'times':>6} {'of':<14}" for mode in modes)
-    lines, ratios = [f"{'ms':<22}{head}".rstrip()], {mode: [] for mode in modes}
+    head = "".join(f" {mode:>8} {'ratio':>6} {'against':<14}" for mode in modes)
+    lines = ["our fastest in ms, and how many times as long the fastest other takes"]
+    lines.append(f"{'':<22}{head}".rstrip())
+    ratios = {mode: [] for mode in modes}
     for workload, group in groupby(rows, key=lambda r: r.workload):
         line, by_mode = f"{short(workload):<22}", {mode: [] for mode in modes}
         for row in group:
