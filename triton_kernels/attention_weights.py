@@ -64,7 +64,7 @@ def weights_kernel(
         )  # fmt: skip
         if start is not None:
             s = forbid_outside(s, first[:, None], last[:, None], j[None, :])
-        row_lse, _, _ = load_rows(lse, lse, None, (b * Hkv * GROUP + head) * Nq + i, row_mask)
+        row_lse, _ = load_rows(lse, lse, (b * Hkv * GROUP + head) * Nq + i, row_mask)
         p = tl.exp2(s - row_lse[:, None])
         acc += kept(p, seed, b, h[:, None], i[:, None], j[None, :], threshold)
 
@@ -135,7 +135,7 @@ def backward(
             torch.zeros_like(t) if needed else q.new_empty(0)
             for t, needed in zip(inputs, needs, strict=True)
         )
-    config, lse, strides = call.config("dq"), log2_lse(lse), broadcast_strides(dweights)
+    config, lse, strides = call.config("dq", True), log2_lse(lse), broadcast_strides(dweights)
     dq, dk, dbias, dscale, dlse = (None,) * 5
 
     def rows(delta: Tensor) -> tuple:
@@ -148,7 +148,7 @@ def backward(
     if needs[0] or needs[3] or needs[4]:
         dq, dscale, _, _, dlse = backward_dq(call, config, terms, None, False, needs[4])
     if needs[1]:
-        dk, _ = backward_dkdv(call, terms, None)
+        dk, _ = backward_dkdv(call, call.config("dkdv", True), terms, None)
     if needs[2]:
         dbias = backward_dbias(call, terms)
     grads = (dq, dk, dbias, dscale, dlse)

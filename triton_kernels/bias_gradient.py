@@ -16,7 +16,7 @@ from .scores import (
     score_gradient,
     tile_scores,
 )
-from .tiles import dot_nt, load_rows, load_tile, row_bounds
+from .tiles import dot_nt, load_rows, load_tile, row_bounds, times
 
 
 @triton.jit
@@ -73,19 +73,20 @@ def dbias_kernel(
         if start is not None:
             first, last = row_bounds(start, stop, stride_start, stride_stop, b, i, row_mask, Nk)
             s = forbid_outside(s, first[:, None], last[:, None], j[None, :])
-        row_lse, row_delta, row_dentropy = load_rows(
-            lse, delta, dentropy, (b * Hkv * GROUP + h) * Nq + i, row_mask
-        )
-        row_lse, row_delta = row_lse[:, None], row_delta[:, None]
+        rows = (b * Hkv * GROUP + h) * Nq + i
+        row_lse, row_delta = load_rows(lse, delta, rows, row_mask)
+        row_lse, row_delta, row_dentropy = row_lse[:, None], row_delta[:, None], dentropy
         if dentropy is not None:
-            row_dentropy = row_dentropy[:, None]
+            row_dentropy = tl.load(dentropy + rows, row_mask, 0.0)[:, None]
         p = tl.exp2(s - row_lse)
         dp = plus_weight_gradient(
             dot_nt(dout_tile, v_tile, CHUNKS_V, PRECISION), dweights,
             row_offsets(stride_dweights, b, h_rows, i)[:, None], stride_dweights,
             row_mask[:, None], j[None, :], Nk,
         )  # fmt: skip
-        dp = kept(dp * dropout_scale, seed, b, h_rows[:, None], i[:, None], j[None, :], threshold)
+        dp = kept(
+            times(dp, dropout_scale), seed, b, h_rows[:, None], i[:, None], j[None, :], threshold
+        )
         ds, _ = score_gradient(p, s, row_lse, dp, row_delta, row_dentropy, th, softcap)
         acc += ds
 

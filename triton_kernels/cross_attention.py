@@ -14,7 +14,7 @@ from torch import Tensor
 from .bias_gradient import dbias_kernel
 from .configs import Config
 from .launch import Call, empty_rows, split_buffer, split_count, sum_splits
-from .rows import merge_splits, row_delta, tile_bounds
+from .rows import merge_splits, row_terms, tile_bounds
 from .scores import (
     forbid_outside,
     kept,
@@ -30,14 +30,15 @@ from .tiles import (
     dot_nt,
     load_rows,
     load_tile,
+    next_run,
     packed_rows,
     program,
-    reaching_tiles,
     row_bounds,
     row_dot,
     scale_rows,
     split_range,
     store_tile,
+    times,
     zero_tile,
 )
 
@@ -80,7 +81,7 @@ def forward_kernel(
     v += b * stride_v[0] + hkv.to(tl.int64) * stride_v[1]
     # [BLOCK_Q], [BLOCK_Q, DV]
     m = tl.full([BLOCK_Q], float("-inf"), tl.float32)
-    l = tl.full([BLOCK_Q], 0.0, tl.float32)  # noqa: E741
+    l = tl.full([BLOCK_Q], 0.0, tl.float32)
     a = tl.full([BLOCK_Q], 0.0, tl.float32)  # sum of e * log2(e), for the entropy
     acc = zero_tile(BLOCK_Q, CHUNKS_V)
     for k0 in range(key_begin, key_end, BLOCK_K):
@@ -104,7 +105,7 @@ def forward_kernel(
             shift = tl.where(m == float("-inf"), 0.0, m - m_safe)
             t = tl.where(e > 0, s - m_safe[:, None], 0.0)
             a = alpha * (a + l * shift) + tl.sum(e * t, 1)
-        l = l * alpha + tl.sum(e, 1)  # noqa: E741
+        l = l * alpha + tl.sum(e, 1)
         m = m_new
         e = kept(e, seed, b, h[:, None], i[:, None], j[None, :], threshold)
         # [BLOCK_K, DV]
@@ -114,7 +115,7 @@ def forward_kernel(
         )
 
     empty = l == 0
-    l = tl.where(empty, 1.0, l)  # noqa: E741
+    l = tl.where(empty, 1.0, l)
     rows = ((split * B + b) * Hkv * GROUP + h) * Nq + i
     tl.store(lse + rows, tl.where(empty, float("-inf"), m * LN2 + tl.log(l)), row_mask)
     if entropy is not None:
@@ -122,7 +123,7 @@ def forward_kernel(
         tl.store(max_probability + rows, tl.where(empty, 0.0, 1.0 / l), row_mask)
     out += split * stride_out[0] + b * stride_out[1]
     rows = h.to(tl.int64) * stride_out[2] + i.to(tl.int64) * stride_out[3]
-    acc = scale_rows(acc, dropout_scale / l, CHUNKS_V)
+    acc = scale_rows(acc, times(1.0 / l, dropout_scale), CHUNKS_V)
     store_tile(out, rows, row_mask, acc, DV, CHUNKS_V, ALIGN)
 
 
@@ -132,7 +133,8 @@ def dq_kernel(
     dscale,  # float32 [n_splits, B, Hq, Nq], <q, dq> / scale of each row, or None
     dlse,  # float32 [n_splits, B, Hq, Nq], minus the row sums of ds, or None
     dk, stride_dk, dv, stride_dv,  # [B, Hkv, Nk, *], when one tile holds all rows; else None
-    dout, stride_dout, lse, delta, dentropy,  # float32 rows [B, Hq, Nq]; dentropy may be None
+    dout, stride_dout,
+    lse, delta, dentropy,  # float32 [B, Hq, Nq], lse in log2 units; dentropy may be None
     dweights, stride_dweights,  # gradient of the weights, 4-d with broadcast strides, or None
     q, stride_q, k, stride_k, v, stride_v,
     bias, stride_bias, mask, stride_mask,
@@ -163,10 +165,10 @@ def dq_kernel(
     mask_rows = row_offsets(stride_mask, b, h, i)[:, None]
     weight_rows = row_offsets(stride_dweights, b, h, i)[:, None]
     rows = (b * Hkv * GROUP + h) * Nq + i
-    row_lse, row_delta, row_dentropy = load_rows(lse, delta, dentropy, rows, row_mask)
-    row_lse, row_delta = row_lse[:, None], row_delta[:, None]
+    row_lse, row_delta = load_rows(lse, delta, rows, row_mask)
+    row_lse, row_delta, row_dentropy = row_lse[:, None], row_delta[:, None], dentropy
     if dentropy is not None:
-        row_dentropy = row_dentropy[:, None]
+        row_dentropy = tl.load(dentropy + rows, row_mask, 0.0)[:, None]
     # [BLOCK_Q, D], [BLOCK_Q, DV]
     q_tile = load_tile(q, row_offsets(stride_q, b, h, i), row_mask, D, CHUNKS, ALIGN)
     dout_tile = load_tile(dout, row_offsets(stride_dout, b, h, i), row_mask, DV, CHUNKS_V, ALIGN)
@@ -192,13 +194,15 @@ def dq_kernel(
             dot_nt(dout_tile, v_tile, CHUNKS_V, PRECISION), dweights, weight_rows,
             stride_dweights, row_mask[:, None], j[None, :], Nk,
         )  # fmt: skip
-        dp = kept(dp * dropout_scale, seed, b, h[:, None], i[:, None], j[None, :], threshold)
+        dp = kept(times(dp, dropout_scale), seed, b, h[:, None], i[:, None], j[None, :], threshold)
         capped, ds = score_gradient(p, s, row_lse, dp, row_delta, row_dentropy, th, softcap)
         if dlse is not None:
             row_ds += tl.sum(capped, 1)
         acc = dot_into(acc, ds.to(k_tile[0].dtype), k_tile, CHUNKS, PRECISION)
         if dk is not None:
-            p = kept(p * dropout_scale, seed, b, h[:, None], i[:, None], j[None, :], threshold)
+            p = kept(
+                times(p, dropout_scale), seed, b, h[:, None], i[:, None], j[None, :], threshold
+            )
             # [BLOCK_K, D], [BLOCK_K, DV]
             dk_tile = zero_tile(BLOCK_K, CHUNKS)
             dv_tile = zero_tile(BLOCK_K, CHUNKS_V)
@@ -214,7 +218,9 @@ def dq_kernel(
     if dlse is not None:
         tl.store(dlse + split * B * Hkv * GROUP * Nq + rows, -row_ds, row_mask)
     if dscale is not None:
-        tl.store(dscale + split * B * Hkv * GROUP * Nq + rows, row_dot(q_tile, acc, CHUNKS), row_mask)
+        tl.store(
+            dscale + split * B * Hkv * GROUP * Nq + rows, row_dot(q_tile, acc, CHUNKS), row_mask
+        )
     dq += split * stride_dq[0] + b * stride_dq[1]
     rows = h.to(tl.int64) * stride_dq[2] + i.to(tl.int64) * stride_dq[3]
     rs = row_scale(scale, scale_tensor, stride_scale, h) + tl.full([BLOCK_Q], 0.0, tl.float32)
@@ -241,11 +247,10 @@ def dkdv_kernel(
     # [BLOCK_K]
     j = k0 + tl.arange(0, BLOCK_K)
     there = j < Nk
-    tile_begin, tile_end = 0, n_tiles
+    run_end, tile_end = split_range(0, n_tiles, split, n_splits, 1)
+    run_begin = run_end
     if start is not None:
         bounds += b * n_tiles * 4
-        tile_begin, tile_end = reaching_tiles(bounds, n_tiles, k0, k0 + BLOCK_K)
-    tile_begin, tile_end = split_range(tile_begin, tile_end, split, n_splits, 1)
     k += b * stride_k[0] + hkv.to(tl.int64) * stride_k[1]
     v += b * stride_v[0] + hkv.to(tl.int64) * stride_v[1]
     # [BLOCK_K, D], [BLOCK_K, DV]
@@ -253,29 +258,33 @@ def dkdv_kernel(
     v_tile = load_tile(v, j.to(tl.int64) * stride_v[2], there, DV, CHUNKS_V, ALIGN)
     dk_tile = zero_tile(BLOCK_K, CHUNKS)
     dv_tile = zero_tile(BLOCK_K, CHUNKS_V)
-    for t in range(tile_begin, tile_end):
-        # [BLOCK_Q]
-        i, h, row_mask = packed_rows(t, hkv, Nq, BLOCK_Q, GROUP)
-        cut = k0 + BLOCK_K > Nk
-        reaches = True
+    while run_end < tile_end:
+        # runs of row tiles that all reach these keys, so that the inner loop has no branch around
+        # its loads and can be pipelined; sorted intervals make one run
         if start is not None:
-            reaches = (tl.load(bounds + t * 4) < k0 + BLOCK_K) & (tl.load(bounds + t * 4 + 3) > k0)
-            cut |= (tl.load(bounds + t * 4 + 1) > k0) | (tl.load(bounds + t * 4 + 2) < k0 + BLOCK_K)
-            row_mask &= reaches
-        # [BLOCK_Q, D], [BLOCK_Q, DV]
-        q_tile = load_tile(q, row_offsets(stride_q, b, h, i), row_mask, D, CHUNKS, ALIGN)
-        dout_tile = load_tile(
-            dout, row_offsets(stride_dout, b, h, i), row_mask, DV, CHUNKS_V, ALIGN
-        )
-        rows = (b * Hkv * GROUP + h) * Nq + i
-        row_lse, row_delta, row_dentropy = load_rows(lse, delta, dentropy, rows, row_mask)
-        row_lse, row_delta = row_lse[None, :], row_delta[None, :]
-        if dentropy is not None:
-            row_dentropy = row_dentropy[None, :]
-        rs = row_scale(scale, scale_tensor, stride_scale, h)
-        if scale_tensor is not None:
-            rs = rs[None, :]
-        if reaches:
+            run_begin, run_end = next_run(bounds, run_end, tile_end, n_tiles, k0, k0 + BLOCK_K)
+        else:
+            run_begin, run_end = run_end, tile_end
+        for t in range(run_begin, run_end):
+            # [BLOCK_Q]
+            i, h, row_mask = packed_rows(t, hkv, Nq, BLOCK_Q, GROUP)
+            cut = k0 + BLOCK_K > Nk
+            if start is not None:
+                cut |= tl.load(bounds + t * 4 + 1) > k0
+                cut |= tl.load(bounds + t * 4 + 2) < k0 + BLOCK_K
+            # [BLOCK_Q, D], [BLOCK_Q, DV]
+            q_tile = load_tile(q, row_offsets(stride_q, b, h, i), row_mask, D, CHUNKS, ALIGN)
+            dout_tile = load_tile(
+                dout, row_offsets(stride_dout, b, h, i), row_mask, DV, CHUNKS_V, ALIGN
+            )
+            rows = (b * Hkv * GROUP + h) * Nq + i
+            row_lse, row_delta = load_rows(lse, delta, rows, row_mask)
+            row_lse, row_delta, row_dentropy = row_lse[None, :], row_delta[None, :], dentropy
+            if dentropy is not None:
+                row_dentropy = tl.load(dentropy + rows, row_mask, 0.0)[None, :]
+            rs = row_scale(scale, scale_tensor, stride_scale, h)
+            if scale_tensor is not None:
+                rs = rs[None, :]
             # [BLOCK_K, BLOCK_Q]
             s, th = tile_scores(
                 dot_nt(k_tile, q_tile, CHUNKS, PRECISION), rs, softcap,
@@ -301,7 +310,9 @@ def dkdv_kernel(
                 row_offsets(stride_dweights, b, h, i)[None, :], stride_dweights,
                 row_mask[None, :], j[:, None], Nk,
             )  # fmt: skip
-            dp = kept(dp * dropout_scale, seed, b, h[None, :], i[None, :], j[:, None], threshold)
+            dp = kept(
+                times(dp, dropout_scale), seed, b, h[None, :], i[None, :], j[:, None], threshold
+            )
             _, ds = score_gradient(p, s, row_lse, dp, row_delta, row_dentropy, th, softcap)
             if scale_tensor is not None:
                 ds *= rs
@@ -315,7 +326,7 @@ def dkdv_kernel(
     store_tile(dk, keys, there, dk_tile, D, CHUNKS, ALIGN)
     keys = hkv.to(tl.int64) * stride_dv[2] + j.to(tl.int64) * stride_dv[3]
     dv += split * stride_dv[0] + b * stride_dv[1]
-    dv_tile = scale_rows(dv_tile, one * dropout_scale, CHUNKS_V)
+    dv_tile = scale_rows(dv_tile, times(one, dropout_scale), CHUNKS_V)
     store_tile(dv, keys, there, dv_tile, DV, CHUNKS_V, ALIGN)
 
 
@@ -341,7 +352,7 @@ def forward(
         for t, empty in zip(results, (0.0, float("-inf"), 0.0, 0.0), strict=True):
             t is None or t.fill_(empty)
     elif out.numel():
-        config = call.config("forward")
+        config = call.config("forward", statistics)
         programs = call.row_tiles(config) * call.B * call.Hkv
         n_splits = n_splits or split_count(programs, call.key_tiles(config), q.device)
         parts = [split_buffer(t, n_splits) for t in results]
@@ -366,34 +377,32 @@ def backward(
     call = Call(
         q, k, v, bias, scale_tensor, start, stop, mask, seed, scale, softcap, dropout_p, allow_tf32
     )
-    inputs = (q, k, v, bias, scale_tensor)
     if call.Nk == 0 or out.numel() == 0:
         return tuple(
             torch.zeros_like(t) if needed else q.new_empty(0)
-            for t, needed in zip(inputs, needs, strict=True)
+            for t, needed in zip((q, k, v, bias, scale_tensor), needs, strict=True)
         )
     if dout is None:
         dout = torch.zeros_like(out)
     elif dout.stride(3) != 1:
         dout = dout.contiguous()
     dentropy = None if dentropy is None else dentropy.contiguous()
-    delta = row_delta(out, dout, dlse, dentropy, entropy)
-    rows = (dout, dout.stride(), lse, delta, dentropy, None, (0,) * 4)
+    lse_log2, delta = row_terms(out, lse, dout, dlse, dentropy, entropy)
+    rows = (dout, dout.stride(), lse_log2, delta, dentropy, None, (0,) * 4)
     dq, dk, dv, dbias, dscale = (None,) * 5
-    fused = call.config("fused")
+    statistics = dentropy is not None
+    fused = call.config("fused", statistics)
     if needs[1] | needs[2] and call.row_tiles(fused) == 1:
         dq, dscale, dk, dv, _ = backward_dq(call, fused, rows, n_splits, True)
     else:
         if needs[0] or needs[4]:
-            dq, dscale, *_ = backward_dq(call, call.config("dq"), rows, n_splits, False)
+            dq, dscale, *_ = backward_dq(call, call.config("dq", statistics), rows, n_splits, False)
         if needs[1] or needs[2]:
-            dk, dv = backward_dkdv(call, rows, n_splits)
+            dk, dv = backward_dkdv(call, call.config("dkdv", statistics), rows, n_splits)
     if needs[3]:
         dbias = backward_dbias(call, rows)
     grads = (dq, dk, dv, dbias, dscale)
-    return tuple(
-        t if needed else q.new_empty(0) for t, needed in zip(grads, needs, strict=True)
-    )
+    return tuple(t if needed else q.new_empty(0) for t, needed in zip(grads, needs, strict=True))
 
 
 def backward_dq(
@@ -429,8 +438,8 @@ def backward_dq(
     return sum_splits(dq, q.dtype), dscale, dk, dv, dlse
 
 
-def backward_dkdv(call: Call, rows: tuple, n_splits: int | None):
-    config = call.config("dkdv")
+def backward_dkdv(call: Call, config: Config, rows: tuple, n_splits: int | None):
+    """(dk, dv)."""
     bounds = None
     if call.start is not None:
         bounds = tile_bounds(call, config)
@@ -447,7 +456,8 @@ def backward_dkdv(call: Call, rows: tuple, n_splits: int | None):
 
 def backward_dbias(call: Call, rows: tuple) -> Tensor:
     config, bias = call.config("dbias"), call.bias
-    tiles = [triton.cdiv(n, b) for n, b in zip(bias.shape[2:], (config.block_q, config.block_k))]
+    blocks = (config.block_q, config.block_k)
+    tiles = [triton.cdiv(n, b) for n, b in zip(bias.shape[2:], blocks, strict=True)]
     programs = bias.shape[0] * bias.shape[1] * tiles[0] * tiles[1]
     all_tiles = triton.cdiv(call.Nq, config.block_q) * call.key_tiles(config) * call.B * call.Hq
     n_splits = split_count(programs, all_tiles // programs, bias.device)

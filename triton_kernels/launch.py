@@ -108,10 +108,12 @@ class Call:
     DV = property(lambda self: self.v.shape[3])
     group = property(lambda self: self.Hq // self.Hkv)
 
-    def config(self, kernel: str) -> Config:
-        itemsize = self.q.element_size()
-        width = max(self.D, self.DV)
-        return lookup(kernel, target_arch(), width, itemsize, self.Nq * self.group)
+    def config(self, kernel: str, statistics: bool = False) -> Config:
+        """The table's row for this call; `statistics` also where their gradient is needed."""
+        flags = (self.mask, self.bias, self.softcap or None, self.seed, statistics or None)
+        plain = all(flag is None for flag in flags)
+        width, rows = max(self.D, self.DV), self.Nq * self.group
+        return lookup(kernel, target_arch(), width, self.q.element_size(), plain, rows)
 
     def row_tiles(self, config: Config) -> int:
         return triton.cdiv(self.Nq * self.group, config.block_q)
@@ -133,12 +135,14 @@ class Call:
             self.bias, broadcast_strides(self.bias), mask, broadcast_strides(mask), *intervals,
             None if self.scale_tensor is not None else self.scale, self.scale_tensor, stride_scale,
             self.softcap or None, self.seed, round(self.dropout_p * 2**32),
-            1.0 / (1.0 - self.dropout_p),
+            1.0 / (1.0 - self.dropout_p) if self.dropout_p else None,
         )  # fmt: skip
 
     def launch(self, kernel, config: Config, programs: int, results: tuple, n_splits: int) -> None:
         """Launches `kernel` on `results`, the shared operands and the sizes."""
-        rows = [t for t in (*results, self.q, self.k, self.v) if isinstance(t, Tensor) and t.dim() > 3]
+        rows = [
+            t for t in (*results, self.q, self.k, self.v) if isinstance(t, Tensor) and t.dim() > 3
+        ]
         tf32 = self.allow_tf32 and self.q.dtype == torch.float32
         with device_guard(self.q.device):
             kernel[(programs,)](

@@ -7,7 +7,17 @@ from torch import Tensor
 
 from .configs import Config
 from .launch import Call, device_guard, row_alignment
-from .tiles import column_chunks, load_tile, packed_rows, row_bounds, row_dot, scale_rows, store_tile, zero_tile
+from .tiles import (
+    LOG2E,
+    column_chunks,
+    load_tile,
+    packed_rows,
+    row_bounds,
+    row_dot,
+    scale_rows,
+    store_tile,
+    zero_tile,
+)
 
 
 @triton.jit
@@ -26,9 +36,9 @@ def merge_kernel(
     for c in range(n_splits):
         m = tl.maximum(m, tl.load(lse_parts + c * n_rows + r, there, float("-inf")))
     m_safe = tl.where(m == float("-inf"), 0.0, m)
-    l = tl.full([BLOCK], 0.0, tl.float32)  # noqa: E741
+    l = tl.full([BLOCK], 0.0, tl.float32)
     for c in range(n_splits):
-        l += tl.exp(tl.load(lse_parts + c * n_rows + r, there, float("-inf")) - m_safe)  # noqa: E741
+        l += tl.exp(tl.load(lse_parts + c * n_rows + r, there, float("-inf")) - m_safe)
     empty = l == 0
     log_l = tl.log(tl.where(empty, 1.0, l))
     acc = zero_tile(BLOCK, CHUNKS_V)
@@ -62,13 +72,17 @@ def add_tiles(a, b, CHUNKS: tl.constexpr):
 
 @triton.jit
 def delta_kernel(
-    delta,  # float32 [B, H, N]
+    delta, lse_log2,  # float32 [B, H, N]
+    lse,  # float32 [B, H, N], natural logarithm
     out, stride_out, dout, stride_dout,  # [B, H, N, DV]
     dlse, dentropy, entropy,  # float32 [B, H, N], or None
     H, N, n_rows,
     DV: tl.constexpr, CHUNKS_V: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """delta = <out, dout> - dlse + dentropy * entropy: what eq. ds subtracts from dp, per row."""
+    """delta = <out, dout> - dlse + dentropy * entropy: what eq. ds subtracts from dp, per row.
+
+    lse_log2 is lse for exp2, with +inf in place of -inf, so that a row without keys has p = 0.
+    """
     r = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = r < n_rows
     b, h, n = r // (H * N), r // N % H, r % N
@@ -82,6 +96,9 @@ def delta_kernel(
     if dentropy is not None:
         total += tl.load(dentropy + r, there, 0.0) * tl.load(entropy + r, there, 0.0)
     tl.store(delta + r, total, there)
+    row_lse = tl.load(lse + r, there, 0.0)
+    row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2E)
+    tl.store(lse_log2 + r, row_lse, there)
 
 
 @triton.jit
@@ -116,20 +133,25 @@ def merge_splits(results: tuple, parts: list[Tensor]) -> None:
         )  # fmt: skip
 
 
-def row_delta(
-    out: Tensor, dout: Tensor, dlse: Tensor | None, dentropy: Tensor | None, entropy: Tensor
-) -> Tensor:
-    """delta float32 [B, H, N], see `delta_kernel`."""
+def row_terms(
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    dentropy: Tensor | None,
+    entropy: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """(lse_log2, delta) float32 [B, H, N] of the backward kernels, see `delta_kernel`."""
     B, H, N, DV = out.shape
-    delta = out.new_empty((B, H, N), dtype=torch.float32)
+    lse_log2, delta = (torch.empty_like(lse) for _ in range(2))
     with device_guard(out.device):
         delta_kernel[(triton.cdiv(delta.numel(), ROWS),)](
-            delta, out, out.stride(), dout, dout.stride(),
+            delta, lse_log2, lse, out, out.stride(), dout, dout.stride(),
             None if dlse is None else dlse.contiguous(), dentropy,
             None if dentropy is None else entropy, H, N, delta.numel(),
             DV=DV, CHUNKS_V=column_chunks(DV), BLOCK=ROWS, ALIGN=row_alignment(out, dout),
         )  # fmt: skip
-    return delta
+    return lse_log2, delta
 
 
 def tile_bounds(call: Call, config: Config) -> Tensor:

@@ -15,7 +15,8 @@ def row_scale(scale, scale_tensor, stride_scale, h):
     """The number `scale`, or the tensor's value for each row's head, [BLOCK_Q]."""
     if scale_tensor is not None:
         return tl.load(scale_tensor + h * stride_scale[0]).to(tl.float32)
-    return scale
+    else:
+        return scale
 
 
 @triton.jit
@@ -59,7 +60,8 @@ def kept(p, seed, b, h, i, j, threshold):
     """p where dropout keeps it, else 0; the 1 / (1 - dropout_p) is applied to sums."""
     if seed is not None:
         return tl.where(dropout_keep(tl.load(seed), b, h, i, j, threshold), p, 0.0)
-    return p
+    else:
+        return p
 
 
 @triton.jit
@@ -82,4 +84,5 @@ def score_gradient(p, s, lse, dp, delta, dentropy, th, softcap):
     ds = p * ds
     if softcap is not None:
         return ds, ds * (1.0 - th * th)
-    return ds, ds
+    else:
+        return ds, ds

@@ -169,27 +169,40 @@ def split_range(begin, end, split, n_splits, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def reaching_tiles(bounds, n_tiles, key_begin, key_end):
-    """First and one past the last row tile whose keys meet [key_begin, key_end)."""
-    first, last = n_tiles, 0
+def next_run(bounds, begin, end, n_tiles, key_begin, key_end):
+    """The next run [first, last) of row tiles from `begin` on that all meet the keys; it ends at
+    `end` at the latest, and is empty there when no tile is left. One pass finds each border."""
+    first, last = end, end
     for t0 in range(0, n_tiles, 256):
-        # [256]
-        t = t0 + tl.arange(0, 256)
-        begin = tl.load(bounds + t * 4, t < n_tiles, 0)
-        end = tl.load(bounds + t * 4 + 3, t < n_tiles, 0)
-        reaches = (begin < key_end) & (end > key_begin)
-        first = tl.minimum(first, tl.min(tl.where(reaches, t, n_tiles)))
-        last = tl.maximum(last, tl.max(tl.where(reaches, t + 1, 0)))
+        t, reaches = tiles_reach(bounds, t0, n_tiles, key_begin, key_end)
+        first = tl.minimum(first, tl.min(tl.where(reaches & (t >= begin), t, end)))
+    for t0 in range(0, n_tiles, 256):
+        t, reaches = tiles_reach(bounds, t0, n_tiles, key_begin, key_end)
+        last = tl.minimum(last, tl.min(tl.where((t > first) & ~reaches, t, end)))
     return first, last
 
 
 @triton.jit
-def load_rows(lse, delta, dentropy, rows, row_mask):
-    """lse in log2 units (+inf for a row without keys, so that p = 0), delta, dentropy."""
-    row_lse = tl.load(lse + rows, row_mask, float("-inf"))
-    row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2E)
-    row_delta = tl.load(delta + rows, row_mask, 0.0)
-    row_dentropy = 0.0
-    if dentropy is not None:
-        row_dentropy = tl.load(dentropy + rows, row_mask, 0.0)
-    return row_lse, row_delta, row_dentropy
+def tiles_reach(bounds, t0, n_tiles, key_begin, key_end):
+    """(t, whether row tile t has a key in [key_begin, key_end)) of 256 tiles from t0 on."""
+    # [256]
+    t = t0 + tl.arange(0, 256)
+    begin = tl.load(bounds + t * 4, t < n_tiles, 0)
+    end = tl.load(bounds + t * 4 + 3, t < n_tiles, 0)
+    return t, (begin < key_end) & (end > key_begin)
+
+
+@triton.jit
+def load_rows(lse, delta, rows, row_mask):
+    """(lse, delta) of rows; lse in log2 units, +inf for a row without keys or none: p = 0."""
+    row_lse = tl.load(lse + rows, row_mask, float("inf"))
+    return row_lse, tl.load(delta + rows, row_mask, 0.0)
+
+
+@triton.jit
+def times(x, factor):
+    """x * factor; None is a factor of one that costs nothing."""
+    if factor is not None:
+        return x * factor
+    else:
+        return x

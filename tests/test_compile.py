@@ -1,0 +1,44 @@
+"""A sample of the compile grid: every kernel and architecture, no spills, tensor cores in use."""
+
+import pytest
+
+pytest.importorskip("triton", reason="the compile grid needs Triton, not a GPU")
+
+from benchmarks.compile_grid import ARCHS, Case, cases, compile_case, faults
+
+# The calls of the workloads that every change should keep fast, on each architecture, and one
+# further case of the grid per architecture, spread over it.
+ALWAYS = ("many-D64-Dv64-bfloat16", "few-D96-Dv96-bfloat16", "prefill-gqa-D128")
+SAMPLE = [(arch, c) for arch in ARCHS for c in cases() if c.name in ALWAYS]
+SAMPLE += [
+    (ARCHS[n % len(ARCHS)], c)
+    for n, c in enumerate(c for c in cases() if c.name not in ALWAYS)
+    if n % 4 == 0
+]
+
+pytestmark = pytest.mark.compile
+
+
+@pytest.mark.parametrize(
+    ("arch", "case"), SAMPLE, ids=[f"sm_{arch}-{case.name}" for arch, case in SAMPLE]
+)
+def test_no_spills_and_tensor_cores(arch: int, case: Case):
+    rows = compile_case((arch, case))
+    assert rows
+    found = [f"{row.kernel}: {why}" for row in rows for why in faults(row)]
+    assert not found, "\n".join(found)
+    kernels = {row.kernel for row in rows}
+    assert {"forward_kernel", "delta_kernel", "dq_kernel"} <= kernels
+
+
+def test_the_grid_reports_a_spill():
+    """A tile far too large for the registers must be reported, or the gate gates nothing."""
+    import xattn_kernels.triton_kernels.launch as launch
+    from xattn_kernels.triton_kernels.configs import Config
+
+    lookup, launch.lookup = launch.lookup, lambda *args, **kwargs: Config(128, 128, 4, 1)
+    try:
+        rows = compile_case((80, Case("too-large", 128, 128, "bfloat16", 256)))
+    finally:
+        launch.lookup = lookup
+    assert any("spills" in why for row in rows for why in faults(row))
