@@ -21,7 +21,7 @@ import xattn_kernels
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE, KERNELS = ROOT / "xattn_kernels", ROOT / "triton_kernels"
 README = (ROOT / "README.md").read_text()
-FLOOR = {"dispatch", "inputs", "masks", "reference", "sdpa", "triton_kernels"}
+FLOOR = {"dispatch", "inputs", "masks", "reference", "sdpa", "slices", "triton_kernels"}
 FLOORS = {"modules": 2, "stability": 2, "distributed": 3, "integrations": 3, "__main__": 4}
 
 

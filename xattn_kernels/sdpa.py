@@ -3,48 +3,33 @@
 Rows of equal interval are one call of `F.scaled_dot_product_attention` on slices of q, k and v:
 what is masked is not computed, and there is no mask. Where runs of such rows are short (causal,
 windows, random intervals), a block of at most BLOCK_ROWS rows is one call over the union of its
-intervals, with a small mask that the backward builds again. Memory beside the inputs' own size is
-O(Nq + Nk). Empty rows meet no key at all, so their zeros are exact.
-
-Gradients are autograd's, but for the slicing: a plain slice has a zero-filled gradient of full
-size, once per call. Here each tensor has one gradient, which its slices fill in or add up in.
-
-Intervals are read on the host, so on a GPU each call waits once for the device.
+intervals, with a small mask that the backward builds again: nothing of Nq x Nk is ever kept.
+Empty rows meet no key at all, so their zeros are exact. On a GPU each call waits for the device
+once, to read the intervals.
 """
 
 from __future__ import annotations
 
-from bisect import bisect
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .inputs import CrossAttentionInputs, CrossAttentionResult
+from .slices import ALL, Pasted, slices, wants_grad
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 BLOCK_ROWS = 256
 WIDE_ROWS = 192  # from here on torch's CPU kernel takes larger tiles
 SHORT_CALL = 2**16  # (row, key) pairs; below, torch's CPU backward is slowest in 16 bit
-ALL = slice(None)
-
-
-class Run(NamedTuple):
-    """Rows row:row_stop see keys key:key_stop, each row all of them if `exact`; 0:0 for none."""
-
-    row: int
-    row_stop: int
-    key: int
-    key_stop: int
-    exact: bool = True
 
 
 class Call(NamedTuple):
-    """One call of torch's kernel; `exact` when each of its rows sees each of its keys."""
+    """One call of torch's kernel; `exact`: each row sees each key. Empty rows have keys 0:0."""
 
     batch: slice
     rows: slice
@@ -54,20 +39,15 @@ class Call(NamedTuple):
 
 def reasons(x: CrossAttentionInputs) -> list[str]:
     """Why `F.scaled_dot_product_attention` cannot compute this call; empty when it can."""
-    found = []
-    if x.q.dtype not in DTYPES:
-        found.append(f"dtype {x.q.dtype} is not float64, float32, float16 or bfloat16")
-    if x.softcap is not None:
-        found.append("torch's kernels have no softcap")
-    if x.dropout_p > 0.0:
-        found.append("torch's kernels cannot drop the weights that the seed says")
-    if x.return_statistics:
-        found.append("torch's kernels return no lse, entropy or max_probability")
-    elif x.return_lse:
-        found.append("torch's kernels return no lse")
-    if x.interval is not None and x.interval.device.type == "meta":
-        found.append("intervals on the meta device have no values to split the rows by")
-    return found
+    lacks = {
+        f"dtype {x.q.dtype} is not float64, float32, float16 or bfloat16": x.q.dtype not in DTYPES,
+        "torch's kernels have no softcap": x.softcap is not None,
+        "torch's kernels cannot drop the weights that the seed says": x.dropout_p > 0.0,
+        "torch's kernels return no lse": x.return_lse,
+        "torch's kernels return no entropy or max_probability": x.return_statistics,
+        "on the meta device a KeyInterval has no values": x.interval is not None and x.q.is_meta,
+    }
+    return [reason for reason, applies in lacks.items() if applies]
 
 
 def cross_attention(x: CrossAttentionInputs) -> CrossAttentionResult:
@@ -91,9 +71,9 @@ def cross_attention(x: CrossAttentionInputs) -> CrossAttentionResult:
     for call, *tensors in parts:
         if call.exact and not wants_grad(bias):
             outs.append(attend(scale, *tensors))
-            continue
-        bounds = (None, None) if call.exact else (start[call[:2]], stop[call[:2]])
-        outs.append(Recomputed.apply(scale, *tensors, *bounds, call.keys.start))
+        else:
+            bounds = (None, None) if call.exact else (start[call[:2]], stop[call[:2]])
+            outs.append(Recomputed.apply(scale, *tensors, *bounds, call.keys.start))
     out = outs[0] if len(outs) == 1 else Pasted.apply((x.B, x.Nq), rows, *outs)
     return CrossAttentionResult(out[..., : x.Dv].to(x.q.dtype))
 
@@ -103,11 +83,8 @@ def plan(x: CrossAttentionInputs) -> list[Call]:
     if x.interval is None or 0 in (x.B, x.Nq, x.Nk):
         calls = [Call(slice(0, x.B), slice(0, x.Nq), slice(0, x.Nk))]
     else:
-        calls = []
-        for batch, runs in equal_rows(x):
-            per_call = 1e3 + 1e6 / ((batch.stop - batch.start) * x.Hq * (x.D + x.Dv))
-            for run in merge(runs, islands(runs), per_call):
-                calls.append(Call(batch, slice(*run[:2]), slice(*run[2:4]), run.exact))
+        width = x.Hq * (x.D + x.Dv)
+        calls = [call for runs in equal_rows(x) for call in merge(*runs, width)]
     if wants_grad(x.bias) and x.Nq:  # for it torch forms the scores, so few rows at once
         calls = [
             call._replace(rows=slice(row, min(row + BLOCK_ROWS, call.rows.stop)))
@@ -117,8 +94,11 @@ def plan(x: CrossAttentionInputs) -> list[Call]:
     return calls
 
 
-def equal_rows(x: CrossAttentionInputs) -> Iterator[tuple[slice, list[Run]]]:
-    """Neighbouring batch elements that share their intervals, and their runs of equal rows."""
+def equal_rows(x: CrossAttentionInputs) -> Iterator[tuple[slice, list[int], list[list[int]]]]:
+    """(batch, rows, keys) for neighbouring batch elements that share their intervals.
+
+    Each row from rows[i] to rows[i + 1] sees the keys from keys[i][0] to keys[i][1]; 0 to 0: none.
+    """
     start, stop = x.bounds()
     shared = start.stride(0) == stop.stride(0) == 0
     # [B or 1, Nq, 2]
@@ -126,68 +106,59 @@ def equal_rows(x: CrossAttentionInputs) -> Iterator[tuple[slice, list[Run]]]:
     bounds[bounds[..., 0] >= bounds[..., 1]] = 0
     new_row = (bounds[:, 1:] != bounds[:, :-1]).any(-1)
     new_element = (bounds[1:] != bounds[:-1]).flatten(1).any(1)
-    for first, last in pairwise([0, *(new_element.nonzero().flatten() + 1).tolist(), x.B]):
-        rows = [0, *(new_row[first].nonzero().flatten() + 1).tolist()]
-        keys = bounds[first, rows].tolist()
-        spans = zip(pairwise([*rows, x.Nq]), keys, strict=True)
-        yield slice(first, last), [Run(*row, *key) for row, key in spans]
+    for batch in pairwise([0, *(new_element.nonzero().flatten() + 1).tolist(), x.B]):
+        rows = [0, *(new_row[batch[0]].nonzero().flatten() + 1).tolist()]
+        yield slice(*batch), [*rows, x.Nq], bounds[batch[0], rows].tolist()
 
 
-def islands(runs: list[Run]) -> list[int]:
-    """The first key of each stretch of keys without one that is in nobody's interval."""
-    found, end = [], -1
-    for _, _, key, stop, _ in sorted(runs, key=lambda run: run.key):
-        if key > end:
-            found.append(key)
-        end = max(end, stop)
-    return found
-
-
-def merge(runs: list[Run], islands: list[int], per_call: float) -> list[Run]:
+def merge(batch: slice, rows: list[int], keys: list[list[int]], width: int) -> Iterator[Call]:
     """Joins runs into blocks of at most BLOCK_ROWS rows where one call costs less than several.
 
     A block's keys have no gap, for keys in nobody's interval may hold anything; empty rows stay
-    alone. Costs are in (row, key) pairs, fitted to a CPU.
+    alone. Costs are in (row, key) pairs, fitted to a CPU; width is Hq * (D + Dv).
     """
-    if len(runs) == 1:
-        return runs
+    starts, stops = zip(*keys, strict=True)
+    islands, end = [], -1  # the first key of each stretch of keys that are in some interval
+    for start, stop in sorted(keys):
+        if start > end:
+            islands.append(start)
+        end = max(end, stop)
+    per_call = 1e3 + 1e6 / (width * length(batch))
 
-    def cost(run: Run) -> float:
-        rows = run.row_stop - run.row
+    def cost(i: int, j: int) -> float:
+        n = rows[j] - rows[i]
         # 24: few rows fill a tile badly; 1.3: tiles are small; 1.5: mask, and the forward twice
-        factor = (1.3 if rows < WIDE_ROWS else 1.0) * (1.0 if run.exact else 1.5)
-        return per_call + (rows + 24) * (run.key_stop - run.key) * factor
+        factor = (1.3 if n < WIDE_ROWS else 1.0) * (1.0 if j - i == 1 else 1.5)
+        return per_call + (n + 24) * (max(stops[i:j]) - min(starts[i:j])) * factor
 
-    rows = runs[-1].row_stop - runs[0].row
-    if rows <= BLOCK_ROWS:
-        middle = len(runs) // 2
-        halves = runs[:middle], runs[middle:]
-        block = union(runs)
-        gapless = bisect(islands, block.key) == bisect(islands, block.key_stop - 1)
-        if gapless and all(run.key_stop for run in runs):
-            several = min(sum(map(cost, map(union, halves))), sum(map(cost, runs)))
-            if cost(block) <= several:
-                return [block]
-    else:
-        target = runs[0].row + -(-rows // (2 * BLOCK_ROWS)) * BLOCK_ROWS
-        middle = min(bisect(runs, (target,)) or 1, len(runs) - 1)
-        halves = runs[:middle], runs[middle:]
-    return [run for half in halves for run in merge(half, islands, per_call)]
+    alone = [0.0, *accumulate(cost(i, i + 1) for i in range(len(keys)))]
 
+    def joined(i: int, j: int) -> Iterator[Call]:
+        n, first, stop = rows[j] - rows[i], min(starts[i:j]), max(stops[i:j])
+        middle = (i + j) // 2
+        if n > BLOCK_ROWS:  # the half with a whole number of blocks
+            target = rows[i] + -(-n // (2 * BLOCK_ROWS)) * BLOCK_ROWS
+            middle = bisect_left(rows, target, i + 1, max(i + 1, j - 1))
+        one = j == i + 1
+        if not one and n <= BLOCK_ROWS and min(stops[i:j]):
+            gapless = bisect_right(islands, first) == bisect_right(islands, stop - 1)
+            several = min(cost(i, middle) + cost(middle, j), alone[j] - alone[i])
+            one = gapless and cost(i, j) <= several
+        if one:
+            yield Call(batch, slice(rows[i], rows[j]), slice(first, stop), exact=j == i + 1)
+        else:
+            yield from joined(i, middle)
+            yield from joined(middle, j)
 
-def union(runs: list[Run]) -> Run:
-    if len(runs) == 1:
-        return runs[0]
-    key, key_stop = min(run.key for run in runs), max(run.key_stop for run in runs)
-    return Run(runs[0].row, runs[-1].row_stop, key, key_stop, exact=False)
+    yield from joined(0, len(keys))
 
 
 def prepare(x: CrossAttentionInputs, calls: list[Call]) -> tuple:
     """(q, k, v, bias, scale) as torch's kernels are fast and accurate on; scale is a float."""
     q, k, v, bias, scale = x.q, x.k, x.v, x.bias, x.scale
-    if q.dtype.itemsize == 2 and any(map(wants_grad, (q, k, v))) and len(calls) > 1:
-        total = sum((c.rows.stop - c.rows.start) * (c.keys.stop - c.keys.start) for c in calls)
-        if q.is_cpu and total < SHORT_CALL * len(calls):
+    if q.dtype.itemsize == 2 and len(calls) > 1 and any(map(wants_grad, (q, k, v))):
+        work = sum(length(c.rows) * length(c.keys) for c in calls)
+        if q.is_cpu and work < SHORT_CALL * len(calls):
             q, k, v = q.float(), k.float(), v.float()
         elif not keys_apart(calls):  # calls add up in the gradients
             k, v = k.float(), v.float()
@@ -212,9 +183,11 @@ def attend(scale: float, q, k, v, bias, mask, start=None, stop=None, first_key=0
             bias = bias.to(torch.promote_types(q.dtype, torch.float32))
         mask = bias if mask is None else torch.where(mask, bias, float("-inf"))
     B, Hq, rows, D = q.shape
-    Hkv = k.shape[1]
-    if Hq != Hkv and mask is None:  # the heads of a group as more rows: each key is read once
+    Hkv, empty = k.shape[1], k.shape[2] == 0
+    if Hq != Hkv and (mask is None or empty):  # a group's heads as rows: each key is read once
         q = q.reshape(B, Hkv, Hq // Hkv * rows, D)
+    if empty:  # zeros; torch's kernel makes them as 0 * q, which keeps a NaN
+        return (q[..., :0] @ k[..., :0].mT @ v).reshape(B, Hq, rows, v.shape[3])
     grouped = q.shape[1] != Hkv
     out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=grouped)
     return out.reshape(B, Hq, rows, v.shape[3])
@@ -230,101 +203,23 @@ class Recomputed(torch.autograd.Function):
         return attend(scale, q, k, v, bias, mask, start, stop, first_key)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dout):
+        options = {"create_graph": torch.is_grad_enabled(), "materialize_grads": True}
         needed = ctx.needs_input_grad[1:5]
-        qkvb = [t if t is None else t.detach() for t in ctx.saved_tensors[:4]]
-        wanted = [t.requires_grad_() for t, need in zip(qkvb, needed, strict=True) if need]
+        wanted = [t for t, need in zip(ctx.saved_tensors, needed, strict=False) if need]
         with torch.enable_grad():
-            out = attend(ctx.scale, *qkvb, *ctx.saved_tensors[4:], ctx.first_key)
-        grads = iter(torch.autograd.grad(out, wanted, dout))
+            out = attend(ctx.scale, *ctx.saved_tensors, ctx.first_key)
+        grads = map(torch.zeros_like, wanted)
+        if out.requires_grad:  # which a bias alone does not bring about without keys
+            grads = iter(torch.autograd.grad(out, wanted, dout, **options))
         return None, *(next(grads) if need else None for need in needed), *[None] * 4
-
-
-def slices(t: Tensor | None, regions: list[tuple], apart: bool = True) -> Iterator[Tensor | None]:
-    """t at each region: views that share one gradient, see `Cut` and `Peeled`.
-
-    A chain of `Peeled` is advanced as it is asked for: so the backward comes to each link between
-    two calls, and does not hold the gradients of all slices at once.
-    """
-    if t is None:
-        yield from (None for _ in regions)
-    elif len(regions) == 1 or not wants_grad(t):
-        yield from (t[region] for region in regions)
-    elif apart:
-        yield from Cut.apply(t, regions)
-    else:
-        for region in regions:
-            t, part = Peeled.apply(t, region)
-            yield part
-
-
-class Cut(torch.autograd.Function):
-    """Regions without overlap; each gradient is copied to its place in that of t."""
-
-    @staticmethod
-    def forward(ctx, t, regions):
-        ctx.set_materialize_grads(False)
-        ctx.regions, ctx.like = regions, torch.empty_like(t, device="meta")
-        return tuple(t[region] for region in regions)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *dparts):
-        given = [(r, d) for r, d in zip(ctx.regions, dparts, strict=True) if d is not None]
-        like, covered = given[0][1], sum(d.numel() for _, d in given)
-        make = torch.empty_like if covered == ctx.like.numel() else torch.zeros_like
-        dt = make(ctx.like, device=like.device)
-        for region, dpart in given:
-            dt[region] = dpart
-        return dt, None
-
-
-class Peeled(torch.autograd.Function):
-    """(t, t[region]); the gradient of the region is added to that of t in place.
-
-    Which is safe: the gradient of the returned t comes from the next link of the chain alone.
-    """
-
-    @staticmethod
-    def forward(ctx, t, region):
-        ctx.set_materialize_grads(False)
-        ctx.region, ctx.like = region, torch.empty_like(t, device="meta")
-        return t.view_as(t), t[region]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dt, dpart):
-        if dpart is not None:
-            dt = torch.zeros_like(ctx.like, device=dpart.device) if dt is None else dt
-            dt[ctx.region] += dpart
-        return dt, None
-
-
-class Pasted(torch.autograd.Function):
-    """The opposite of `Cut`: [B, H, Nq, Dv] of its regions, in the order torch's kernels store."""
-
-    @staticmethod
-    def forward(ctx, size, regions, *parts):
-        ctx.regions = regions
-        _, H, _, Dv = parts[0].shape
-        out = parts[0].new_empty(*size, H, Dv).transpose(1, 2)
-        for region, part in zip(regions, parts, strict=True):
-            out[region] = part
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout):
-        return None, None, *(dout[region] for region in ctx.regions)
 
 
 def pairs(t: Tensor | None, calls: list[Call]) -> list[tuple]:
     """The region of each call in a tensor that broadcasts to [B, Hq, Nq, Nk]."""
-    if t is None:
-        return [()] * len(calls)
+    sizes = (0,) * 4 if t is None else t.shape
     full = [(call.batch, ALL, call.rows, call.keys) for call in calls]
-    return [tuple(ALL if n == 1 else s for n, s in zip(t.shape, r, strict=True)) for r in full]
+    return [tuple(ALL if n == 1 else s for n, s in zip(sizes, r, strict=True)) for r in full]
 
 
 def keys_apart(calls: list[Call]) -> bool:
@@ -333,5 +228,5 @@ def keys_apart(calls: list[Call]) -> bool:
     return all(a[0] != b[0] or a[2] <= b[1] for a, b in pairwise(spans))
 
 
-def wants_grad(t: Tensor | None) -> bool:
-    return t is not None and t.requires_grad and torch.is_grad_enabled()
+def length(span: slice) -> int:
+    return span.stop - span.start
