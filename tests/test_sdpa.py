@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 
 from calls import assert_right, build, expected
 from cases import BY_NAME, CASES, Case
@@ -96,6 +97,19 @@ def test_backward_may_run_twice_but_not_through_itself(mask):
     assert all(map(torch.equal, first, second))
     with pytest.raises(RuntimeError, match=r"differentiate twice|not implemented"):
         torch.autograd.grad(second[0].sum(), leaves)
+
+
+@pytest.mark.parametrize("mask", ["causal", "media_last"])
+def test_checkpointed(mask):
+    call = build(Case("checkpointed", mask=mask, Nq=300, Nk=300, returns="out"), torch.float32)
+    leaves, dout = list(call.leaves.values()), call.upstream["out"]
+
+    def attend(*tensors):
+        return cross_attention(*tensors, **call.options, backend="sdpa")
+
+    plain = torch.autograd.grad(attend(*leaves), leaves, dout)
+    again = torch.autograd.grad(checkpoint(attend, *leaves, use_reentrant=False), leaves, dout)
+    assert all(map(torch.equal, plain, again))
 
 
 @pytest.mark.parametrize("mask", ["empty_rows", "both_ends", "all_empty", "empty_batch"])

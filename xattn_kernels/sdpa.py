@@ -205,10 +205,10 @@ class Recomputed(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout):
         options = {"create_graph": torch.is_grad_enabled(), "materialize_grads": True}
-        needed = ctx.needs_input_grad[1:5]
-        wanted = [t for t, need in zip(ctx.saved_tensors, needed, strict=False) if need]
+        saved, needed = ctx.saved_tensors, ctx.needs_input_grad[1:5]
+        wanted = [t for t, need in zip(saved, needed, strict=False) if need]
         with torch.enable_grad():
-            out = attend(ctx.scale, *ctx.saved_tensors, ctx.first_key)
+            out = attend(ctx.scale, *saved, ctx.first_key)
         grads = map(torch.zeros_like, wanted)
         if out.requires_grad:  # which a bias alone does not bring about without keys
             grads = iter(torch.autograd.grad(out, wanted, dout, **options))
