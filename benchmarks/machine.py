@@ -18,11 +18,18 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @lru_cache(None)
 def commit() -> str:
-    """The commit of this checkout, `-dirty` when tracked files differ; "unknown" without git."""
-    command = "git describe --always --dirty --exclude=* --abbrev=12".split()
-    options = {"cwd": ROOT, "capture_output": True, "text": True, "check": True}
+    """The commit of this checkout, "unknown" without git.
+
+    `-dirty` is added when tracked files differ from it, results of earlier runs apart.
+    """
+
+    def git(*words: str) -> str:
+        options = {"cwd": ROOT, "capture_output": True, "text": True, "check": True}
+        return subprocess.run(["git", *words], **options).stdout.strip()
+
     try:
-        return subprocess.run(command, **options).stdout.strip()
+        changes = git("status", "--porcelain", "-uno", "--", ".", ":!benchmarks/results")
+        return git("rev-parse", "--short=12", "HEAD") + "-dirty" * bool(changes)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

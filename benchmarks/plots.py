@@ -41,6 +41,8 @@ COLOURS = {
     "xformers": "#ddb892",
     "flex": "#b56576",
     "eager": "#ced4da",
+    "xattn-mha": "#52b788",
+    "torch-mha": "#e5989b",
 }
 
 

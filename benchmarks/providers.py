@@ -24,6 +24,7 @@ import xattn_kernels
 
 from .case import Case
 from .machine import free_memory
+from .modules import module_reasons, prepare_module
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 HALF = (torch.float16, torch.bfloat16)
@@ -67,7 +68,7 @@ def prepare_eager(case: Case) -> Attend:
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         k, v = repeat_heads(case, k, v)
-        s = q @ k.transpose(-1, -2) * scale
+        s = (q * scale) @ k.transpose(-1, -2)
         if mask is not None:
             s = s.masked_fill(~mask, torch.finfo(s.dtype).min)
         p = s.softmax(-1, dtype=torch.float32).to(q.dtype)
@@ -246,6 +247,15 @@ def sdpa(word: str, backend: SDPBackend) -> Provider:
     return Provider(f"sdpa-{word}", partial(sdpa_reasons, backend), partial(prepare_sdpa, backend))
 
 
+def module(name: str, is_ours: bool) -> Provider:
+    """Where torch's makes [B, H, Nq, Nk] weights, ours makes their mean; both need [B, Nq, Nk]."""
+
+    def reasons(case: Case, mode: str) -> list[str]:
+        return module_reasons(case) or too_large(case, mode, 1 if is_ours else 4)
+
+    return Provider(name, reasons, partial(prepare_module, ours=is_ours))
+
+
 # In the order in which they run: where time is short, the last are left out.
 PROVIDERS = (
     ours("triton"),
@@ -258,6 +268,8 @@ PROVIDERS = (
     Provider("xformers", xformers_reasons, prepare_xformers),
     Provider("eager", lambda case, mode: too_large(case, mode, 4), prepare_eager),
     Provider("flex", flex_reasons, prepare_flex, compiles=True),
+    module("xattn-mha", True),
+    module("torch-mha", False),
     sdpa("math", SDPBackend.MATH),
     ours("eager"),
 )

@@ -12,9 +12,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from xattn_kernels import cross_attention, masks
+from xattn_kernels import attention_weights, cross_attention, masks
 
 B, HQ, HKV, NQ, NK, D, DV = 2, 4, 2, 37, 83, 40, 24
+SCORED = ("mask", "bias", "scale", "softcap")  # what attention_weights takes of it
 
 
 def calls(device: str) -> dict[str, dict]:
@@ -46,6 +47,9 @@ def main(device: str) -> int:
         parts = [result] if isinstance(result, torch.Tensor) else list(result)
         finite = [t.nan_to_num(neginf=0.0).float() for t in parts if t is not None]
         torch.autograd.grad(sum(t.sum() for t in finite), (q, k, v))
+        scored = {key: value for key, value in options.items() if key in SCORED}
+        weights = attention_weights(q, k, backend=backend, **scored)
+        torch.autograd.grad(weights.float().sum(), (q, k))
         print(f"{name}: ran", flush=True)
     if device == "cuda":
         torch.cuda.synchronize()
