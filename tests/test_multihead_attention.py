@@ -267,9 +267,9 @@ def test_dropout_drops_the_weights_it_returns():
 
 def test_explain_names_the_backend(capsys):
     _, ours = modules(dropout=0.25)
-    tensors = inputs(ours)
-    ours.explain(*tensors)
+    ours.explain(*inputs(ours))
     said = capsys.readouterr().out
-    assert "takes 'eager'" in said and "dropout" in said
-    ours.eval().explain(*tensors, need_weights=False)
-    assert "takes 'sdpa'" in capsys.readouterr().out
+    assert "MultiheadAttention takes 'sdpa'" in said and "float64 is not float32" in said
+    ours.backend = "triton"
+    with pytest.raises(RuntimeError, match="MultiheadAttention: backend 'triton' cannot"):
+        ours(*inputs(ours))

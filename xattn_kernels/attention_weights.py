@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
-from . import reference
+from . import by_head, reference
 from .cross_attention import triton_reasons
 from .cross_attention import triton_run as triton_cross_attention
 from .dispatch import Backend, choose
@@ -23,8 +22,6 @@ from .inputs import (
     check_softcap,
     check_tensors,
 )
-
-NEG_INF = float("-inf")
 
 
 @dataclass(frozen=True)
@@ -139,77 +136,7 @@ def check_lse(lse, q: Tensor) -> Tensor | None:
 
 
 def run_sdpa(x: AttentionWeightsInputs) -> Tensor:
-    """One head's [B, Nq, Nk] at a time; checkpoints keep autograd from saving any of them."""
-    allowed, bias = reference.allowed_keys(x), x.bias
-    if bias is None and allowed is not None:  # once for all heads
-        bias, allowed = torch.where(allowed, 0.0, NEG_INF).to(_sum_dtype(x)), None
-    scale = x.scale[None] if isinstance(x.scale, Tensor) else None
-    heads = zip(
-        *(_per_head(t, x.Hq) for t in (x.q, x.k, allowed, bias, x.lse, scale)),
-        range(x.Hq),
-        strict=True,
-    )
-    weights = (
-        checkpoint(_one_head, x, *head, use_reentrant=False, preserve_rng_state=False)
-        for head in heads
-    )
-    if not x.average_heads:
-        return torch.stack([w.to(x.q.dtype) for w in weights], dim=1)
-    total = torch.zeros((x.B, x.Nq, x.Nk), dtype=_sum_dtype(x), device=x.q.device)
-    for w in weights:
-        total += w
-    return total.to(x.q.dtype)
-
-
-def _sum_dtype(x: AttentionWeightsInputs) -> torch.dtype:
-    return torch.promote_types(x.q.dtype, torch.float32)
-
-
-def _per_head(t: Tensor | None, Hq: int) -> list[Tensor | None]:
-    """`t` cut along dimension 1 (1, Hkv or Hq long), once per query head.
-
-    unbind and not t[:, h]: its backward stacks the gradients, that of h slices adds h full tensors.
-    """
-    if t is None:
-        return [None] * Hq
-    parts = t.unbind(1)
-    return [parts[h * len(parts) // Hq] for h in range(Hq)]
-
-
-def _one_head(x: AttentionWeightsInputs, q, k, allowed, bias, lse, scale, head: int) -> Tensor:
-    """The term of one head in the result: q [B, Nq, D], k [B, Nk, D] -> [B, Nq, Nk]."""
-    q, k = q.to(_sum_dtype(x)), k.to(_sum_dtype(x))
-    if allowed is not None:
-        bias = torch.where(allowed, bias, NEG_INF)
-    factor = 1.0 / ((1.0 - x.dropout_p) * (x.Hq if x.average_heads else 1))
-    if lse is None and bias is not None:
-        # a row without a key gets finite scores and the factor 0: no inf - inf, in either direction
-        empty = (bias == NEG_INF).all(-1, keepdim=True).expand(-1, x.Nq, 1)
-        bias = bias.masked_fill(empty, 0.0)
-        factor = torch.where(empty, 0.0, factor).to(q.dtype)
-    # [B, Nq, Nk]
-    s = _scores(q, k, bias, x.scale if scale is None else scale.to(q.dtype), x.softcap)
-    if lse is None:
-        p = s.softmax(-1)
-    else:
-        # an empty row has lse = -inf; s - inf = -inf gives the same zero without inf - inf
-        p = (s - lse.masked_fill(lse == NEG_INF, float("inf"))[..., None]).exp()
-    if x.dropout_p > 0.0:
-        keep = reference.philox_keep(x.seed, x.dropout_p, x.B, 1, x.Nq, x.Nk, first_head=head)
-        p = p.masked_fill(~keep[:, 0], 0.0)
-    return p * factor
-
-
-def _scores(q, k, bias, scale: float | Tensor, softcap: float | None) -> Tensor:
-    """softcap(scale * q k^T) + bias, in one pass where nothing has to happen in between."""
-    k = k.transpose(1, 2)
-    if isinstance(scale, float) and softcap is None:
-        addend = q.new_zeros(()) if bias is None else bias.to(q.dtype)
-        return torch.baddbmm(addend, q, k, beta=0 if bias is None else 1, alpha=scale)
-    s = torch.bmm(q, k) * scale
-    if softcap is not None:
-        s = softcap * torch.tanh(s / softcap)
-    return s if bias is None else s + bias
+    return by_head.attend(x, lse=x.lse, out=False, average_heads=x.average_heads)[1]
 
 
 def run_eager(x: AttentionWeightsInputs) -> Tensor:

@@ -10,14 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from .. import by_head, sdpa
 from ..attention_weights import AttentionWeightsInputs, attention_weights
 from ..cross_attention import cross_attention
 from ..dispatch import choose, report
 from ..inputs import CrossAttentionInputs, check_inputs
 from ..masks import KeyInterval
 
-# Here `eager` needs no asking: it is the last resort where torch's module is eager as well.
-BACKENDS = tuple(b._replace(by_name=False) for b in cross_attention.backends)
+# "sdpa" is PyTorch's own kernels: the fused ones, or one head at a time where those have reasons.
+BACKENDS = tuple(
+    b._replace(reasons=lambda x: []) if b.name == "sdpa" else b for b in cross_attention.backends
+)
 
 
 class MultiheadAttention(nn.Module):
@@ -34,11 +37,11 @@ class MultiheadAttention(nn.Module):
     - Masks are used by stride, never repeated per head; a bool and a float mask may be mixed.
     - No nested tensors, no TorchScript, no `dropout` of exactly 1.
 
-    On a GPU the Triton kernels run. Where they cannot, PyTorch's own fused kernels make the output
-    and the weights are made one head at a time. Only active dropout without the Triton kernels
-    takes `backend="eager"`, which makes the whole score matrix as torch does; `explain` tells.
-    A padding mask stays a mask: whether it is a suffix only its values could tell, and reading
-    them stalls a GPU. Who knows that it is one passes `mask=masks.padding(...)`.
+    On a GPU the Triton kernels run. Elsewhere PyTorch's own do: its fused attention, or plain
+    products and softmax one head at a time where weights are asked for or dropout is active (which
+    then drops what torch's generator says). `explain` tells which. A padding mask stays a mask:
+    whether it is a suffix only its values could tell, and reading them stalls a GPU. Who knows
+    that it is one passes `mask=masks.padding(...)`.
 
     Args:
         backend: "triton", "sdpa" or "eager" for every call; None chooses for each.
@@ -149,10 +152,7 @@ class MultiheadAttention(nn.Module):
             query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights,
             is_causal, mask=mask,
         )  # fmt: skip
-        backend = choose("MultiheadAttention", BACKENDS, x, self.backend)
-        with_lse = replace(x, return_lse=need_weights)
-        out, lse, *_ = backend.run(x if backend.reasons(with_lse) else with_lse)
-        weights = self._weights(x, lse, average_attn_weights) if need_weights else None
+        out, weights = self._attend(x, average_attn_weights if need_weights else None)
         # the head axis moves behind the sequence: [B, Nq, H, D], [Nq, B, H, D] or [Nq, H, D]
         if query.dim() == 2:
             out, weights = out[0].transpose(0, 1), None if weights is None else weights[0]
@@ -160,11 +160,17 @@ class MultiheadAttention(nn.Module):
             out = out.transpose(1, 2) if self.batch_first else out.permute(2, 0, 1, 3)
         return self.out_proj(out.flatten(-2)), weights
 
-    def _weights(self, x: CrossAttentionInputs, lse: Tensor | None, average: bool) -> Tensor:
-        own_lse = None if lse is None else lse.detach()
-        y = AttentionWeightsInputs(**vars(x), lse=None, own_lse=own_lse, average_heads=average)
-        name = self.backend
-        return choose("MultiheadAttention", attention_weights.backends, y, name).run(y)
+    def _attend(self, x: CrossAttentionInputs, average: bool | None):
+        """(out, weights); no weights if `average` is None."""
+        backend = choose("MultiheadAttention", BACKENDS, x, self.backend)
+        if backend.name == "sdpa" and sdpa.reasons(x):
+            return by_head.attend(replace(x, seed=None), out=True, average_heads=average)
+        out, lse, *_ = backend.run(x)
+        if average is None:
+            return out, None
+        y = AttentionWeightsInputs(**vars(x), lse=None, own_lse=lse.detach(), average_heads=average)
+        ops = attention_weights.backends
+        return out, choose("MultiheadAttention", ops, y, backend.name).run(y)
 
     def explain(self, *args, **kwargs) -> None:
         """Prints which backend `forward(*args, **kwargs)` takes for its output, and why."""
@@ -189,11 +195,10 @@ class MultiheadAttention(nn.Module):
         causal = is_causal and key_padding_mask is None and not need_weights
         masks = _as_4d(None if causal else attn_mask, key_padding_mask, q, Nk)
         mask, bias = _mask_and_bias(masks, mask, causal, q, Nk, k.shape[2] - Nk)
+        dropout_p = self.dropout if self.training else 0.0
         return check_inputs(
-            q, k, v, mask=mask, bias=bias, scale=None, softcap=None,
-            dropout_p=self.dropout if self.training else 0.0, seed=None, return_lse=False,
-            return_statistics=False, deterministic=None, validate=False,
-        )  # fmt: skip
+            q, k, v, mask=mask, bias=bias, dropout_p=dropout_p, return_lse=need_weights
+        )
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
         """q, k, v in the layout of the inputs; inputs that are one tensor share one product."""
