@@ -5,36 +5,45 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# What is left when eager happens to be exact: a few roundings of a value of the output's size.
+# What is left when eager happens to be exact: a few roundings of what is summed.
 FLOOR = {
     torch.float64: 1e-12,
     torch.float32: 2e-6,
     torch.float16: 1e-3,
     torch.bfloat16: 8e-3,
 }
+SMALLEST = 1e-3
 
 
 def assert_as_accurate(
-    ours: Tensor, eager: Tensor, truth: Tensor, name: str = "result", factor: float = 2.0
+    ours: Tensor,
+    eager: Tensor,
+    truth: Tensor,
+    name: str = "result",
+    factor: float = 2.0,
+    size: float = 0.0,
+    rounded_to: torch.dtype | None = None,
 ) -> None:
     """`ours` and `eager` share a dtype, `truth` is the same function in float64.
 
     The largest error of `ours` may be `factor` times that of `eager`, plus FLOOR of its dtype
-    times the size of the truth; the positions of inf and nan must be those of the truth.
+    times the size of the truth; the positions of inf and nan must be those of the truth. Where
+    eager overflows and the truth does not, eager sets no standard and the floor is what is left.
+    `size`: that of the terms of which the truth is a sum, where they may cancel; `rounded_to`:
+    the dtype to which the terms were rounded, where the sum is kept in a finer one.
     """
     assert ours.shape == truth.shape, f"{name}: shape {tuple(ours.shape)}, not {tuple(truth.shape)}"
     assert ours.dtype == eager.dtype, f"{name}: dtype {ours.dtype}, not {eager.dtype}"
-    ours, eager, truth = ours.detach(), eager.detach(), truth.detach().double()
-    floor = FLOOR[ours.dtype]
-    ours, eager = ours.double(), eager.double()
+    floor = FLOOR[rounded_to or ours.dtype]
+    ours, eager, truth = (t.detach().double() for t in (ours, eager, truth))
     for kind in (torch.isnan, torch.isposinf, torch.isneginf):
         assert torch.equal(kind(ours), kind(truth)), f"{name}: {kind.__name__} at other positions"
     finite = torch.isfinite(truth)
     if not finite.any():
         return
-    size = truth[finite].abs().max().item()
-    error, allowed = (
-        torch.where(finite, t - truth, 0.0).abs().max().item() for t in (ours, eager)
-    )
-    bound = factor * allowed + floor * max(size, 1e-3)
+    size = max(size, truth[finite].abs().max().item(), SMALLEST)
+    error = (ours - truth)[finite].abs().max().item()
+    allowed = (eager - truth)[finite & torch.isfinite(eager)].abs()
+    allowed = allowed.max().item() if allowed.numel() else 0.0
+    bound = factor * allowed + floor * size
     assert error <= bound, f"{name}: error {error:.3e} > {bound:.3e} (eager {allowed:.3e})"

@@ -1,0 +1,85 @@
+"""Where Triton kernels run in a test: interpreted, emulated for an architecture, or on a GPU."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+EMULATED = {"sm_80": 80, "sm_90": 90}
+COMPILED: dict[int, dict] = {80: {}, 90: {}}  # decoded kernels, shared by the tests of a process
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How kernels run: `name` is "interpreter", "sm_80", "sm_90" or "gpu"."""
+
+    name: str
+    device: str
+    session: Any = None  # ptxsim's, with its launches
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
+        """A coarse dtype and a finer one; the interpreter has no bfloat16 product."""
+        if self.name == "interpreter":
+            return torch.float16, torch.float32
+        return torch.bfloat16, torch.float16
+
+
+def modes(*names: str) -> list:
+    """Parameters for the fixture `mode`: `parametrize("mode", modes(...), indirect=True)`."""
+    marks = dict.fromkeys(EMULATED, pytest.mark.emulated) | {"gpu": pytest.mark.gpu}
+    return [pytest.param(n, marks=marks[n]) if n in marks else n for n in names]
+
+
+def find_ptxsim() -> ModuleType:
+    """The emulator, from sys.path, $PTXSIM_PATH or ../shared/ptxsim; skips the test without it."""
+    places = [os.environ.get("PTXSIM_PATH"), str(ROOT.parent / "shared" / "ptxsim")]
+    for place in [None, *places]:
+        if place is not None and Path(place, "ptxsim").is_dir() and place not in sys.path:
+            sys.path.append(place)
+        try:
+            return importlib.import_module("ptxsim")
+        except ModuleNotFoundError as error:
+            if error.name != "ptxsim":
+                raise
+    pytest.skip("ptxsim is not on sys.path, in $PTXSIM_PATH or in ../shared/ptxsim")
+
+
+@contextmanager
+def enter(name: str) -> Iterator[Mode]:
+    """The mode, for as long as its emulator is in charge; skips the test where it cannot be."""
+    if name == "gpu":
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+        yield Mode(name, "cuda")
+        return
+    pytest.importorskip("triton")
+    interpreting = os.environ.get("TRITON_INTERPRET") == "1"
+    if name == "interpreter":
+        if not interpreting:
+            pytest.skip("TRITON_INTERPRET=1 is not set, and Triton reads it when imported")
+        yield Mode(name, "cpu")
+        return
+    if interpreting or os.environ.get("XATTN_TRITON_ON_CPU") != "1":
+        pytest.skip("emulation needs XATTN_TRITON_ON_CPU=1 and no TRITON_INTERPRET")
+    with find_ptxsim().triton_on_cpu(arch=EMULATED[name]) as session:
+        session.kernels = COMPILED[EMULATED[name]]
+        yield Mode(name, "cpu", session)
+
+
+@pytest.fixture(params=modes("interpreter", *EMULATED, "gpu"))
+def mode(request) -> Iterator[Mode]:
+    """Runs the test once in each mode that this process, this machine and its markers allow."""
+    with enter(request.param) as found:
+        yield found

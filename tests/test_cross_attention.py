@@ -1,0 +1,38 @@
+"""Every backend against eager on every case: results and all gradients, by the tolerance rule."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from calls import assert_right, build
+from cases import CASES
+from conftest import modes
+from xattn_kernels import sdpa
+from xattn_kernels.cross_attention import cross_attention, triton_reasons
+
+each_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+@each_case
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("mode", modes("interpreter"), indirect=True)
+def test_triton(mode, case, dtype):
+    assert triton_reasons(build(case, dtype).inputs()) == []
+    assert_right(case, "triton", dtype)
+
+
+@each_case
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sdpa(case, dtype):
+    """Without lse and statistics, which torch's kernels do not return; what else is a reason."""
+    case = replace(case, returns="out")
+    call = build(case, dtype)
+    if reasons := sdpa.reasons(call.inputs()):
+        with pytest.raises(RuntimeError) as refusal:
+            cross_attention(**call.leaves, **call.options, backend="sdpa")
+        assert all(reason in str(refusal.value) for reason in reasons)
+        pytest.skip("; ".join(reasons))
+    assert_right(case, "sdpa", dtype)

@@ -1,0 +1,76 @@
+"""The kernels as compiled: executed by ptxsim with every check on, and on a GPU where there is one.
+
+ptxsim reports each access out of bounds, race, read of unwritten memory and missing wait as an
+error. Compiling takes most of the time, so sizes repeat: Triton compiles one kernel for all
+integers that are neither 1 nor divisible by 16.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from calls import assert_agrees, build, run, written_out
+from cases import Case
+from conftest import modes
+from mask_kinds import MASKS
+
+SHORT, LONG = dict(Nq=6, Nk=75), dict(Nq=70, Nk=75)
+LENGTHS = {"short": SHORT, "long": LONG}
+FLAGS = {
+    "plain": dict(returns="out"),
+    "lse": dict(returns="lse"),
+    "statistics": dict(returns="statistics"),
+    "bool": dict(mask="bool_BHQK"),
+    "bool_keys": dict(mask="bool_B11K"),
+    "bias": dict(bias="BHQK"),
+    "bias_keys": dict(bias="1H1K"),
+    "bias_one": dict(bias="1111"),
+    "scale": dict(scale=(0.3, -0.2)),
+    "softcap": dict(softcap=1.5),
+    "dropout": dict(dropout_p=0.4),
+    "group_2": dict(Hq=2, Hkv=1),
+    "group_3": dict(Hq=6, Hkv=2),
+    "width_40": dict(D=40, Dv=96),
+    "width_80": dict(D=80),
+    "width_odd": dict(D=23, Dv=9),
+    "BNHD": dict(layout="BNHD"),
+    "sliced": dict(layout="sliced"),
+    "expanded_batch": dict(layout="expanded_batch"),
+    "far_apart": dict(layout="far_apart"),
+    "one_start": dict(mask="padding"),
+    "one_row": dict(mask="causal"),
+    "float32_bias": dict(bias="B1QK", bias_dtype=torch.float32),
+    "everything": dict(
+        Hq=4, mask="empty_rows", bias="BHQK", softcap=3.0, dropout_p=0.2, D=24, Dv=40,
+        scale=(0.3, 0.2, 0.5, -0.1),
+    ),
+}  # fmt: skip
+BASE = dict(B=2, Hq=2, Hkv=2, D=32, returns="statistics")
+
+
+def cases(length: str) -> list[Case]:
+    return [
+        Case(f"{name}_{length}", **BASE | LENGTHS[length] | flags) for name, flags in FLAGS.items()
+    ]
+
+
+def assert_right(case: Case, mode, dtype: torch.dtype) -> None:
+    ours = run(written_out(build(case, dtype, mode.device)), "triton")
+    assert_agrees(ours, case, dtype, mode.device)
+
+
+@pytest.mark.parametrize("mode", modes("sm_80", "sm_90", "gpu"), indirect=True)
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("mask", [m for m in MASKS if not m.startswith("bool")])
+def test_interval(mode, mask, length):
+    case = Case(f"interval_{mask}_{length}", mask=mask, **BASE | LENGTHS[length])
+    assert_right(case, mode, mode.dtypes[0])
+
+
+@pytest.mark.parametrize("mode", modes("sm_80", "sm_90", "gpu"), indirect=True)
+@pytest.mark.parametrize("case", cases("short") + cases("long"), ids=str)
+def test_flag(mode, case):
+    """sm_80 has float16 in the long cases, sm_90 in the short ones; bfloat16 in the others."""
+    long = case.Nq == LONG["Nq"]
+    assert_right(case, mode, mode.dtypes[long == (mode.name == "sm_80")])
