@@ -21,17 +21,25 @@ from .tiles import (
 
 
 @triton.jit
+def rows_of(H, N, BLOCK: tl.constexpr):
+    """(b, h, n, n-th row of all, whether there) of this program's rows; all but b, h [BLOCK]."""
+    tiles = tl.cdiv(N, BLOCK)
+    pid = tl.program_id(0)
+    bh = pid // tiles
+    n = (pid % tiles * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    return (bh // H).to(tl.int64), (bh % H).to(tl.int64), n, bh.to(tl.int64) * N + n, n < N
+
+
+@triton.jit
 def merge_kernel(
     out, stride_out,  # [B, H, N, DV]
     lse, entropy, max_probability,  # float32 [B, H, N]; the last two may be None
     out_parts, lse_parts, entropy_parts, max_parts,  # float32 [n_splits, B, H, N(, DV)]
-    H, N, n_rows, n_splits,
+    H, N, n_rows, n_splits,  # n_rows = B * H * N
     DV: tl.constexpr, CHUNKS_V: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """out = sum_c w_c out_c with w_c = exp(lse_c - lse); entropy = sum_c w_c (H_c - ln w_c)."""
-    # [BLOCK]
-    r = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    there = r < n_rows
+    b, h, n, r, there = rows_of(H, N, BLOCK)
     m = tl.full([BLOCK], float("-inf"), tl.float32)
     for c in range(n_splits):
         m = tl.maximum(m, tl.load(lse_parts + c * n_rows + r, there, float("-inf")))
@@ -58,7 +66,7 @@ def merge_kernel(
     if entropy is not None:
         tl.store(entropy + r, row_entropy, there)
         tl.store(max_probability + r, row_max, there)
-    rows = r // (H * N) * stride_out[0] + r // N % H * stride_out[1] + r % N * stride_out[2]
+    rows = b * stride_out[0] + h * stride_out[1] + n * stride_out[2]
     store_tile(out, rows, there, acc, DV, CHUNKS_V, ALIGN)
 
 
@@ -76,16 +84,14 @@ def delta_kernel(
     lse,  # float32 [B, H, N], natural logarithm
     out, stride_out, dout, stride_dout,  # [B, H, N, DV]
     dlse, dentropy, entropy,  # float32 [B, H, N], or None
-    H, N, n_rows,
+    H, N,
     DV: tl.constexpr, CHUNKS_V: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """delta = <out, dout> - dlse + dentropy * entropy: what eq. ds subtracts from dp, per row.
 
     lse_log2 is lse for exp2, with +inf in place of -inf, so that a row without keys has p = 0.
     """
-    r = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    there = r < n_rows
-    b, h, n = r // (H * N), r // N % H, r % N
+    b, h, n, r, there = rows_of(H, N, BLOCK)
     rows = b * stride_out[0] + h * stride_out[1] + n * stride_out[2]
     out_tile = load_tile(out, rows, there, DV, CHUNKS_V, ALIGN)
     rows = b * stride_dout[0] + h * stride_dout[1] + n * stride_dout[2]
@@ -124,9 +130,9 @@ ROWS = 16  # rows per program of the row kernels: 256 columns of float32 keep fo
 def merge_splits(results: tuple, parts: list[Tensor]) -> None:
     """Fills (out, lse, entropy, max_probability) from parts with a leading dimension of splits."""
     out, lse, entropy, max_probability = results
-    _, H, N, DV = out.shape
+    B, H, N, DV = out.shape
     with device_guard(out.device):
-        merge_kernel[(triton.cdiv(lse.numel(), ROWS),)](
+        merge_kernel[(B * H * triton.cdiv(N, ROWS),)](
             out, out.stride(), lse, entropy, max_probability, *parts,
             H, N, lse.numel(), parts[0].shape[0],
             DV=DV, CHUNKS_V=column_chunks(DV), BLOCK=ROWS, ALIGN=row_alignment(out, parts[0]),
@@ -145,10 +151,10 @@ def row_terms(
     B, H, N, DV = out.shape
     lse_log2, delta = (torch.empty_like(lse) for _ in range(2))
     with device_guard(out.device):
-        delta_kernel[(triton.cdiv(delta.numel(), ROWS),)](
+        delta_kernel[(B * H * triton.cdiv(N, ROWS),)](
             delta, lse_log2, lse, out, out.stride(), dout, dout.stride(),
             None if dlse is None else dlse.contiguous(), dentropy,
-            None if dentropy is None else entropy, H, N, delta.numel(),
+            None if dentropy is None else entropy, H, N,
             DV=DV, CHUNKS_V=column_chunks(DV), BLOCK=ROWS, ALIGN=row_alignment(out, dout),
         )  # fmt: skip
     return lse_log2, delta

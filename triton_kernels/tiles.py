@@ -152,12 +152,10 @@ def dropout_keep(seed, b, h, i, j, threshold):
 @triton.jit
 def program(n_tiles, Hkv, B):
     """(tile, key head, batch, split) of this program; a 1-d grid has no 65,535 limit."""
-    pid = tl.program_id(0).to(tl.int64)
-    tile = (pid % n_tiles).to(tl.int32)
-    pid = pid // n_tiles
-    hkv = (pid % Hkv).to(tl.int32)
-    pid = pid // Hkv
-    return tile, hkv, pid % B, pid // B
+    pid = tl.program_id(0)
+    tile, pid = pid % n_tiles, pid // n_tiles
+    hkv, pid = pid % Hkv, pid // Hkv
+    return tile, hkv, (pid % B).to(tl.int64), (pid // B).to(tl.int64)
 
 
 @triton.jit
