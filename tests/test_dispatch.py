@@ -1,0 +1,123 @@
+"""Which backend a call takes, and what is said about the others."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import pytest
+import torch
+
+from xattn_kernels import cross_attention, explain
+from xattn_kernels.cross_attention import BACKENDS
+from xattn_kernels.dispatch import Backend, choose, explanation, triton_on_cpu
+
+
+def backend(name: str, *reasons: str, by_name: bool = False) -> Backend:
+    return Backend(name, lambda inputs: list(reasons), lambda inputs: name, by_name)
+
+
+FAST, SLOW, ORACLE = backend("fast", "too wide"), backend("slow"), backend("oracle", by_name=True)
+
+
+def test_takes_the_first_that_can():
+    assert choose("op", [SLOW, FAST], None, None) is SLOW
+    assert choose("op", [FAST, SLOW], None, None) is SLOW
+    assert choose("op", [backend("fast"), SLOW], None, None).name == "fast"
+
+
+def test_by_name_only():
+    assert choose("op", [ORACLE, SLOW], None, None) is SLOW
+    assert choose("op", [SLOW, ORACLE], None, "oracle") is ORACLE
+
+
+def test_named_backend_runs_or_gives_its_reasons():
+    unable = backend("fast", "too wide", "too long")
+    with pytest.raises(RuntimeError, match="op: backend 'fast' cannot .*: too wide; too long"):
+        choose("op", [unable, SLOW], None, "fast")
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="op: unknown backend 'quick'; there are 'fast', 'slow'"):
+        choose("op", [FAST, SLOW], None, "quick")
+
+
+def test_no_backend_lists_all_reasons():
+    with pytest.raises(RuntimeError) as refusal:
+        choose("op", [FAST, backend("slow", "no mask"), ORACLE], None, None)
+    lines = str(refusal.value).splitlines()
+    assert lines[0] == "op: no backend can run this call"
+    assert [" ".join(line.split()) for line in lines[1:]] == [
+        "fast too wide", "slow no mask", "oracle can run when asked for: backend='oracle'",
+    ]  # fmt: skip
+
+
+def tensors(*shape: int, dtype=torch.float32) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.zeros(shape, dtype=dtype) for _ in range(3))
+
+
+def test_order_of_cross_attention():
+    assert [b.name for b in BACKENDS] == ["triton", "sdpa", "eager"]
+    assert [b.by_name for b in BACKENDS] == [False, False, True]
+    x = cross_attention.check(*tensors(1, 2, 3, 16))
+    assert choose("", BACKENDS, x, None).name == ("triton" if triton_on_cpu() else "sdpa")
+
+
+def test_reasons_of_triton():
+    triton = BACKENDS[0]
+    wide = triton.reasons(cross_attention.check(*tensors(1, 2, 3, 264, dtype=torch.float64)))
+    assert "head width 264 > 256" in wide
+    assert "dtype torch.float64 is not float32, float16 or bfloat16" in wide
+    bias = torch.zeros(1, 2, 3, 3, dtype=torch.float64)
+    x = cross_attention.check(*tensors(1, 2, 3, 16), bias=bias)
+    assert "bias is float64" in triton.reasons(x)
+
+
+def test_triton_needs_a_gpu_or_a_word(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv("XATTN_TRITON_ON_CPU", raising=False)
+    q, k, v = tensors(1, 2, 3, 16)
+    with pytest.raises(RuntimeError, match="backend 'triton' cannot .*on cpu, Triton needs a GPU"):
+        cross_attention(q, k, v, backend="triton")
+
+
+def test_statistics_off_the_gpu_name_every_reason(monkeypatch):
+    """Today only the kernels and eager return statistics: without kernels the call is refused."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv("XATTN_TRITON_ON_CPU", raising=False)
+    with pytest.raises(RuntimeError, match="no backend can run this call") as refusal:
+        cross_attention(*tensors(1, 2, 3, 16), return_statistics=True)
+    for word in ("triton", "sdpa", "eager", "entropy", "backend='eager'"):
+        assert word in str(refusal.value)
+
+
+def test_explain_runs_nothing_and_says_all(capsys):
+    q, k, v = (t.to("meta") for t in tensors(1, 2, 3, 16))
+    explain(cross_attention, q, k, v, return_lse=True, backend="eager")
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first == "cross_attention takes 'eager'"
+    assert [line.split()[0] for line in rest] == ["triton", "sdpa", "eager"]
+    assert "tensors are on meta" in rest[0] and "can run when asked for" in rest[2]
+
+
+def test_explanation_of_a_backend_that_cannot():
+    q, k, v = tensors(1, 2, 3, 16)
+    text = explanation(cross_attention, q, k, v, softcap=2.0, backend="sdpa")
+    assert text.startswith("cross_attention cannot run with backend='sdpa'")
+
+
+def test_explain_checks_its_arguments():
+    with pytest.raises(ValueError, match="dropout_p"):
+        explain(cross_attention, *tensors(1, 2, 3, 16), dropout_p=2.0)
+    with pytest.raises(TypeError, match="explain needs one of the package's ops, got .*relu"):
+        explain(torch.relu, torch.zeros(1))
+
+
+@pytest.mark.parametrize("name", ["sdpa", "eager"])
+def test_a_named_backend_is_the_one_that_runs(name, monkeypatch):
+    ran = []
+    spied = tuple(b._replace(run=lambda x, b=b: ran.append(b.name) or b.run(x)) for b in BACKENDS)
+    # the function hides the module of its name
+    module = import_module("xattn_kernels.cross_attention")
+    monkeypatch.setattr(module, "BACKENDS", spied)
+    cross_attention(*tensors(1, 2, 3, 16), backend=name)
+    assert ran == [name]
