@@ -27,7 +27,6 @@ ARCHS = (80, 89, 90, 100, 120)
 # largest dynamic shared memory of one block, in bytes (CUDA programming guide, table of limits)
 SHARED_LIMIT = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 FLAGS = ("mask", "bias", "scale", "softcap", "dropout", "statistics")
-FLAGS += ("bias scale softcap dropout statistics",)
 TENSOR_CORE = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)")
 
 
@@ -43,7 +42,7 @@ class Case:
     Nk: int = 4096
     group: int = 1
     interval: bool = True
-    flags: str = ""  # any of: mask bias scale softcap dropout statistics
+    flags: str = ""  # any of: mask bias scale softcap dropout statistics; weights on its own
 
 
 @dataclass(frozen=True)
@@ -74,14 +73,18 @@ def cases() -> list[Case]:
             found.append(Case(f"{regime}{rows}-D{D}-Dv{Dv}", D, Dv, "bfloat16", rows))
     for D, (regime, rows) in itertools.product((64, 96, 128, 160, 256), regimes[::3]):
         found.append(Case(f"{regime}{rows}-D{D}-float32", D, D, "float32", rows))
-    for D, flag in itertools.product(
-        (64, 128), ("mask", "bias", "scale", "softcap", "dropout", "statistics")
-    ):
-        for regime, rows in (("few", 32), ("many", 2048)):
-            found.append(Case(f"{regime}-D{D}-{flag}", D, D, "bfloat16", rows, flags=flag))
+    for flag in FLAGS:
+        found.append(Case(f"many2048-D64-{flag}", 64, 64, "bfloat16", 2048, flags=flag))
+    for D, dtype in itertools.product((64, 96, 256), ("bfloat16", "float32")):
+        for regime, rows in regimes[::3]:
+            name = f"{regime}{rows}-D{D}-all-flags-{dtype}"
+            found.append(Case(name, D, D, dtype, rows, flags=" ".join(FLAGS)))
+    for D, (regime, rows) in itertools.product((64, 128, 256), regimes[1:]):
+        name = f"{regime}{rows}-D{D}-weights"
+        found.append(Case(name, D, D, "bfloat16", rows, flags="weights"))
     for D in (64, 128):
-        found.append(Case(f"many-D{D}-dense", D, D, "bfloat16", 2048, interval=False))
-        found.append(Case(f"many-D{D}-float16", D, D, "float16", 2048))
+        found.append(Case(f"many2048-D{D}-dense", D, D, "bfloat16", 2048, interval=False))
+    found.append(Case("many2048-D64-float16", 64, 64, "float16", 2048))
     found.append(Case("decode-gqa-D128", 128, 128, "bfloat16", 1, group=4))
     found.append(Case("prefill-gqa-D128", 128, 128, "bfloat16", 512, group=4))
     return found
@@ -136,6 +139,7 @@ def compile_only(arch: int) -> Iterator[list]:
 def launch(case: Case) -> None:
     """Forward and backward of `case` on meta tensors."""
     import torch
+    from xattn_kernels.triton_kernels import attention_weights
     from xattn_kernels.triton_kernels import cross_attention as kernels
 
     dtype = getattr(torch, case.dtype)
@@ -158,6 +162,12 @@ def launch(case: Case) -> None:
         empty(1, dtype=torch.int64) if "dropout" in flags else None,
     )  # fmt: skip
     options = (0.125, 30.0 if "softcap" in flags else 0.0, 0.1 if "dropout" in flags else 0.0)
+    if "weights" in flags:
+        lse = empty(B, Hq, case.rows, dtype=torch.float32)
+        call = (q, k, *operands[3:5], lse, *operands[5:], *options, True, True, False)
+        weights = attention_weights.forward(*call)
+        attention_weights.backward(weights, *call, [True, True, False, False, False])
+        return
     statistics = "statistics" in flags
     out, lse, entropy, _ = kernels.forward(*operands, *options, statistics, False)
     needs = [True, True, True, operands[3] is not None, operands[4] is not None]
@@ -216,13 +226,10 @@ def faults(row: Row) -> list[str]:
     return found
 
 
-def compile_all(tasks: list, jobs: int) -> list[Row]:
-    """Compiles in `jobs` processes; a progress bar on stderr."""
-    from tqdm import tqdm
-
+def compile_all(tasks: list, jobs: int) -> Iterator[list[Row]]:
+    """The rows of each task as they come, compiled in `jobs` processes."""
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-        found = pool.imap(compile_case, tasks)
-        return [row for rows in tqdm(found, total=len(tasks), file=sys.stderr) for row in rows]
+        yield from pool.imap_unordered(compile_case, tasks)
 
 
 def main() -> int:
@@ -238,15 +245,25 @@ def main() -> int:
     tasks = [(arch, c) for c in cases() if args.match in c.name for arch in args.arch][
         :: args.every
     ]
-    rows = compile_all(tasks, args.jobs)
-    bad = [(row, faults(row)) for row in rows if faults(row)]
-    for row, why in bad:
-        tile = f"{row.block_q}x{row.block_k}, {row.num_warps} warps, {row.num_stages} stages"
-        print(f"sm_{row.arch} {row.case} {row.kernel} ({tile}): {'; '.join(why)}")
+    rows, n_faults = [], 0
+    for n, found in enumerate(compile_all(tasks, args.jobs), 1):
+        for row in found:
+            rows.append(row)
+            if why := faults(row):
+                n_faults += 1
+                tile = (
+                    f"{row.block_q}x{row.block_k}, {row.num_warps} warps, {row.num_stages} stages"
+                )
+                print(
+                    f"sm_{row.arch} {row.case} {row.kernel} ({tile}): {'; '.join(why)}", flush=True
+                )
+        print(f"\r{n}/{len(tasks)}", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    rows.sort(key=lambda row: (row.arch, row.case, row.kernel, row.block_q, row.block_k))
     if args.out:
         write(rows, args.out)
-    print(f"{len(rows)} kernels compiled from {len(tasks)} calls, {len(bad)} with faults")
-    return 1 if bad else 0
+    print(f"{len(rows)} kernels compiled from {len(tasks)} calls, {n_faults} with faults")
+    return 1 if n_faults else 0
 
 
 def write(rows: list[Row], folder: Path) -> None:
