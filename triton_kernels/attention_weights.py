@@ -107,7 +107,7 @@ def forward(
     n_heads = 1 if average_heads else call.Hq
     weights = q.new_empty((call.B, n_heads, call.Nq, call.Nk))
     if weights.numel():
-        config = call.config("dbias")  # the same tile and the same products, and it holds more
+        config = call.config("weights")
         tiles = triton.cdiv(call.Nq, config.block_q) * call.key_tiles(config)
         results = (weights[0], weights.stride(), log2_lse(lse))
         call.launch(weights_kernel, config, call.B * n_heads * tiles, results, n_heads)

@@ -84,11 +84,20 @@ TABLE = {
         *_rows(("ampere",), 2, True, (256, ANY, (64, 32, 8, 1))),
         *_rows(("small",), 2, True, (256, ANY, (32, 32, 8, 1))),
         *_rows(ALL, 2, False, (64, ANY, (64, 32, 4, 2)), (128, ANY, (64, 32, 8, 1)),
-               (256, ANY, (32, 16, 4, 1))),
+               (256, ANY, (32, 16, 8, 1))),
         *_rows(ALL, 4, None, (64, ANY, (64, 32, 4, 1)), (128, ANY, (32, 32, 8, 1)),
                (256, ANY, (16, 32, 8, 1))),
     ],
-    # one tile of the bias, or of the attention weights, walks what is summed into it
+    # one tile of the attention weights walks the heads
+    "weights": [
+        *_rows(ALL, 2, True, (128, 16, (16, 64, 4, 3)), (128, 64, (64, 64, 4, 2)),
+               (128, ANY, (128, 64, 8, 2)), (256, ANY, (64, 32, 8, 2))),
+        *_rows(ALL, 2, False, (128, 16, (16, 64, 4, 1)), (128, ANY, (64, 32, 4, 1)),
+               (256, ANY, (64, 32, 8, 1))),
+        *_rows(ALL, 4, None, (64, ANY, (32, 32, 4, 1)), (128, ANY, (32, 32, 8, 1)),
+               (256, ANY, (16, 32, 8, 1))),
+    ],
+    # one tile of the bias walks what is summed into it
     "dbias": [
         *_rows(ALL, 2, None, (128, ANY, (64, 32, 4, 1)), (256, ANY, (64, 32, 8, 1))),
         *_rows(ALL, 4, None, (64, ANY, (32, 32, 4, 1)), (128, ANY, (32, 32, 8, 1)),
