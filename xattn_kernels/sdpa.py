@@ -3,9 +3,9 @@
 Rows of equal interval are one call of `F.scaled_dot_product_attention` on slices of q, k and v:
 what is masked is not computed, and there is no mask. Where runs of such rows are short (causal,
 windows, random intervals), a block of at most BLOCK_ROWS rows is one call over the union of its
-intervals, with a small mask that the backward builds again: nothing of Nq x Nk is ever kept.
-Empty rows meet no key at all, so their zeros are exact. On a GPU each call waits for the device
-once, to read the intervals.
+intervals, with a small mask that the backward builds again: intervals never become Nq x Nk. Empty
+rows meet no key at all, so their zeros are exact. On a GPU each call waits for the device once, to
+read the intervals.
 """
 
 from __future__ import annotations

@@ -45,6 +45,8 @@ class Cut(torch.autograd.Function):
     def backward(ctx, *dparts):
         parts = zip(ctx.regions, dparts, strict=True)
         given = [(region, dpart) for region, dpart in parts if dpart is not None]
+        if not given:
+            return None, None
         dt = given[0][1].new_empty_strided(*ctx.layout)
         if sum(dpart.numel() for _, dpart in given) < dt.numel():
             dt.zero_()
