@@ -7,12 +7,14 @@ compiled code: no spilled register, and few instructions per query-key pair in t
 `python -m benchmarks.compile_grid` compiles them all and fails on a spill.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from functools import cache
 
 ANY = 1 << 30
 # wgmma or tcgen05 with 227 KiB of shared memory; mma with 163 KiB; mma with 99 KiB
 FAMILIES = {90: "hopper", 100: "hopper", 103: "hopper", 80: "ampere"}
-SMALL = "small"
 
 
 @dataclass(frozen=True)
@@ -26,101 +28,124 @@ class Config:
 @dataclass(frozen=True)
 class Row:
     """Applies up to `width` columns and `rows` query rows; `plain` False to calls with any flag
-    (bool mask, bias, softcap, dropout, statistics), None to all."""
+    (bool mask, bias, softcap, dropout, statistics), `chunked` True to widths that are not a power
+    of two and take several loads; None to both."""
 
     families: tuple[str, ...]
     itemsize: int
     plain: bool | None
+    chunked: bool | None
     width: int
     rows: int
     config: Config
 
 
 ALL = ("hopper", "ampere", "small")
-HOPPER, MMA = ("hopper",), ("ampere", "small")
+HOPPER, AMPERE, SMALL, MMA = ("hopper",), ("ampere",), ("small",), ("ampere", "small")
+HALF, FLOAT32 = 2, 4
 
 
-def _rows(families, itemsize, plain, *table) -> list[Row]:
-    return [Row(families, itemsize, plain, w, rows, Config(*c)) for w, rows, c in table]
+def _rows(families, itemsize, plain, chunked, *table) -> list[Row]:
+    return [Row(families, itemsize, plain, chunked, w, rows, Config(*c)) for w, rows, c in table]
 
 
+# columns: widest head, most query rows, (block_q, block_k, num_warps, num_stages)
 TABLE = {
     # one tile of query rows walks its keys
     "forward": [
-        *_rows(ALL, 2, True, (128, 16, (16, 64, 4, 3)), (256, 16, (16, 32, 4, 2)),
+        *_rows(MMA, HALF, True, True, (64, 64, (64, 64, 4, 1)), (256, ANY, (64, 32, 8, 2))),
+        *_rows(ALL, HALF, True, None, (128, 16, (16, 64, 4, 3)), (256, 16, (16, 32, 4, 2)),
                (64, 32, (32, 64, 4, 3)), (128, 32, (32, 64, 4, 2)), (256, 32, (32, 32, 4, 1)),
                (128, 64, (64, 64, 4, 2)), (64, ANY, (128, 64, 8, 3)), (128, ANY, (128, 64, 8, 2))),
-        *_rows(HOPPER, 2, True, (256, ANY, (128, 32, 8, 2))),
-        *_rows(MMA, 2, True, (256, ANY, (64, 32, 8, 2))),
-        *_rows(ALL, 2, False, (256, 16, (16, 32, 4, 1)), (64, ANY, (32, 32, 4, 1)),
-               (128, ANY, (32, 32, 4, 1)), (256, ANY, (32, 32, 8, 1))),
-        *_rows(ALL, 4, None, (128, 16, (16, 32, 4, 1)), (64, ANY, (32, 32, 4, 1)),
+        *_rows(HOPPER, HALF, True, None, (256, ANY, (128, 32, 8, 2))),
+        *_rows(MMA, HALF, True, None, (256, ANY, (64, 32, 8, 2))),
+        *_rows(ALL, HALF, False, None, (256, 16, (16, 32, 4, 1)), (128, ANY, (32, 32, 4, 1)),
+               (256, ANY, (32, 32, 8, 1))),
+        *_rows(ALL, FLOAT32, None, None, (128, 16, (16, 32, 4, 1)), (64, ANY, (32, 32, 4, 1)),
                (128, ANY, (32, 32, 8, 1)), (256, ANY, (16, 32, 8, 1))),
     ],
     # one tile of query rows walks its keys and keeps dq
     "dq": [
-        *_rows(HOPPER, 2, True, (128, ANY, (128, 64, 8, 2)), (256, ANY, (128, 32, 8, 2))),
-        *_rows(MMA, 2, True, (64, ANY, (64, 32, 4, 2)), (128, ANY, (64, 64, 8, 2)),
+        *_rows(MMA, HALF, True, True, (128, ANY, (64, 32, 8, 1)), (256, ANY, (32, 32, 8, 1))),
+        *_rows(HOPPER, HALF, True, None, (128, ANY, (128, 64, 8, 2)), (256, ANY, (128, 32, 8, 2))),
+        *_rows(MMA, HALF, True, None, (64, ANY, (64, 32, 4, 2)), (128, ANY, (64, 64, 8, 2)),
                (256, ANY, (64, 32, 8, 1))),
-        *_rows(ALL, 2, False, (128, ANY, (32, 32, 4, 1)), (256, ANY, (32, 32, 8, 1))),
-        *_rows(ALL, 4, None, (64, ANY, (32, 32, 4, 1)), (128, ANY, (32, 32, 8, 1)),
+        *_rows(ALL, HALF, False, None, (128, ANY, (32, 32, 4, 1)), (256, ANY, (32, 32, 8, 1))),
+        *_rows(ALL, FLOAT32, None, None, (64, ANY, (32, 32, 4, 1)), (128, ANY, (32, 32, 8, 1)),
                (256, ANY, (16, 32, 8, 1))),
     ],
     # the same with dk and dv written as it goes: used while all rows fit one tile
     "fused": [
-        *_rows(ALL, 2, True, (64, 16, (16, 64, 4, 3)), (128, 16, (16, 32, 4, 2)),
-               (64, 32, (32, 64, 4, 2)), (128, 32, (32, 32, 4, 2)), (64, 64, (64, 64, 4, 2)),
-               (128, 64, (64, 32, 8, 1)), (256, ANY, (16, 32, 4, 2)), (128, ANY, (64, 32, 8, 1))),
-        *_rows(ALL, 2, False, (128, 16, (16, 32, 4, 1)), (128, ANY, (32, 32, 4, 1)),
-               (256, ANY, (16, 32, 8, 1))),
-        *_rows(ALL, 4, None, (64, ANY, (32, 32, 4, 1)), (128, ANY, (16, 32, 8, 1)),
+        *_rows(ALL, HALF, True, True, (128, 16, (16, 32, 4, 1)), (64, 32, (32, 32, 4, 1)),
+               (128, 32, (32, 16, 4, 1)), (128, ANY, (64, 16, 8, 1)), (256, ANY, (16, 16, 4, 1))),
+        *_rows(HOPPER, HALF, True, None, (64, 16, (16, 64, 4, 3)), (64, 32, (32, 64, 4, 2))),
+        *_rows(ALL, HALF, True, None, (128, 16, (16, 32, 4, 2)), (128, 32, (32, 32, 4, 2))),
+        *_rows(HOPPER, HALF, True, None, (64, 64, (64, 64, 4, 2))),
+        *_rows(ALL, HALF, True, None, (128, ANY, (64, 32, 8, 1)), (256, ANY, (16, 32, 4, 2))),
+        *_rows(ALL, HALF, False, None, (128, 16, (16, 32, 4, 1)), (128, ANY, (32, 16, 4, 1)),
+               (256, ANY, (16, 16, 4, 1))),
+        *_rows(ALL, FLOAT32, None, None, (64, ANY, (32, 32, 4, 1)), (128, ANY, (16, 32, 8, 1)),
                (256, ANY, (16, 16, 8, 1))),
     ],
     # one tile of keys walks the rows that reach it and keeps dk and dv
     "dkdv": [
-        *_rows(HOPPER, 2, True, (64, ANY, (64, 128, 8, 2)), (128, ANY, (32, 128, 8, 2)),
+        *_rows(MMA, HALF, True, True, (128, ANY, (32, 16, 4, 1)), (256, ANY, (32, 16, 8, 1))),
+        *_rows(HOPPER, HALF, True, None, (64, ANY, (64, 128, 8, 2)), (128, ANY, (32, 128, 8, 2)),
                (256, ANY, (64, 32, 8, 1))),
-        *_rows(MMA, 2, True, (64, ANY, (64, 32, 4, 2)), (128, ANY, (64, 32, 8, 2))),
-        *_rows(("ampere",), 2, True, (256, ANY, (64, 32, 8, 1))),
-        *_rows(("small",), 2, True, (256, ANY, (32, 32, 8, 1))),
-        *_rows(ALL, 2, False, (64, ANY, (64, 32, 4, 2)), (128, ANY, (64, 32, 8, 1)),
+        *_rows(MMA, HALF, True, None, (64, ANY, (32, 32, 4, 2)), (128, ANY, (64, 32, 8, 2))),
+        *_rows(AMPERE, HALF, True, None, (256, ANY, (64, 32, 8, 1))),
+        *_rows(SMALL, HALF, True, None, (256, ANY, (32, 32, 8, 1))),
+        *_rows(ALL, HALF, False, True, (128, ANY, (32, 16, 4, 1))),
+        *_rows(ALL, HALF, False, None, (64, ANY, (32, 32, 4, 1)), (128, ANY, (64, 32, 8, 1)),
                (256, ANY, (32, 16, 8, 1))),
-        *_rows(ALL, 4, None, (64, ANY, (64, 32, 4, 1)), (128, ANY, (32, 32, 8, 1)),
+        *_rows(ALL, FLOAT32, None, True, (128, ANY, (16, 16, 4, 1))),
+        *_rows(ALL, FLOAT32, None, None, (64, ANY, (64, 32, 4, 1)), (128, ANY, (32, 32, 8, 1)),
                (256, ANY, (16, 32, 8, 1))),
     ],
     # one tile of the attention weights walks the heads
     "weights": [
-        *_rows(ALL, 2, True, (128, 16, (16, 64, 4, 3)), (128, 64, (64, 64, 4, 2)),
+        *_rows(ALL, HALF, True, None, (128, 16, (16, 64, 4, 3)), (128, 64, (64, 64, 4, 2)),
                (128, ANY, (128, 64, 8, 2)), (256, ANY, (64, 32, 8, 2))),
-        *_rows(ALL, 2, False, (128, 16, (16, 64, 4, 1)), (128, ANY, (64, 32, 4, 1)),
+        *_rows(ALL, HALF, False, None, (128, 16, (16, 64, 4, 1)), (128, ANY, (64, 32, 4, 1)),
                (256, ANY, (64, 32, 8, 1))),
-        *_rows(ALL, 4, None, (64, ANY, (32, 32, 4, 1)), (128, ANY, (32, 32, 8, 1)),
+        *_rows(ALL, FLOAT32, None, None, (64, ANY, (32, 32, 4, 1)), (128, ANY, (32, 32, 8, 1)),
                (256, ANY, (16, 32, 8, 1))),
     ],
     # one tile of the bias walks what is summed into it
     "dbias": [
-        *_rows(ALL, 2, None, (128, ANY, (64, 32, 4, 1)), (256, ANY, (64, 32, 8, 1))),
-        *_rows(ALL, 4, None, (64, ANY, (32, 32, 4, 1)), (128, ANY, (32, 32, 8, 1)),
+        *_rows(ALL, HALF, None, None, (128, ANY, (64, 32, 4, 1)), (256, ANY, (64, 32, 8, 1))),
+        *_rows(ALL, FLOAT32, None, None, (64, ANY, (32, 32, 4, 1)), (128, ANY, (32, 32, 8, 1)),
                (256, ANY, (16, 32, 8, 1))),
     ],
 }  # fmt: skip
 
 
-def lookup(kernel: str, arch: int, width: int, itemsize: int, plain: bool, rows: int) -> Config:
+def column_chunks(width: int) -> tuple[int, ...]:
+    """Powers of two from 16 up that sum to `width`, rounded up to a multiple of 16."""
+    width = -(-width // 16) * 16
+    return tuple(1 << bit for bit in range(8, 3, -1) if width >> bit & 1)
+
+
+@cache
+def lookup(
+    kernel: str, arch: int, D: int, Dv: int, itemsize: int, plain: bool, rows: int
+) -> Config:
     """The configuration of `kernel`, a key of TABLE.
 
-    arch: compute capability times ten; width: max(D, Dv), at most 256; itemsize: bytes of an
+    arch: compute capability times ten; D, Dv: head widths, at most 256; itemsize: bytes of an
     element of q; plain: no bool mask, bias, softcap, dropout or statistics; rows: query rows that
     share a key head, Nq * Hq / Hkv.
     """
-    family = FAMILIES.get(arch, SMALL)
+    family = FAMILIES.get(arch, "small")
+    chunked = max(len(column_chunks(D)), len(column_chunks(Dv))) > 1
     for row in TABLE[kernel]:
         if (
             family in row.families
             and itemsize == row.itemsize
             and row.plain in (plain, None)
-            and width <= row.width
+            and row.chunked in (chunked, None)
+            and max(D, Dv) <= row.width
             and rows <= row.rows
         ):
             return row.config
-    raise ValueError(f"no configuration of {kernel} for head width {width}, {itemsize}-byte dtype")
+    raise ValueError(f"no configuration of {kernel} for head widths {D} and {Dv}")

@@ -10,8 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .configs import Config, lookup
-from .tiles import column_chunks
+from .configs import Config, column_chunks, lookup
 
 INTERPRETED_ARCH = 90  # whose table rows the interpreter runs
 DEFAULT_MULTIPROCESSORS = 132
@@ -112,8 +111,8 @@ class Call:
         """The table's row for this call; `statistics` also where their gradient is needed."""
         flags = (self.mask, self.bias, self.softcap or None, self.seed, statistics or None)
         plain = all(flag is None for flag in flags)
-        width, rows = max(self.D, self.DV), self.Nq * self.group
-        return lookup(kernel, target_arch(), width, self.q.element_size(), plain, rows)
+        rows, itemsize = self.Nq * self.group, self.q.element_size()
+        return lookup(kernel, target_arch(), self.D, self.DV, itemsize, plain, rows)
 
     def row_tiles(self, config: Config) -> int:
         return triton.cdiv(self.Nq * self.group, config.block_q)

@@ -5,11 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import Config
+from .configs import Config, column_chunks
 from .launch import Call, device_guard, row_alignment
 from .tiles import (
     LOG2E,
-    column_chunks,
     load_tile,
     packed_rows,
     row_bounds,

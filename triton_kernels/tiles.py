@@ -14,12 +14,6 @@ LN2 = tl.constexpr(0.6931471805599453)
 INTERPRETING = tl.constexpr(triton.knobs.runtime.interpret)
 
 
-def column_chunks(width: int) -> tuple[int, ...]:
-    """Powers of two from 16 up that sum to `width`, rounded up to a multiple of 16."""
-    width = -(-width // 16) * 16
-    return tuple(1 << bit for bit in range(8, 3, -1) if width >> bit & 1)
-
-
 @triton.constexpr_function
 def first_column(CHUNKS, i):
     return sum(int(c) for c in CHUNKS[:i])
