@@ -47,7 +47,9 @@ def within_reach(c: Case) -> Case:
     return replace(c, returns="out", softcap=None, dropout_p=0.0)
 
 
-OURS = {replace(c, name=""): c for c in map(within_reach, CASES + BLOCKED)}.values()
+# An infinite score makes its row NaN; torch's kernel then leaves some of what it meets finite.
+FINITE = [c for c in CASES if c.values != "infinite_k"]
+OURS = {replace(c, name=""): c for c in map(within_reach, FINITE + BLOCKED)}.values()
 CALLS = [
     *[(c, dtype) for c in OURS for dtype in (torch.float32, torch.bfloat16)],
     *[(within_reach(c), dtype) for c in BLOCKED for dtype in (torch.float16, torch.float64)],
