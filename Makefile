@@ -49,7 +49,7 @@ test-fast: $(INSTALLED)
 	$(INTERPRETED) $(PYTEST) -m "not slow and not emulated and not compile and not gpu"
 
 bench: $(INSTALLED)
-	$(PY) -m benchmarks main
+	OMP_WAIT_POLICY=passive $(PY) -m benchmarks main
 
 gpu:
 	$(PYTHON) -m pip --disable-pip-version-check --no-input install --no-build-isolation --no-deps -e .

@@ -90,8 +90,9 @@ TABLE = {
     # one tile of keys walks the rows that reach it and keeps dk and dv
     "dkdv": [
         *_rows(MMA, HALF, True, True, (128, ANY, (32, 16, 4, 1)), (256, ANY, (32, 16, 8, 1))),
-        *_rows(HOPPER, HALF, True, None, (64, ANY, (64, 128, 8, 2)), (128, ANY, (32, 128, 8, 2)),
-               (256, ANY, (64, 32, 8, 1))),
+        *_rows(HOPPER, HALF, True, None, (64, ANY, (64, 128, 8, 2)), (128, ANY, (32, 128, 8, 2))),
+        *_rows(HOPPER, HALF, True, True, (256, ANY, (32, 16, 8, 1))),
+        *_rows(HOPPER, HALF, True, None, (256, ANY, (64, 32, 8, 1))),
         *_rows(MMA, HALF, True, None, (64, ANY, (32, 32, 4, 2)), (128, ANY, (64, 32, 8, 2))),
         *_rows(AMPERE, HALF, True, None, (256, ANY, (64, 32, 8, 1))),
         *_rows(SMALL, HALF, True, None, (256, ANY, (32, 32, 8, 1))),
