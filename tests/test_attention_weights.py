@@ -4,22 +4,29 @@ import pytest
 import torch
 
 import xattn_kernels
+from conftest import enter, modes
 from largest_tensor import LargestTensor
 from numerics import assert_as_accurate
-from xattn_kernels import KeyInterval, cross_attention, masks
-from xattn_kernels.attention_weights import attention_weights, backward_op, forward_op
+from xattn_kernels import KeyInterval, attention_weights, cross_attention, masks
+from xattn_kernels.attention_weights import backward_op, forward_op
 from xattn_kernels.dispatch import triton_on_cpu
 
 B, HQ, HKV, NQ, NK, D = 2, 2, 1, 19, 37, 24
-BACKENDS = ["sdpa"] + ["triton"] * triton_on_cpu()
-SLOW_BACKENDS = [
-    pytest.param(name, marks=[pytest.mark.slow] * (name == "triton")) for name in BACKENDS
-]
 
 
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["sdpa", *modes("interpreter", "gpu")])
+def backend(request):
+    """ "sdpa", or "triton" where this process can run it; tensors are made on its device."""
+    if request.param == "sdpa":
+        yield "sdpa"
+        return
+    with enter(request.param) as mode, torch.device(mode.device):
+        yield "triton"
 
 
 def interval():
@@ -73,8 +80,8 @@ def run(tensors, options, backend, dtype):
     if "lse" in named and dtype != torch.float64:
         named["lse"] = tensors["lse"].float().requires_grad_()
     weights = attention_weights(**named, backend=backend)
-    generator = torch.Generator().manual_seed(1)
-    weights.backward(torch.randn(weights.shape, generator=generator).to(dtype))
+    torch.manual_seed(1)
+    weights.backward(torch.randn(weights.shape).to(dtype))
     leaves = {n: t for n, t in named.items() if isinstance(t, torch.Tensor) and t.requires_grad}
     return {"weights": weights} | {f"d{name}": t.grad for name, t in leaves.items()}
 
@@ -92,25 +99,41 @@ def make(dtype=torch.float32, Hq=HQ, Hkv=HKV):
     return {name: torch.randn(s).to(dtype).float().transpose(1, 2) for name, s in shapes.items()}
 
 
-@pytest.mark.parametrize("backend", SLOW_BACKENDS)
-@pytest.mark.parametrize("average", [True, False])
-@pytest.mark.parametrize("given", ["lse", "no_lse"])
-@pytest.mark.parametrize("case", CASES)
-def test_weights_and_gradients(case, given, average, backend):
-    if backend == "triton" and (given == "lse") != average and case not in ("plain", "everything"):
-        pytest.skip("slow in the interpreter, and each of the two is tested without the other")
-    tensors, options = make(), CASES[case]()
-    if given == "lse":
+def assert_case(case, backend, dtype, lse, average):
+    tensors, options = make(dtype), CASES[case]()
+    if lse:
         # not quite the softmax's own, so that a gradient lost in it would show
         exact = cross_attention(
             tensors["q"], tensors["k"], tensors["k"], return_lse=True, backend="eager", **options
         ).lse
         tensors["lse"] = exact + 0.1 * torch.randn_like(exact)
-    options["average_heads"] = average
-    assert_matches_reference(tensors, options, backend, torch.float32)
+    assert_matches_reference(tensors, options | {"average_heads": average}, backend, dtype)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("average", [True, False])
+@pytest.mark.parametrize("lse", [True, False], ids=["lse", "no_lse"])
+@pytest.mark.parametrize("case", CASES)
+def test_sdpa(case, lse, average):
+    assert_case(case, "sdpa", torch.float32, lse, average)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", modes("interpreter", "gpu"), indirect=True)
+@pytest.mark.parametrize("lse", [True, False], ids=["lse", "no_lse"])
+@pytest.mark.parametrize("case", CASES)
+def test_triton(mode, case, lse):
+    with torch.device(mode.device):
+        assert_case(case, "triton", torch.float32, lse, average=lse)
+
+
+@pytest.mark.parametrize("mode", modes("sm_80", "sm_90", "gpu"), indirect=True)
+@pytest.mark.parametrize("case", ["plain", "interval", "mask_and_bias", "everything"])
+def test_compiled(mode, case):
+    with torch.device(mode.device):
+        sm_80 = mode.name == "sm_80"
+        assert_case(case, "triton", mode.dtypes[0], lse=sm_80, average=not sm_80)
+
+
 @pytest.mark.parametrize("average", [True, False])
 @pytest.mark.parametrize("heads", [(1, 1), (4, 2)])
 def test_head_counts(heads, average, backend):
@@ -118,7 +141,6 @@ def test_head_counts(heads, average, backend):
     assert_matches_reference(make(torch.float32, *heads), options, backend, torch.float32)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_dtypes(dtype, backend):
     if backend == "triton" and dtype == torch.float64:
@@ -126,7 +148,6 @@ def test_dtypes(dtype, backend):
     assert_matches_reference(make(dtype), CASES["mask_and_bias"](), backend, dtype)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_with_the_lse_of_cross_attention_it_is_softmax(backend):
     """The gradients that pass through lse and those that do not add up to those of softmax."""
     options = {"mask": interval(), "bias": torch.randn(1, HQ, 1, NK)}
@@ -156,7 +177,6 @@ def test_with_the_lse_of_cross_attention_it_is_softmax(backend):
     assert rows.numel() and torch.equal(rows, torch.zeros_like(rows))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_drops_what_cross_attention_drops(backend):
     q, k = make().values()
     v = torch.randn(B, HKV, NK, 16)
@@ -168,7 +188,6 @@ def test_drops_what_cross_attention_drops(backend):
     assert 0.5 < (weights != 0).float().mean() < 0.7
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("sizes", [(0, 1, 3, 4), (1, 2, 0, 4), (2, 1, 3, 0), (1, 1, 1, 1)])
 def test_degenerate_sizes(sizes, backend):
     b, h, nq, nk = sizes
@@ -180,7 +199,6 @@ def test_degenerate_sizes(sizes, backend):
     assert not q.grad.any() and not k.grad.any()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_strides_and_broadcast_batch(backend):
     q = torch.randn(1, HQ, NQ, 2 * D)[..., :D].expand(B, -1, -1, -1)
     k = torch.randn(B, NK, HKV, D + 1)[..., 1:].transpose(1, 2)
@@ -191,10 +209,11 @@ def test_strides_and_broadcast_batch(backend):
     assert_as_accurate(attention_weights(q, k, backend=backend, **options), expected, expected)
 
 
-@pytest.mark.parametrize("backend", SLOW_BACKENDS)
 @pytest.mark.parametrize("case", ["plain", "interval", "padding", "dropout", "bias_of_keys"])
 def test_mean_never_exists_per_head(case, backend):
-    heads, n = 8, 48
+    if backend == "triton" and case != "dropout":
+        pytest.skip("slow in the interpreter; the launcher's allocations do not depend on masks")
+    heads, n = 4, 40
     tensors = [torch.randn(1, heads, n, 16, requires_grad=True) for _ in range(2)]
     options = {
         "interval": {"mask": masks.window(n, n, left=9)},
@@ -204,13 +223,13 @@ def test_mean_never_exists_per_head(case, backend):
     }.get(case, {})
     with LargestTensor() as largest:
         attention_weights(*tensors, backend=backend, **options).square().sum().backward()
-    assert 4 * n * n <= largest.nbytes < 4 * heads * n * n // 2
+    assert 4 * n * n <= largest.nbytes <= 4 * heads * n * n // 2
 
 
-@pytest.mark.skipif(not triton_on_cpu(), reason="needs Triton's interpreter or an emulator")
+@pytest.mark.parametrize("mode", modes("interpreter"), indirect=True)
 @pytest.mark.slow
 @pytest.mark.parametrize("own_lse", [True, False])
-def test_custom_ops_and_compile(own_lse):
+def test_custom_ops_and_compile(own_lse, mode):
     q, k = (t.requires_grad_() for t in make().values())
     lse = None if own_lse else torch.randn(B, HQ, NQ).add(5).requires_grad_()
     bias = torch.randn(1, HQ, 1, NK, requires_grad=True)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from conftest import modes
 from numerics import assert_as_accurate
 from xattn_kernels import masks
-from xattn_kernels.dispatch import triton_on_cpu
 from xattn_kernels.modules import MultiheadAttention
 
 B, H, NQ, NK, E = 2, 4, 5, 7, 32
@@ -70,7 +70,7 @@ CALLS = {
 }  # fmt: skip
 
 
-def modules(dtype=torch.float64, backend=None, **options):
+def pair(dtype=torch.float64, backend=None, **options):
     """torch's module and ours with the same parameters, none of them zero."""
     theirs = nn.MultiheadAttention(E, H, dtype=dtype, **options)
     ours = MultiheadAttention(E, H, dtype=dtype, backend=backend, **options)
@@ -105,10 +105,9 @@ def run(module, tensors, call, dtype):
         warnings.filterwarnings("ignore", "Support for mismatched")
         out, weights = module(*leaves, **call)
     results = {"out": out} if weights is None else {"out": out, "weights": weights}
-    generator = torch.Generator().manual_seed(1)
+    torch.manual_seed(1)
     loss = sum(
-        (r.double() * torch.randn(r.shape, dtype=torch.float64, generator=generator)).sum()
-        for r in results.values()
+        (r.double() * torch.randn(r.shape, dtype=torch.float64)).sum() for r in results.values()
     )
     loss.backward()
     named = dict(zip(("query", "key", "value"), leaves, strict=True), **call)
@@ -129,7 +128,7 @@ def assert_same(theirs, ours, tensors, call, dtype=torch.float64):
 @pytest.mark.parametrize("constructor", CONSTRUCTORS)
 @pytest.mark.parametrize("need_weights", [True, False])
 def test_same_results_and_gradients(constructor, call, need_weights):
-    theirs, ours = modules(**CONSTRUCTORS[constructor])
+    theirs, ours = pair(**CONSTRUCTORS[constructor])
     call = CALLS[call]() | {"need_weights": need_weights}
     assert_same(theirs, ours, inputs(theirs), call)
 
@@ -137,21 +136,24 @@ def test_same_results_and_gradients(constructor, call, need_weights):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("call", ["plain", "both_bool", "attn_float_3d", "causal_hint"])
 def test_same_results_in_lower_precision(dtype, call):
-    theirs, ours = modules(dtype, backend="sdpa")
+    theirs, ours = pair(dtype, backend="sdpa")
     assert_same(theirs, ours, inputs(theirs), CALLS[call](), dtype)
 
 
-@pytest.mark.skipif(not triton_on_cpu(), reason="needs Triton's interpreter or an emulator")
-@pytest.mark.parametrize("call", ["plain", "both_bool", "attn_float_3d", "per_head"])
-def test_same_results_from_the_kernels(call):
-    theirs, ours = modules(torch.float32, backend="triton")
-    assert_same(theirs, ours, inputs(theirs), CALLS[call](), torch.float32)
+@pytest.mark.parametrize("mode", modes("interpreter", "gpu"), indirect=True)
+@pytest.mark.parametrize("call", ["plain", "both_bool", "attn_float_3d", "causal_hint"])
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_same_results_from_the_kernels(mode, need_weights, call):
+    with torch.device(mode.device):
+        theirs, ours = pair(torch.float32, backend="triton")
+        call = CALLS[call]() | {"need_weights": need_weights}
+        assert_same(theirs, ours, inputs(theirs), call, torch.float32)
 
 
 @pytest.mark.parametrize("call", ["plain", "per_head", "padding_bool", "attn_bool_3d"])
 @pytest.mark.parametrize("constructor", ["plain", "batch_first", "everything"])
 def test_unbatched(constructor, call):
-    theirs, ours = modules(**CONSTRUCTORS[constructor])
+    theirs, ours = pair(**CONSTRUCTORS[constructor])
     call = CALLS[call]()
     if "key_padding_mask" in call:
         call["key_padding_mask"] = call["key_padding_mask"][0]
@@ -163,7 +165,7 @@ def test_unbatched(constructor, call):
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 def test_shared_inputs(bias, batch_first):
-    theirs, ours = modules(bias=bias, batch_first=batch_first)
+    theirs, ours = pair(bias=bias, batch_first=batch_first)
     query, key, _ = inputs(theirs)
     assert_same(theirs, ours, (query, key, key), {})
     assert_same(theirs, ours, (query, query, query), {})
@@ -198,7 +200,7 @@ def test_signatures_state_and_initialisation():
 @pytest.mark.parametrize("call", ["padding_bool", "padding_float", "attn_bool", "attn_float"])
 @pytest.mark.parametrize("average", [True, False])
 def test_rows_without_keys_give_the_output_bias(call, average):
-    _, ours = modules()
+    _, ours = pair()
     query, key, value = (t.requires_grad_() for t in inputs(ours))
     call = CALLS[call]()
     ((name, mask),) = call.items()
@@ -219,7 +221,7 @@ def test_rows_without_keys_give_the_output_bias(call, average):
 @pytest.mark.parametrize("need_weights", [True, False])
 @pytest.mark.parametrize("extra", ["plain", "padding_bool", "attn_bool", "both_float"])
 def test_key_interval_is_the_dense_mask(constructor, need_weights, extra):
-    _, ours = modules(**CONSTRUCTORS[constructor])
+    _, ours = pair(**CONSTRUCTORS[constructor])
     tensors = inputs(ours)
     interval = masks.window(NQ, NK, left=3) & masks.padding(torch.tensor([5, 7]))
     call = CALLS[extra]() | {"need_weights": need_weights}
@@ -236,7 +238,7 @@ def test_key_interval_is_the_dense_mask(constructor, need_weights, extra):
 
 
 def test_causal_hint_and_key_interval():
-    _, ours = modules()
+    _, ours = pair()
     tensors, causal = inputs(ours), CALLS["causal_hint"]()
     window = masks.window(NQ, NK, left=3)
     expected = ours(*tensors, mask=window, attn_mask=causal["attn_mask"])[0]
@@ -245,7 +247,7 @@ def test_causal_hint_and_key_interval():
 
 
 def test_dropout_drops_the_weights_it_returns():
-    _, ours = modules(dropout=0.25)
+    _, ours = pair(dropout=0.25)
     query, key, value = inputs(ours)
     torch.manual_seed(5)
     out, weights = ours(query, key, value, average_attn_weights=False)
@@ -266,7 +268,7 @@ def test_dropout_drops_the_weights_it_returns():
 
 
 def test_explain_names_the_backend(capsys):
-    _, ours = modules(dropout=0.25)
+    _, ours = pair(dropout=0.25)
     ours.explain(*inputs(ours))
     said = capsys.readouterr().out
     assert "MultiheadAttention takes 'sdpa'" in said and "float64 is not float32" in said

@@ -109,7 +109,7 @@ def forward(
     if weights.numel():
         config = call.config("weights")
         tiles = triton.cdiv(call.Nq, config.block_q) * call.key_tiles(config)
-        results = (weights[0], weights.stride(), log2_lse(lse))
+        results = (weights.flatten(0, 1), weights.stride(), log2_lse(lse))
         call.launch(weights_kernel, config, call.B * n_heads * tiles, results, n_heads)
     return weights
 
@@ -135,11 +135,12 @@ def backward(
             torch.zeros_like(t) if needed else q.new_empty(0)
             for t, needed in zip(inputs, needs, strict=True)
         )
+    dweights = dweights.contiguous()
     config, lse, strides = call.config("dq", True), log2_lse(lse), broadcast_strides(dweights)
     dq, dk, dbias, dscale, dlse = (None,) * 5
 
     def rows(delta: Tensor) -> tuple:
-        return (dout, dout.stride(), lse, delta, None, dweights[0], strides)
+        return (dout, dout.stride(), lse, delta, None, dweights.flatten(0, 1), strides)
 
     terms = rows(torch.zeros_like(lse))
     if own_lse:
