@@ -61,6 +61,8 @@ TABLE = {
         *_rows(MMA, HALF, True, None, (256, ANY, (64, 32, 8, 2))),
         *_rows(ALL, HALF, False, None, (256, 16, (16, 32, 4, 1)), (128, ANY, (32, 32, 4, 1)),
                (256, ANY, (32, 32, 8, 1))),
+        *_rows(ALL, FLOAT32, None, True, (128, 16, (16, 16, 4, 1)), (128, ANY, (32, 32, 8, 1)),
+               (256, ANY, (16, 16, 8, 1))),
         *_rows(ALL, FLOAT32, None, None, (128, 16, (16, 32, 4, 1)), (64, ANY, (32, 32, 4, 1)),
                (128, ANY, (32, 32, 8, 1)), (256, ANY, (16, 32, 8, 1))),
     ],
@@ -101,7 +103,7 @@ TABLE = {
                (256, ANY, (32, 16, 8, 1))),
         *_rows(ALL, FLOAT32, None, True, (128, ANY, (16, 16, 4, 1))),
         *_rows(ALL, FLOAT32, None, None, (64, ANY, (64, 32, 4, 1)), (128, ANY, (32, 32, 8, 1)),
-               (256, ANY, (16, 32, 8, 1))),
+               (256, ANY, (16, 16, 8, 1))),
     ],
     # one tile of the attention weights walks the heads
     "weights": [
