@@ -226,7 +226,7 @@ class MultiheadAttention(nn.Module):
         """[B, H, N, D] with the learned row of `add_bias_kv`, then the zeros of `add_zero_attn`."""
         if learned is not None:
             row = learned.view(1, self.num_heads, 1, self.head_dim)
-            x = torch.cat([x, row.expand(x.shape[0], -1, -1, -1)], dim=2)
+            x = torch.cat([x, row.to(x.dtype).expand(x.shape[0], -1, -1, -1)], dim=2)
         return F.pad(x, (0, 0, 0, 1)) if self.add_zero_attn else x
 
     def merge_masks(self, attn_mask, key_padding_mask, query) -> tuple[Tensor | None, int | None]:
