@@ -110,7 +110,7 @@ class CompileOnlyDriver:
 
 @contextlib.contextmanager
 def compile_only(arch: int) -> Iterator[list]:
-    """Inside, a launch compiles for `arch` and runs nothing; yielyields what was compiled."""
+    """Inside, a launch compiles for `arch` and runs nothing; yields what was compiled."""
     from triton import knobs
     from triton.runtime import jit
     from triton.runtime.driver import driver

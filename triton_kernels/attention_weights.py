@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .cross_attention import backward_dbias, backward_dkdv, backward_dq
-from .launch import Call, broadcast_strides
+from .launch import Call, broadcast_strides, zero_gradients
 from .scores import forbid_outside, kept, row_offsets, row_scale, tile_scores
 from .tiles import LOG2E, dot_nt, load_rows, load_tile, row_bounds
 
@@ -129,12 +129,8 @@ def backward(
         q, k, v, bias, scale_tensor, start, stop, mask, seed, scale, softcap, dropout_p,
         allow_tf32, averaged=average_heads,
     )  # fmt: skip
-    inputs = (q, k, bias, scale_tensor, lse)
     if dweights.numel() == 0:
-        return tuple(
-            torch.zeros_like(t) if needed else q.new_empty(0)
-            for t, needed in zip(inputs, needs, strict=True)
-        )
+        return zero_gradients((q, k, bias, scale_tensor, lse), needs, 2)
     dweights = dweights.contiguous()
     config, lse, strides = call.config("dq", True), log2_lse(lse), broadcast_strides(dweights)
     dq, dk, dbias, dscale, dlse = (None,) * 5

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from .bias_gradient import dbias_kernel
 from .configs import Config
-from .launch import Call, empty_rows, split_buffer, split_count, sum_splits
+from .launch import (
+    Call,
+    empty_rows,
+    split_buffer,
+    split_count,
+    sum_splits,
+    zero_gradients,
+)
 from .rows import merge_splits, row_terms, tile_bounds
 from .scores import (
     forbid_outside,
@@ -22,6 +29,7 @@ from .scores import (
     row_offsets,
     row_scale,
     score_gradient,
+    split_offsets,
     tile_scores,
 )
 from .tiles import (
@@ -77,8 +85,6 @@ def forward_kernel(
     mask_rows = row_offsets(stride_mask, b, h, i)[:, None]
     # [BLOCK_Q, D]
     q_tile = load_tile(q, row_offsets(stride_q, b, h, i), row_mask, D, CHUNKS, ALIGN)
-    k += b * stride_k[0] + hkv.to(tl.int64) * stride_k[1]
-    v += b * stride_v[0] + hkv.to(tl.int64) * stride_v[1]
     # [BLOCK_Q], [BLOCK_Q, DV]
     m = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     l = tl.full([BLOCK_Q], 0.0, tl.float32)
@@ -88,7 +94,7 @@ def forward_kernel(
         j = k0 + tl.arange(0, BLOCK_K)
         there = j < key_end
         # [BLOCK_K, D]
-        k_tile = load_tile(k, j.to(tl.int64) * stride_k[2], there, D, CHUNKS, ALIGN)
+        k_tile = load_tile(k, row_offsets(stride_k, b, hkv, j), there, D, CHUNKS, ALIGN)
         # [BLOCK_Q, BLOCK_K]
         s, _ = tile_scores(
             dot_nt(q_tile, k_tile, CHUNKS, PRECISION), rs, softcap, bias, bias_rows, stride_bias,
@@ -109,7 +115,7 @@ def forward_kernel(
         m = m_new
         e = kept(e, seed, b, h[:, None], i[:, None], j[None, :], threshold)
         # [BLOCK_K, DV]
-        v_tile = load_tile(v, j.to(tl.int64) * stride_v[2], there, DV, CHUNKS_V, ALIGN)
+        v_tile = load_tile(v, row_offsets(stride_v, b, hkv, j), there, DV, CHUNKS_V, ALIGN)
         acc = dot_into(
             scale_rows(acc, alpha, CHUNKS_V), e.to(v_tile[0].dtype), v_tile, CHUNKS_V, PRECISION
         )
@@ -121,8 +127,7 @@ def forward_kernel(
     if entropy is not None:
         tl.store(entropy + rows, tl.log(l) - LN2 * a / l, row_mask)
         tl.store(max_probability + rows, tl.where(empty, 0.0, 1.0 / l), row_mask)
-    out += split * stride_out[0] + b * stride_out[1]
-    rows = h.to(tl.int64) * stride_out[2] + i.to(tl.int64) * stride_out[3]
+    rows = split_offsets(stride_out, split, b, h, i)
     acc = scale_rows(acc, times(1.0 / l, dropout_scale), CHUNKS_V)
     store_tile(out, rows, row_mask, acc, DV, CHUNKS_V, ALIGN)
 
@@ -172,16 +177,14 @@ def dq_kernel(
     # [BLOCK_Q, D], [BLOCK_Q, DV]
     q_tile = load_tile(q, row_offsets(stride_q, b, h, i), row_mask, D, CHUNKS, ALIGN)
     dout_tile = load_tile(dout, row_offsets(stride_dout, b, h, i), row_mask, DV, CHUNKS_V, ALIGN)
-    k += b * stride_k[0] + hkv.to(tl.int64) * stride_k[1]
-    v += b * stride_v[0] + hkv.to(tl.int64) * stride_v[1]
     acc = zero_tile(BLOCK_Q, CHUNKS)
     row_ds = tl.full([BLOCK_Q], 0.0, tl.float32)
     for k0 in range(key_begin, key_end, BLOCK_K):
         j = k0 + tl.arange(0, BLOCK_K)
         there = j < key_end
         # [BLOCK_K, D], [BLOCK_K, DV]
-        k_tile = load_tile(k, j.to(tl.int64) * stride_k[2], there, D, CHUNKS, ALIGN)
-        v_tile = load_tile(v, j.to(tl.int64) * stride_v[2], there, DV, CHUNKS_V, ALIGN)
+        k_tile = load_tile(k, row_offsets(stride_k, b, hkv, j), there, D, CHUNKS, ALIGN)
+        v_tile = load_tile(v, row_offsets(stride_v, b, hkv, j), there, DV, CHUNKS_V, ALIGN)
         # [BLOCK_Q, BLOCK_K]
         s, th = tile_scores(
             dot_nt(q_tile, k_tile, CHUNKS, PRECISION), rs, softcap, bias, bias_rows, stride_bias,
@@ -210,10 +213,10 @@ def dq_kernel(
             p_t = tl.trans(p.to(dout_tile[0].dtype))
             dk_tile = dot_into(dk_tile, ds_t, q_tile, CHUNKS, PRECISION)
             dv_tile = dot_into(dv_tile, p_t, dout_tile, CHUNKS_V, PRECISION)
-            keys = hkv.to(tl.int64) * stride_dk[1] + j.to(tl.int64) * stride_dk[2]
-            store_tile(dk + b * stride_dk[0], keys, there, dk_tile, D, CHUNKS, ALIGN)
-            keys = hkv.to(tl.int64) * stride_dv[1] + j.to(tl.int64) * stride_dv[2]
-            store_tile(dv + b * stride_dv[0], keys, there, dv_tile, DV, CHUNKS_V, ALIGN)
+            keys = row_offsets(stride_dk, b, hkv, j)
+            store_tile(dk, keys, there, dk_tile, D, CHUNKS, ALIGN)
+            keys = row_offsets(stride_dv, b, hkv, j)
+            store_tile(dv, keys, there, dv_tile, DV, CHUNKS_V, ALIGN)
 
     if dlse is not None:
         tl.store(dlse + split * B * Hkv * GROUP * Nq + rows, -row_ds, row_mask)
@@ -221,8 +224,7 @@ def dq_kernel(
         tl.store(
             dscale + split * B * Hkv * GROUP * Nq + rows, row_dot(q_tile, acc, CHUNKS), row_mask
         )
-    dq += split * stride_dq[0] + b * stride_dq[1]
-    rows = h.to(tl.int64) * stride_dq[2] + i.to(tl.int64) * stride_dq[3]
+    rows = split_offsets(stride_dq, split, b, h, i)
     rs = row_scale(scale, scale_tensor, stride_scale, h) + tl.full([BLOCK_Q], 0.0, tl.float32)
     store_tile(dq, rows, row_mask, scale_rows(acc, rs, CHUNKS), D, CHUNKS, ALIGN)
 
@@ -251,11 +253,9 @@ def dkdv_kernel(
     run_begin = run_end
     if start is not None:
         bounds += b * n_tiles * 4
-    k += b * stride_k[0] + hkv.to(tl.int64) * stride_k[1]
-    v += b * stride_v[0] + hkv.to(tl.int64) * stride_v[1]
     # [BLOCK_K, D], [BLOCK_K, DV]
-    k_tile = load_tile(k, j.to(tl.int64) * stride_k[2], there, D, CHUNKS, ALIGN)
-    v_tile = load_tile(v, j.to(tl.int64) * stride_v[2], there, DV, CHUNKS_V, ALIGN)
+    k_tile = load_tile(k, row_offsets(stride_k, b, hkv, j), there, D, CHUNKS, ALIGN)
+    v_tile = load_tile(v, row_offsets(stride_v, b, hkv, j), there, DV, CHUNKS_V, ALIGN)
     dk_tile = zero_tile(BLOCK_K, CHUNKS)
     dv_tile = zero_tile(BLOCK_K, CHUNKS_V)
     while run_end < tile_end:
@@ -314,6 +314,8 @@ def dkdv_kernel(
                 times(dp, dropout_scale), seed, b, h[None, :], i[None, :], j[:, None], threshold
             )
             _, ds = score_gradient(p, s, row_lse, dp, row_delta, row_dentropy, th, softcap)
+            if cut:  # padding may hold NaN, and 0 * NaN would reach its own dk
+                ds = tl.where(s == float("-inf"), 0.0, ds)
             if scale_tensor is not None:
                 ds *= rs
             dk_tile = dot_into(dk_tile, ds.to(q_tile[0].dtype), q_tile, CHUNKS, PRECISION)
@@ -321,11 +323,9 @@ def dkdv_kernel(
     one = tl.full([BLOCK_K], 1.0, tl.float32)
     if scale_tensor is None:
         dk_tile = scale_rows(dk_tile, one * scale, CHUNKS)
-    keys = hkv.to(tl.int64) * stride_dk[2] + j.to(tl.int64) * stride_dk[3]
-    dk += split * stride_dk[0] + b * stride_dk[1]
+    keys = split_offsets(stride_dk, split, b, hkv, j)
     store_tile(dk, keys, there, dk_tile, D, CHUNKS, ALIGN)
-    keys = hkv.to(tl.int64) * stride_dv[2] + j.to(tl.int64) * stride_dv[3]
-    dv += split * stride_dv[0] + b * stride_dv[1]
+    keys = split_offsets(stride_dv, split, b, hkv, j)
     dv_tile = scale_rows(dv_tile, times(one, dropout_scale), CHUNKS_V)
     store_tile(dv, keys, there, dv_tile, DV, CHUNKS_V, ALIGN)
 
@@ -378,10 +378,7 @@ def backward(
         q, k, v, bias, scale_tensor, start, stop, mask, seed, scale, softcap, dropout_p, allow_tf32
     )
     if call.Nk == 0 or out.numel() == 0:
-        return tuple(
-            torch.zeros_like(t) if needed else q.new_empty(0)
-            for t, needed in zip((q, k, v, bias, scale_tensor), needs, strict=True)
-        )
+        return zero_gradients((q, k, v, bias, scale_tensor), needs, 3)
     if dout is None:
         dout = torch.zeros_like(out)
     elif dout.stride(3) != 1:

@@ -16,10 +16,13 @@ INTERPRETED_ARCH = 90  # whose table rows the interpreter runs
 DEFAULT_MULTIPROCESSORS = 132
 
 
-def target_arch() -> int:
-    """Compute capability times ten of the device (or emulator) that Triton compiles for."""
+def target_arch(device: torch.device) -> int:
+    """Compute capability times ten of `device`, or of the emulator in charge of CPU tensors."""
     if triton.knobs.runtime.interpret:
         return INTERPRETED_ARCH
+    if device.type == "cuda" and torch.version.hip is None:
+        major, minor = torch.cuda.get_device_capability(device)
+        return 10 * major + minor
     arch = triton.runtime.driver.active.get_current_target().arch
     return arch if isinstance(arch, int) else 80  # AMD names its targets; it takes sm_80's rows
 
@@ -48,15 +51,33 @@ def empty_rows(t: Tensor, width: int) -> Tensor:
 
 
 def split_buffer(t: Tensor | None, n_splits: int) -> Tensor | None:
-    """What n_splits programs write instead of `t`: [n_splits, *t.shape], float32 when several."""
+    """What n_splits programs write instead of `t`: [n_splits, *t.shape], float32 when several,
+    in the memory order of `t`."""
     if t is None or n_splits == 1:
         return None if t is None else t[None]
+    if t.dim() == 4 and t.stride(1) < t.stride(2):
+        B, H, N, width = t.shape
+        return t.new_empty((n_splits, B, N, H, width), dtype=torch.float32).transpose(2, 3)
     return t.new_empty((n_splits, *t.shape), dtype=torch.float32)
 
 
 def sum_splits(parts: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sum over splits, in a fixed order."""
-    return parts[0] if parts.shape[0] == 1 else parts.sum(0).to(dtype)
+    """The sum over splits, in a fixed order and in the memory order of the parts."""
+    if parts.shape[0] == 1:
+        return parts[0]
+    return torch.sum(parts, 0, out=torch.empty_like(parts[0])).to(dtype)
+
+
+def zero_gradients(inputs: tuple, needs: list[bool], n_rows: int) -> tuple[Tensor, ...]:
+    """Zeros where a gradient is needed, laid out as the kernels would write them; the first
+    n_rows inputs are [B, H, N, width]."""
+    empty = inputs[0].new_empty(0)
+    return tuple(
+        (empty_rows(t, t.shape[3]) if n < n_rows else t.new_empty(t.shape)).zero_()
+        if needed
+        else empty
+        for n, (t, needed) in enumerate(zip(inputs, needs, strict=True))
+    )
 
 
 def broadcast_strides(t: Tensor | None) -> tuple[int, ...]:
@@ -68,7 +89,7 @@ def broadcast_strides(t: Tensor | None) -> tuple[int, ...]:
 
 def row_alignment(*tensors: Tensor) -> int:
     """Elements by which every row offset can be divided: 16 bytes' worth, or less."""
-    align = 16 // tensors[0].element_size()
+    align = max(16 // t.element_size() for t in tensors)
     strides = [s for t in tensors for s, n in zip(t.stride()[:-1], t.shape, strict=False) if n > 1]
     while any(s % align for s in strides):
         align //= 2
@@ -112,7 +133,7 @@ class Call:
         flags = (self.mask, self.bias, self.softcap or None, self.seed, statistics or None)
         plain = all(flag is None for flag in flags)
         rows, itemsize = self.Nq * self.group, self.q.element_size()
-        return lookup(kernel, target_arch(), self.D, self.DV, itemsize, plain, rows)
+        return lookup(kernel, target_arch(self.q.device), self.D, self.DV, itemsize, plain, rows)
 
     def row_tiles(self, config: Config) -> int:
         return triton.cdiv(self.Nq * self.group, config.block_q)
@@ -139,9 +160,8 @@ class Call:
 
     def launch(self, kernel, config: Config, programs: int, results: tuple, n_splits: int) -> None:
         """Launches `kernel` on `results`, the shared operands and the sizes."""
-        rows = [
-            t for t in (*results, self.q, self.k, self.v) if isinstance(t, Tensor) and t.dim() > 3
-        ]
+        tiles = [t for t in (*results, self.q, self.k, self.v) if isinstance(t, Tensor)]
+        tiles = [t for t in tiles if t.dim() > 3 and t.shape[-1] in (self.D, self.DV)]
         tf32 = self.allow_tf32 and self.q.dtype == torch.float32
         with device_guard(self.q.device):
             kernel[(programs,)](
@@ -149,6 +169,6 @@ class Call:
                 D=self.D, DV=self.DV,
                 CHUNKS=column_chunks(self.D), CHUNKS_V=column_chunks(self.DV),
                 GROUP=self.group, BLOCK_Q=config.block_q, BLOCK_K=config.block_k,
-                ALIGN=row_alignment(self.q, *rows), PRECISION="tf32" if tf32 else "ieee",
+                ALIGN=row_alignment(*tiles), PRECISION="tf32" if tf32 else "ieee",
                 num_warps=config.num_warps, num_stages=config.num_stages,
             )  # fmt: skip

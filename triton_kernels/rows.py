@@ -100,10 +100,11 @@ def delta_kernel(
         total -= tl.load(dlse + r, there, 0.0)
     if dentropy is not None:
         total += tl.load(dentropy + r, there, 0.0) * tl.load(entropy + r, there, 0.0)
-    tl.store(delta + r, total, there)
     row_lse = tl.load(lse + r, there, 0.0)
-    row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2E)
-    tl.store(lse_log2 + r, row_lse, there)
+    empty = row_lse == float("-inf")
+    # whatever gradient arrives at a row without keys, NaN included, goes nowhere
+    tl.store(delta + r, tl.where(empty, 0.0, total), there)
+    tl.store(lse_log2 + r, tl.where(empty, float("inf"), row_lse * LOG2E), there)
 
 
 @triton.jit

@@ -26,6 +26,13 @@ def row_offsets(stride, b, h, i):
 
 
 @triton.jit
+def split_offsets(stride, split, b, h, i):
+    """The same with a leading dimension of splits."""
+    rows = split * stride[0] + b * stride[1] + h.to(tl.int64) * stride[2]
+    return rows + i.to(tl.int64) * stride[3]
+
+
+@triton.jit
 def tile_scores(
     qk, scale, softcap, bias, bias_rows, stride_bias, mask, mask_rows, stride_mask, row_mask, j, Nk
 ):

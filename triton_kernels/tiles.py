@@ -77,14 +77,15 @@ def row_dot(a, b, CHUNKS: tl.constexpr):
 @triton.jit
 def load_tile(base, rows, row_mask, WIDTH: tl.constexpr, CHUNKS: tl.constexpr, ALIGN: tl.constexpr):
     """Rows at element offsets `rows` (int64 [ROWS], multiples of ALIGN), zero where masked."""
-    rows = tl.multiple_of(rows, ALIGN)
     tile = ()
     for i in tl.static_range(len(CHUNKS)):
         cols = first_column(CHUNKS, i) + tl.arange(0, CHUNKS[i])
+        # a hint on `rows` itself would be lost, as it is an argument of this function
+        at = tl.multiple_of(rows[:, None] + cols[None, :], [1, ALIGN])
         keep = row_mask[:, None]
         if first_column(CHUNKS, i + 1) > WIDTH:
             keep = keep & (cols < WIDTH)[None, :]
-        tile = tile + (tl.load(base + (rows[:, None] + cols[None, :]), mask=keep, other=0.0),)
+        tile = tile + (tl.load(base + at, mask=keep, other=0.0),)
     return tile
 
 
@@ -92,15 +93,13 @@ def load_tile(base, rows, row_mask, WIDTH: tl.constexpr, CHUNKS: tl.constexpr, A
 def store_tile(
     base, rows, row_mask, tile, WIDTH: tl.constexpr, CHUNKS: tl.constexpr, ALIGN: tl.constexpr
 ):
-    rows = tl.multiple_of(rows, ALIGN)
     for i in tl.static_range(len(CHUNKS)):
         cols = first_column(CHUNKS, i) + tl.arange(0, CHUNKS[i])
+        at = tl.multiple_of(rows[:, None] + cols[None, :], [1, ALIGN])
         keep = row_mask[:, None]
         if first_column(CHUNKS, i + 1) > WIDTH:
             keep = keep & (cols < WIDTH)[None, :]
-        tl.store(
-            base + (rows[:, None] + cols[None, :]), tile[i].to(base.dtype.element_ty), mask=keep
-        )
+        tl.store(base + at, tile[i].to(base.dtype.element_ty), mask=keep)
 
 
 @triton.jit

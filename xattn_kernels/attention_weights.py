@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from . import by_head, reference
 from .cross_attention import triton_reasons
 from .cross_attention import triton_run as triton_cross_attention
-from .dispatch import Backend, choose
+from .dispatch import Backend, allow_tf32, choose
 from .inputs import (
     CrossAttentionInputs,
     check_bias,
@@ -156,7 +156,7 @@ def run_triton(x: AttentionWeightsInputs) -> Tensor:
         x.dropout_p,
         x.average_heads,
         x.lse is None,
-        torch.backends.cuda.matmul.allow_tf32,
+        allow_tf32(),
     )
     # torch.compile refuses an autograd Function that gets one tensor twice
     k = x.k.view(x.k.shape) if x.k is x.q else x.k

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import reference, sdpa
-from .dispatch import Backend, choose, triton_device_reasons
+from .dispatch import Backend, allow_tf32, choose, triton_device_reasons
 from .inputs import CrossAttentionInputs, CrossAttentionResult, check_inputs
 
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -40,7 +40,10 @@ def cross_attention(
         p   = softmax(s)        out = dropout(p) v        lse = log(sum(exp(s)))
 
     A query without any allowed key gets out = 0, lse = -inf and zero gradients on every backend.
-    Keys outside every query's interval are never used, so padding may hold anything.
+    Keys before the first or after the last interval of their batch element are never used, so
+    padding may hold anything there, NaN included. The backward recomputes p = exp(s - lse): a row
+    whose scores are all below about -1e4 loses precision in its gradients; forbid such rows by
+    mask rather than by a large negative bias.
 
     Args:
         q: [B, Hq, Nq, D], float32, float16 or bfloat16 (float64 on the eager and sdpa backends);
@@ -120,7 +123,7 @@ def triton_run(x: CrossAttentionInputs) -> CrossAttentionResult:
         x.softcap or 0.0,
         x.dropout_p,
         x.return_statistics,
-        torch.backends.cuda.matmul.allow_tf32,
+        allow_tf32(),
     )
     out, lse, entropy, max_probability = CrossAttentionFunction.apply(
         x.q, k, v, x.bias, scale_tensor, start, stop, x.mask, x.seed, options
@@ -153,16 +156,15 @@ class CrossAttentionFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout, dlse, dentropy, _):
+        saved = ctx.saved_tensors
         launch = backward_op if torch.compiler.is_compiling() else launch_backward
         with torch.no_grad():
-            grads = launch(
-                dout, dlse, dentropy, *ctx.saved_tensors, *ctx.options, ctx.needs_input_grad[:5]
-            )
+            grads = launch(dout, dlse, dentropy, *saved, *ctx.options, ctx.needs_input_grad[:5])
         grads = tuple(
             g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[:5], strict=True)
         )
         if torch.is_grad_enabled():
-            grads = RefuseDoubleBackward.apply(dout, *ctx.saved_tensors[:5], *grads)
+            grads = RefuseDoubleBackward.apply(dout, *saved[:5], *grads)
         return *grads, *[None] * 5
 
 

@@ -83,3 +83,12 @@ def triton_device_reasons(device: torch.device) -> list[str]:
     if device.type == "cpu" and triton_on_cpu():
         return []
     return [f"tensors are on {device.type}, Triton needs a GPU (or TRITON_INTERPRET=1 to debug)"]
+
+
+@torch.compiler.assume_constant_result  # the settings are not tensors; a trace keeps today's
+def allow_tf32() -> bool:
+    """Whether the user lets float32 products use TF32, by either of torch's two settings."""
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):  # torch 2.9; reading the older one may raise there
+        return matmul.fp32_precision == "tf32"
+    return matmul.allow_tf32

@@ -93,7 +93,7 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor | None) -> None:
             )
     if q.shape[3] < 1 or k.shape[3] != q.shape[3]:
         raise ValueError(f"q and k must share a head width D >= 1, got {q.shape[3]}, {k.shape[3]}")
-    if k.shape[1] < 1 or q.shape[1] % k.shape[1]:
+    if min(q.shape[1], k.shape[1]) < 1 or q.shape[1] % k.shape[1]:
         raise ValueError(
             f"the query heads must be a multiple of the key heads, got Hq={q.shape[1]} and "
             f"Hkv={k.shape[1]}"

@@ -69,9 +69,22 @@ def allowed_keys(x: CrossAttentionInputs) -> Tensor | None:
     return dense if x.mask is None else dense & x.mask
 
 
+def used_keys(t: Tensor, x: CrossAttentionInputs) -> Tensor:
+    """`t` [B, Hkv, Nk, *], zero before the first and after the last interval of a batch element:
+    what pads the keys does not matter, even if it is NaN."""
+    if x.interval is None or x.Nq == 0:
+        return t
+    start, stop = x.bounds()
+    empty = start >= stop
+    first = start.masked_fill(empty, x.Nk).amin(1, keepdim=True)
+    last = stop.masked_fill(empty, 0).amax(1, keepdim=True)
+    j = torch.arange(x.Nk, device=t.device)
+    return t.masked_fill(((j < first) | (j >= last))[:, None, :, None], 0.0)
+
+
 def scores(x: CrossAttentionInputs) -> Tensor:
     """s [B, Hq, Nq, Nk] in float32 at least; -inf where the mask forbids."""
-    k = x.k.repeat_interleave(x.Hq // x.Hkv, dim=1)
+    k = used_keys(x.k, x).repeat_interleave(x.Hq // x.Hkv, dim=1)
     s = x.q @ k.transpose(-1, -2)
     s = s.to(torch.promote_types(s.dtype, torch.float32))
     s = s * (x.scale.to(s.dtype).view(1, -1, 1, 1) if isinstance(x.scale, Tensor) else x.scale)
@@ -116,7 +129,7 @@ def drop(p: Tensor, x: CrossAttentionInputs) -> Tensor:
 def cross_attention(x: CrossAttentionInputs) -> CrossAttentionResult:
     """out, lse, entropy and max_probability by the equations at the top."""
     p, lse, entropy, max_probability = softmax(scores(x))
-    v = x.v.repeat_interleave(x.Hq // x.Hkv, dim=1)
+    v = used_keys(x.v, x).repeat_interleave(x.Hq // x.Hkv, dim=1)
     out = drop(p, x).to(v.dtype) @ v
     statistics = (entropy, max_probability) if x.return_statistics else (None, None)
     return CrossAttentionResult(out, lse if x.return_lse else None, *statistics)
