@@ -148,9 +148,9 @@ class MultiheadAttention(nn.Module):
             AssertionError, RuntimeError: what torch raises for a wrong shape or dtype.
             TypeError, ValueError: a wrong `mask`, or dropout outside [0, 1).
         """
-        x = self._inputs(
-            query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights,
-            is_causal, mask=mask,
+        x = _inputs(
+            self, query, key, value, key_padding_mask, need_weights, attn_mask,
+            average_attn_weights, is_causal, mask=mask,
         )  # fmt: skip
         out, weights = self._attend(x, average_attn_weights if need_weights else None)
         # the head axis moves behind the sequence: [B, Nq, H, D], [Nq, B, H, D] or [Nq, H, D]
@@ -174,60 +174,9 @@ class MultiheadAttention(nn.Module):
 
     def explain(self, *args, **kwargs) -> None:
         """Prints which backend `forward(*args, **kwargs)` takes for its output, and why."""
-        x = self._inputs(*args, **kwargs)
+        x = _inputs(self, *args, **kwargs)
         chosen = choose("MultiheadAttention", BACKENDS, x, self.backend).name
         print(f"MultiheadAttention takes {chosen!r}\n{report(BACKENDS, x)}")
-
-    def _inputs(
-        self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None,
-        average_attn_weights=True, is_causal=False, *, mask=None,
-    ) -> CrossAttentionInputs:  # fmt: skip
-        """The checked call of `cross_attention` behind this call of `forward`."""
-        if is_causal and attn_mask is None:
-            raise RuntimeError("is_causal is a hint about attn_mask; attn_mask must be given too")
-        _check_ranks(query, key, value, key_padding_mask, attn_mask)
-        _check_sizes(self, query, key, value, attn_mask)
-        if query.dim() == 2 and key_padding_mask is not None:
-            key_padding_mask = key_padding_mask[None]
-        q, k, v = (self._split_heads(x) for x in self._project(query, key, value))
-        Nk = k.shape[2]
-        k, v = self._append_keys(k, self.bias_k), self._append_keys(v, self.bias_v)
-        causal = is_causal and key_padding_mask is None and not need_weights
-        masks = _as_4d(None if causal else attn_mask, key_padding_mask, q, Nk)
-        mask, bias = _mask_and_bias(masks, mask, causal, q, Nk, k.shape[2] - Nk)
-        dropout_p = self.dropout if self.training else 0.0
-        return check_inputs(
-            q, k, v, mask=mask, bias=bias, dropout_p=dropout_p, return_lse=need_weights
-        )
-
-    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
-        """q, k, v in the layout of the inputs; inputs that are one tensor share one product."""
-        if self._qkv_same_embed_dim:
-            parts = (1, 1, 1) if key is not value else (3,) if query is key else (1, 2)
-            weights = self.in_proj_weight.split([n * self.embed_dim for n in parts])
-        else:
-            parts = (1, 1, 1)
-            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-        biases = [None] * len(parts)
-        if self.in_proj_bias is not None:
-            biases = self.in_proj_bias.split([n * self.embed_dim for n in parts])
-        products = map(F.linear, (query, key, value), weights, biases)
-        chunks = (product.chunk(n, dim=-1) for product, n in zip(products, parts, strict=True))
-        return [x for chunk in chunks for x in chunk]
-
-    def _split_heads(self, x: Tensor) -> Tensor:
-        """[..., embed_dim] in any of the three layouts -> a view [B, H, N, D]."""
-        x = x.unflatten(-1, (self.num_heads, self.head_dim))
-        if x.dim() == 3:
-            return x.transpose(0, 1)[None]
-        return x.transpose(1, 2) if self.batch_first else x.permute(1, 2, 0, 3)
-
-    def _append_keys(self, x: Tensor, learned: Tensor | None) -> Tensor:
-        """[B, H, N, D] with the learned row of `add_bias_kv`, then the zeros of `add_zero_attn`."""
-        if learned is not None:
-            row = learned.view(1, self.num_heads, 1, self.head_dim)
-            x = torch.cat([x, row.to(x.dtype).expand(x.shape[0], -1, -1, -1)], dim=2)
-        return F.pad(x, (0, 0, 0, 1)) if self.add_zero_attn else x
 
     def merge_masks(self, attn_mask, key_padding_mask, query) -> tuple[Tensor | None, int | None]:
         """What the inference path of `nn.TransformerEncoderLayer` asks its attention for.
@@ -258,6 +207,59 @@ def replace_multihead_attention(model: nn.Module, *, backend: str | None = None)
         module.__class__ = MultiheadAttention
         module.backend = backend
     return len(found)
+
+
+def _inputs(
+    module, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None,
+    average_attn_weights=True, is_causal=False, *, mask=None,
+) -> CrossAttentionInputs:  # fmt: skip
+    """The checked call of `cross_attention` behind a call of `module.forward`."""
+    if is_causal and attn_mask is None:
+        raise RuntimeError("is_causal is a hint about attn_mask; attn_mask must be given too")
+    _check_ranks(query, key, value, key_padding_mask, attn_mask)
+    _check_sizes(module, query, key, value, attn_mask)
+    if query.dim() == 2 and key_padding_mask is not None:
+        key_padding_mask = key_padding_mask[None]
+    q, k, v = (_split_heads(module, x) for x in _project(module, query, key, value))
+    Nk = k.shape[2]
+    k, v = _append_keys(module, k, module.bias_k), _append_keys(module, v, module.bias_v)
+    causal = is_causal and key_padding_mask is None and not need_weights
+    masks = _as_4d(None if causal else attn_mask, key_padding_mask, q, Nk)
+    mask, bias = _mask_and_bias(masks, mask, causal, q, Nk, k.shape[2] - Nk)
+    dropout_p = module.dropout if module.training else 0.0
+    return check_inputs(q, k, v, mask=mask, bias=bias, dropout_p=dropout_p, return_lse=need_weights)
+
+
+def _project(module, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+    """q, k, v in the layout of the inputs; inputs that are one tensor share one product."""
+    if module._qkv_same_embed_dim:
+        parts = (1, 1, 1) if key is not value else (3,) if query is key else (1, 2)
+        weights = module.in_proj_weight.split([n * module.embed_dim for n in parts])
+    else:
+        parts = (1, 1, 1)
+        weights = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+    biases = [None] * len(parts)
+    if module.in_proj_bias is not None:
+        biases = module.in_proj_bias.split([n * module.embed_dim for n in parts])
+    products = map(F.linear, (query, key, value), weights, biases)
+    chunks = (product.chunk(n, dim=-1) for product, n in zip(products, parts, strict=True))
+    return [x for chunk in chunks for x in chunk]
+
+
+def _split_heads(module, x: Tensor) -> Tensor:
+    """[..., embed_dim] in any of the three layouts -> a view [B, H, N, D]."""
+    x = x.unflatten(-1, (module.num_heads, module.head_dim))
+    if x.dim() == 3:
+        return x.transpose(0, 1)[None]
+    return x.transpose(1, 2) if module.batch_first else x.permute(1, 2, 0, 3)
+
+
+def _append_keys(module, x: Tensor, learned: Tensor | None) -> Tensor:
+    """[B, H, N, D] with the learned row of `add_bias_kv`, then the zeros of `add_zero_attn`."""
+    if learned is not None:
+        row = learned.view(1, module.num_heads, 1, module.head_dim)
+        x = torch.cat([x, row.to(x.dtype).expand(x.shape[0], -1, -1, -1)], dim=2)
+    return F.pad(x, (0, 0, 0, 1)) if module.add_zero_attn else x
 
 
 def _require(condition: bool, message: str, error: type[Exception] = AssertionError) -> None:
