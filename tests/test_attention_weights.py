@@ -188,6 +188,36 @@ def test_drops_what_cross_attention_drops(backend):
     assert 0.5 < (weights != 0).float().mean() < 0.7
 
 
+@pytest.fixture
+def poison():
+    """New memory holds NaN: what nobody writes shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("average", [True, False])
+def test_every_output_is_written(poison, average, backend):
+    assert torch.empty(1).isnan()
+    assert_case("interval", backend, torch.float32, lse=True, average=average)
+
+
+def test_padding_may_hold_anything(backend):
+    q, k = (t.requires_grad_() for t in make().values())
+    lengths = torch.tensor([NK - 5, 0], dtype=torch.int32)[:, None]
+    options = {"mask": KeyInterval(torch.zeros_like(lengths), lengths), "backend": backend}
+    expected = attention_weights(q, k, **options)
+    padded = torch.arange(NK) >= lengths
+    poisoned = torch.where(padded[:, None, :, None], torch.nan, k.detach()).requires_grad_()
+    weights = attention_weights(q, poisoned, **options)
+    assert torch.equal(weights, expected) and not weights[:, :, NK - 5 :].any()
+    grads = torch.autograd.grad(weights.square().sum(), (q, poisoned))
+    for ours, clean in zip(
+        grads, torch.autograd.grad(expected.square().sum(), (q, k)), strict=True
+    ):
+        assert torch.equal(ours, clean)
+
+
 @pytest.mark.parametrize("sizes", [(0, 1, 3, 4), (1, 2, 0, 4), (2, 1, 3, 0), (1, 1, 1, 1)])
 def test_degenerate_sizes(sizes, backend):
     b, h, nq, nk = sizes

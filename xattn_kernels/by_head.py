@@ -31,7 +31,8 @@ def attend(
     if bias is None and allowed is not None:  # once for all heads
         bias, allowed = torch.where(allowed, 0.0, NEG_INF).to(_sum_dtype(x)), None
     scale = x.scale[None] if isinstance(x.scale, Tensor) else None
-    tensors = (x.q, x.k, x.v if out else None, allowed, bias, lse, scale)
+    k, v = reference.used_keys(x.k, x), reference.used_keys(x.v, x) if out else None
+    tensors = (x.q, k, v, allowed, bias, lse, scale)
     outs, weights = [], []
     mean = x.q.new_zeros((x.B, x.Nq, x.Nk), dtype=_sum_dtype(x)) if average_heads else None
     for head in zip(*(_per_head(t, x.Hq) for t in tensors), range(x.Hq), strict=True):
