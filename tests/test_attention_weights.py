@@ -296,5 +296,5 @@ def test_explain_and_errors(capsys):
             attention_weights(q, k, **call)
     with pytest.raises(ValueError, match="q and k must share a head width"):
         attention_weights(q, k[..., :8])
-    with pytest.raises(RuntimeError, match="backend 'triton' cannot run .* float64 is not"):
+    with pytest.raises(RuntimeError, match="backend 'triton' cannot run .*float64 is not"):
         attention_weights(q.double(), k.double(), backend="triton")
