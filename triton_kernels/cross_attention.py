@@ -34,6 +34,7 @@ from .scores import (
 )
 from .tiles import (
     LN2,
+    column_bounds,
     dot_into,
     dot_nt,
     load_rows,
@@ -293,13 +294,10 @@ def dkdv_kernel(
                 row_mask[None, :], j[:, None], Nk,
             )  # fmt: skip
             if cut:
-                if start is not None:
-                    first, last = row_bounds(
-                        start, stop, stride_start, stride_stop, b, i, row_mask, Nk
-                    )
-                    s = forbid_outside(s, first[None, :], last[None, :], j[:, None])
-                else:
-                    s = forbid_outside(s, 0, Nk, j[:, None])
+                first, last = column_bounds(
+                    start, stop, stride_start, stride_stop, b, i, row_mask, Nk
+                )
+                s = forbid_outside(s, first, last, j[:, None])
             p = tl.exp2(s - row_lse)
             keep_p = kept(p, seed, b, h[None, :], i[None, :], j[:, None], threshold)
             dv_tile = dot_into(
@@ -315,7 +313,10 @@ def dkdv_kernel(
             )
             _, ds = score_gradient(p, s, row_lse, dp, row_delta, row_dentropy, th, softcap)
             if cut:  # padding may hold NaN, and 0 * NaN would reach its own dk
-                ds = tl.where(s == float("-inf"), 0.0, ds)
+                first, last = column_bounds(
+                    start, stop, stride_start, stride_stop, b, i, row_mask, Nk
+                )
+                ds = forbid_outside(ds, first, last, j[:, None], 0.0)
             if scale_tensor is not None:
                 ds *= rs
             dk_tile = dot_into(dk_tile, ds.to(q_tile[0].dtype), q_tile, CHUNKS, PRECISION)

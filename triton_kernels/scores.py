@@ -57,9 +57,9 @@ def tile_scores(
 
 
 @triton.jit
-def forbid_outside(s, first, last, j):
-    """s, -inf where key j lies outside the row's interval [first, last)."""
-    return tl.where((j >= first) & (j < last), s, float("-inf"))
+def forbid_outside(s, first, last, j, other=float("-inf")):
+    """s, `other` where key j lies outside the row's interval [first, last)."""
+    return tl.where((j >= first) & (j < last), s, other)
 
 
 @triton.jit

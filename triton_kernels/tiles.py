@@ -143,6 +143,16 @@ def dropout_keep(seed, b, h, i, j, threshold):
 
 
 @triton.jit
+def column_bounds(start, stop, stride_start, stride_stop, b, i, row_mask, Nk):
+    """The same as [1, BLOCK_Q] for a transposed tile; all keys without intervals."""
+    if start is not None:
+        first, last = row_bounds(start, stop, stride_start, stride_stop, b, i, row_mask, Nk)
+        return first[None, :], last[None, :]
+    else:
+        return 0, Nk
+
+
+@triton.jit
 def program(n_tiles, Hkv, B):
     """(tile, key head, batch, split) of this program; a 1-d grid has no 65,535 limit."""
     pid = tl.program_id(0)
