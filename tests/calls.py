@@ -125,10 +125,21 @@ def bias_by_key(t: Tensors) -> None:
     t["bias"] = t["bias"].transpose(2, 3).contiguous().transpose(2, 3)
 
 
+def put(name: str, value: float) -> Callable[[Tensors], None]:
+    """One number of one row of one tensor."""
+
+    def change(t: Tensors) -> None:
+        t[name][0, 0, 1, 2] = value
+
+    return change
+
+
 VALUES: dict[str, Callable[[Tensors], None]] = {"normal": lambda t: None} | {
     f.__name__: f
     for f in (ties, equal_keys, overflow, peaked, tiny, bias_infinite, bias_lowest, bias_by_key)
 }
+VALUES |= {f"nan_{name}": put(name, torch.nan) for name in ("q", "k", "v", "bias")}
+VALUES |= {f"infinite_{name}": put(name, torch.inf) for name in ("q", "k", "v")}
 UPSTREAM = {"out": ["out"], "lse": ["out", "lse"], "statistics": ["out", "lse", "entropy"]}
 
 
@@ -229,7 +240,8 @@ def magnitudes(call: Call) -> dict[str, float]:
         "dbias": terms.square().sum(over).sqrt(),
         "dscale": (terms * qk.abs()).sum(-1).square().sum((0, 2)).sqrt(),
     }
-    return {name: t.abs().max().item() if t.numel() else 0.0 for name, t in sizes.items()}
+    sizes = {name: t[t.isfinite()].abs() for name, t in sizes.items()}
+    return {name: t.max().item() if t.numel() else 0.0 for name, t in sizes.items()}
 
 
 @lru_cache(None)

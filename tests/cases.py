@@ -48,7 +48,7 @@ SIZES = [
     Case("no_keys_masked", Nk=0, mask="per_row"),
     Case("nothing", Nq=0, Nk=0),
     Case("no_batch", B=0),
-    Case("no_value_width_16", D=1, Dv=3),
+    Case("narrow", D=1, Dv=3),
     *[
         Case(f"{q}x{k}", B=1, Hq=h, Hkv=1, Nq=q, Nk=k)
         for q, k, h in [
@@ -56,6 +56,7 @@ SIZES = [
             (257, 3, 1), (64, 64, 1), (65, 128, 1), (15, 129, 1), (16, 32, 1), (17, 31, 1),
         ]
     ],
+    Case("many_tiles", B=1, Hq=1, Hkv=1, Nq=300, Nk=150, mask="blocks"),
     Case("out_only", returns="out"),
     Case("out_only_long", returns="out", **LONG),
     Case("lse_only", returns="lse"),
@@ -92,7 +93,7 @@ MASKED = [
     *[
         Case(f"mask_{m}_long", mask=m, Nq=75, Nk=75, Hq=1, Hkv=1, B=1 if m == "packed" else 2)
         for m in ("causal", "packed", "media_last", "unsorted", "empty_rows", "both_ends",
-                  "all_empty", "bool_BHQK", "bool_B11K", "bool_empty_rows", "qformer_itg")
+                  "all_empty", "blocks", "bool_BHQK", "bool_B11K", "bool_empty_rows", "qformer_itg")
     ],
 ]  # fmt: skip
 
@@ -139,6 +140,11 @@ VALUED = [
     Case("overflow_long", values="overflow", scale=3e-5, D=32, **LONG),
     Case("peaked", values="peaked"),
     Case("tiny", values="tiny"),
+    *[
+        Case(f"{v}_{length}", values=v, bias="BHQK" if v == "nan_bias" else None, Nq=n, B=1, Hq=2)
+        for v in ("nan_q", "nan_k", "nan_v", "nan_bias", "infinite_q", "infinite_k", "infinite_v")
+        for length, n in (("short", 5), ("long", 67))
+    ],
 ]
 
 FLAGS = {

@@ -35,6 +35,13 @@ class Mode:
             return torch.float16, torch.float32
         return torch.bfloat16, torch.float16
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """For a `Case`. The interpreter is slow by the tile, compiled kernels by the variant."""
+        if self.name == "interpreter":
+            return dict(B=1, Hq=1, Hkv=1, Nk=40, D=16)
+        return dict(B=2, Hq=2, Hkv=2, Nk=75, D=32)
+
 
 def modes(*names: str) -> list:
     """Parameters for the fixture `mode`: `parametrize("mode", modes(...), indirect=True)`."""
@@ -83,3 +90,20 @@ def mode(request) -> Iterator[Mode]:
     """Runs the test once in each mode that this process, this machine and its markers allow."""
     with enter(request.param) as found:
         yield found
+
+
+@pytest.fixture
+def force_splits(monkeypatch):
+    """A function that sets how many programs share each loop, whatever the device would choose."""
+
+    def force(n: int) -> None:
+        names = ("cross_attention", "attention_weights", "launch")
+        for name in names:
+            try:
+                module = importlib.import_module(f"xattn_kernels.triton_kernels.{name}")
+            except ModuleNotFoundError:
+                continue
+            if hasattr(module, "split_count"):
+                monkeypatch.setattr(module, "split_count", lambda programs, steps, device: n)
+
+    return force

@@ -87,6 +87,13 @@ def both_ends(c, g) -> KeyInterval:
     return KeyInterval(late, late + 3)
 
 
+def blocks(c, g) -> KeyInterval:
+    """Blocks of rows see thirds of the keys in no order, so the rows of a key are no one block."""
+    block = torch.arange(c.Nq, dtype=torch.int32) // 33
+    start = block * 7 % 3 * (c.Nk // 3)
+    return KeyInterval(start, start + c.Nk // 3)
+
+
 def empty_batch(c, g) -> KeyInterval:
     stop = torch.full((c.B, 1), c.Nk, dtype=torch.int32)
     stop[0] = 0
@@ -124,6 +131,7 @@ MASKS = {
     "empty_rows": empty_rows,
     "all_empty": lambda c, g: KeyInterval(int32(c.Nk), int32(0)),
     "empty_batch": empty_batch,
+    "blocks": blocks,
     "one_key": one_key,
     "both_ends": both_ends,
     "same_for_all": lambda c, g: KeyInterval(int32(3), int32(c.Nk - 2)),

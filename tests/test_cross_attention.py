@@ -28,6 +28,8 @@ def test_triton(mode, case, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sdpa(case, dtype):
     """Without lse and statistics, which torch's kernels do not return; what else is a reason."""
+    if case.values == "infinite_k":
+        pytest.skip("torch's kernel makes NaN of an infinite key at other positions than eager")
     case = replace(case, returns="out")
     call = build(case, dtype)
     if reasons := sdpa.reasons(call.inputs()):
