@@ -14,7 +14,7 @@ from functools import cache
 
 ANY = 1 << 30
 # wgmma or tcgen05 with 227 KiB of shared memory; mma with 163 KiB; mma with 99 KiB
-FAMILIES = {90: "hopper", 100: "hopper", 103: "hopper", 80: "ampere"}
+FAMILIES = {90: "hopper", 100: "blackwell", 103: "blackwell", 80: "ampere"}
 
 
 @dataclass(frozen=True)
@@ -37,16 +37,19 @@ class Row:
     chunked: bool | None
     width: int
     rows: int
-    config: Config
+    config: Config | None
 
 
-ALL = ("hopper", "ampere", "small")
-HOPPER, AMPERE, SMALL, MMA = ("hopper",), ("ampere",), ("small",), ("ampere", "small")
+ALL = ("hopper", "blackwell", "ampere", "small")
+HOPPER, WGMMA, MMA = ("hopper",), ("hopper", "blackwell"), ("ampere", "small")
+NOT_HOPPER, LARGE, SMALL = ("blackwell", *MMA), ("blackwell", "ampere"), ("small",)
 HALF, FLOAT32 = 2, 4
 
 
 def _rows(families, itemsize, plain, chunked, *table) -> list[Row]:
-    return [Row(families, itemsize, plain, chunked, w, rows, Config(*c)) for w, rows, c in table]
+    return [
+        Row(families, itemsize, plain, chunked, w, rows, c and Config(*c)) for w, rows, c in table
+    ]
 
 
 # columns: widest head, most query rows, (block_q, block_k, num_warps, num_stages)
@@ -57,7 +60,7 @@ TABLE = {
         *_rows(ALL, HALF, True, None, (128, 16, (16, 64, 4, 3)), (256, 16, (16, 32, 4, 2)),
                (64, 32, (32, 64, 4, 3)), (128, 32, (32, 64, 4, 2)), (256, 32, (32, 32, 4, 1)),
                (128, 64, (64, 64, 4, 2)), (64, ANY, (128, 64, 8, 3)), (128, ANY, (128, 64, 8, 2))),
-        *_rows(HOPPER, HALF, True, None, (256, ANY, (128, 32, 8, 2))),
+        *_rows(WGMMA, HALF, True, None, (256, ANY, (128, 32, 8, 2))),
         *_rows(MMA, HALF, True, None, (256, ANY, (64, 32, 8, 2))),
         *_rows(ALL, HALF, False, None, (256, 16, (16, 32, 4, 1)), (128, ANY, (32, 32, 4, 1)),
                (256, ANY, (32, 32, 8, 1))),
@@ -69,7 +72,7 @@ TABLE = {
     # one tile of query rows walks its keys and keeps dq
     "dq": [
         *_rows(MMA, HALF, True, True, (128, ANY, (64, 32, 8, 1)), (256, ANY, (32, 32, 8, 1))),
-        *_rows(HOPPER, HALF, True, None, (128, ANY, (128, 64, 8, 2)), (256, ANY, (128, 32, 8, 2))),
+        *_rows(WGMMA, HALF, True, None, (128, ANY, (128, 64, 8, 2)), (256, ANY, (128, 32, 8, 2))),
         *_rows(MMA, HALF, True, None, (64, ANY, (64, 32, 4, 2)), (128, ANY, (64, 64, 8, 2)),
                (256, ANY, (64, 32, 8, 1))),
         *_rows(ALL, HALF, False, None, (128, ANY, (32, 32, 4, 1)), (256, ANY, (32, 32, 8, 1))),
@@ -77,31 +80,32 @@ TABLE = {
         *_rows(ALL, FLOAT32, None, None, (64, ANY, (32, 32, 4, 1)), (128, ANY, (32, 32, 8, 1)),
                (256, ANY, (16, 32, 8, 1))),
     ],
-    # the same with dk and dv written as it goes: used while all rows fit one tile
+    # the same with dk and dv written as it goes: used while all rows fit one tile; None: never
     "fused": [
         *_rows(ALL, HALF, True, True, (128, 16, (16, 32, 4, 1)), (64, 32, (32, 32, 4, 1)),
                (128, 32, (32, 16, 4, 1)), (128, ANY, (64, 16, 8, 1)), (256, ANY, (16, 16, 4, 1))),
-        *_rows(HOPPER, HALF, True, None, (64, 16, (16, 64, 4, 3)), (64, 32, (32, 64, 4, 2))),
+        *_rows(WGMMA, HALF, True, None, (64, 16, (16, 64, 4, 3)), (64, 32, (32, 64, 4, 2))),
         *_rows(ALL, HALF, True, None, (128, 16, (16, 32, 4, 2)), (128, 32, (32, 32, 4, 2))),
-        *_rows(HOPPER, HALF, True, None, (64, 64, (64, 64, 4, 2))),
+        *_rows(WGMMA, HALF, True, None, (64, 64, (64, 64, 4, 2))),
         *_rows(ALL, HALF, True, None, (128, ANY, (64, 32, 8, 1)), (256, ANY, (16, 32, 4, 2))),
         *_rows(ALL, HALF, False, None, (128, 16, (16, 32, 4, 1)), (128, ANY, (32, 16, 4, 1)),
                (256, ANY, (16, 16, 4, 1))),
-        *_rows(ALL, FLOAT32, False, None, (64, ANY, (16, 16, 4, 1))),
+        *_rows(ALL, FLOAT32, False, None, (64, ANY, (16, 16, 4, 1)), (256, ANY, None)),
         *_rows(ALL, FLOAT32, None, None, (64, ANY, (32, 32, 4, 1)), (128, ANY, (16, 32, 8, 1)),
                (256, ANY, (16, 16, 8, 1))),
     ],
     # one tile of keys walks the rows that reach it and keeps dk and dv
     "dkdv": [
-        *_rows(MMA, HALF, True, True, (128, ANY, (32, 16, 4, 1)), (256, ANY, (32, 16, 8, 1))),
+        *_rows(NOT_HOPPER, HALF, True, True, (128, ANY, (32, 16, 4, 1)),
+               (256, ANY, (32, 16, 8, 1))),
         *_rows(HOPPER, HALF, True, None, (64, ANY, (64, 128, 8, 2)), (128, ANY, (32, 128, 8, 2))),
         *_rows(HOPPER, HALF, True, True, (256, ANY, (32, 16, 8, 1))),
         *_rows(HOPPER, HALF, True, None, (256, ANY, (64, 32, 8, 1))),
-        *_rows(MMA, HALF, True, None, (64, ANY, (32, 32, 4, 2)), (128, ANY, (64, 32, 8, 2))),
-        *_rows(AMPERE, HALF, True, None, (256, ANY, (64, 32, 8, 1))),
+        *_rows(NOT_HOPPER, HALF, True, None, (64, ANY, (32, 32, 4, 2)), (128, ANY, (64, 32, 8, 2))),
+        *_rows(LARGE, HALF, True, None, (256, ANY, (64, 32, 8, 1))),
         *_rows(SMALL, HALF, True, None, (256, ANY, (32, 32, 8, 1))),
         *_rows(ALL, HALF, False, True, (128, ANY, (32, 16, 4, 1))),
-        *_rows(ALL, HALF, False, None, (64, ANY, (64, 32, 4, 2)), (128, ANY, (64, 32, 8, 1)),
+        *_rows(ALL, HALF, False, None, (64, ANY, (32, 16, 4, 1)), (128, ANY, (64, 32, 8, 1)),
                (256, ANY, (32, 16, 8, 1))),
         *_rows(ALL, FLOAT32, False, False, (64, ANY, (32, 32, 8, 1))),
         *_rows(ALL, FLOAT32, None, True, (128, ANY, (16, 16, 4, 1))),
@@ -135,8 +139,8 @@ def column_chunks(width: int) -> tuple[int, ...]:
 @cache
 def lookup(
     kernel: str, arch: int, D: int, Dv: int, itemsize: int, plain: bool, rows: int
-) -> Config:
-    """The configuration of `kernel`, a key of TABLE.
+) -> Config | None:
+    """The configuration of `kernel`, a key of TABLE; None where it should not be used (`fused`).
 
     arch: compute capability times ten; D, Dv: head widths, at most 256; itemsize: bytes of an
     element of q; plain: no bool mask, bias, softcap, dropout or statistics; rows: query rows that

@@ -390,7 +390,7 @@ def backward(
     dq, dk, dv, dbias, dscale = (None,) * 5
     statistics = dentropy is not None
     fused = call.config("fused", statistics)
-    if needs[1] | needs[2] and call.row_tiles(fused) == 1:
+    if fused and (needs[1] or needs[2]) and call.row_tiles(fused) == 1:
         dq, dscale, dk, dv, _ = backward_dq(call, fused, rows, n_splits, True)
     else:
         if needs[0] or needs[4]:

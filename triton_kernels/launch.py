@@ -128,7 +128,7 @@ class Call:
     DV = property(lambda self: self.v.shape[3])
     group = property(lambda self: self.Hq // self.Hkv)
 
-    def config(self, kernel: str, statistics: bool = False) -> Config:
+    def config(self, kernel: str, statistics: bool = False) -> Config | None:
         """The table's row for this call; `statistics` also where their gradient is needed."""
         flags = (self.mask, self.bias, self.softcap or None, self.seed, statistics or None)
         plain = all(flag is None for flag in flags)
