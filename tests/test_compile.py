@@ -16,7 +16,7 @@ SAMPLE += [
     if n % 4 == 0
 ]
 
-# float32 at width 256 with every flag at once is right, but ptxas spills for sm_100 at any tile tried
+# right, but ptxas spills for sm_100 at every tile tried: width 256, float32, every flag at once
 SPILLS = [(100, "decode1-D256-all-flags-float32")]
 KNOWN = pytest.mark.xfail(reason="spills at every tile tried", strict=True)
 
