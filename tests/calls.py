@@ -120,6 +120,18 @@ def bias_lowest(t: Tensors) -> None:
     t["bias"][..., 1::2, 2:] = torch.finfo(torch.float16).min
 
 
+def bias_lowest_rows(t: Tensors) -> None:
+    """The same in whole rows, where nothing of log(sum) is left in a float32 lse."""
+    t["bias"][..., 1::2, :] = torch.finfo(torch.float16).min
+
+
+def bias_minus_1e9(t: Tensors) -> None:
+    """float32's way of writing a mask (-inf in float16), in whole rows; added to the lowest it is
+    float32's lowest number."""
+    t["bias"][..., ::2, :] = -1e9
+    t["bias"][..., 1::4, :] = torch.finfo(torch.float32).min
+
+
 def bias_by_key(t: Tensors) -> None:
     """The same numbers with the last dimension not contiguous."""
     t["bias"] = t["bias"].transpose(2, 3).contiguous().transpose(2, 3)
@@ -136,8 +148,11 @@ def put(name: str, value: float) -> Callable[[Tensors], None]:
 
 VALUES: dict[str, Callable[[Tensors], None]] = {"normal": lambda t: None} | {
     f.__name__: f
-    for f in (ties, equal_keys, overflow, peaked, tiny, bias_infinite, bias_lowest, bias_by_key)
-}
+    for f in (
+        ties, equal_keys, overflow, peaked, tiny, bias_infinite, bias_lowest, bias_lowest_rows,
+        bias_minus_1e9, bias_by_key,
+    )
+}  # fmt: skip
 VALUES |= {f"nan_{name}": put(name, torch.nan) for name in ("q", "k", "v", "bias")}
 VALUES |= {f"infinite_{name}": put(name, torch.inf) for name in ("q", "k", "v")}
 UPSTREAM = {"out": ["out"], "lse": ["out", "lse"], "statistics": ["out", "lse", "entropy"]}

@@ -107,6 +107,10 @@ BIASED = [
     Case("bias_infinite", bias="BHQK", Nq=9, values="bias_infinite"),
     Case("bias_infinite_long", bias="BHQK", values="bias_infinite", **LONG),
     Case("bias_lowest", bias="B1QK", values="bias_lowest"),
+    Case("bias_lowest_rows", bias="B1QK", values="bias_lowest_rows"),
+    Case("bias_lowest_rows_long", bias="Q1", values="bias_lowest_rows", **LONG),
+    Case("bias_minus_1e9", bias="B1QK", values="bias_minus_1e9"),
+    Case("bias_minus_1e9_long", bias="QK", values="bias_minus_1e9", dropout_p=0.3, **LONG),
     Case("bias_masked", bias="H1K", mask="empty_rows", Nq=16),
     Case("bias_by_key", bias="BHQK", values="bias_by_key"),
 ]

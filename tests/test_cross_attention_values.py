@@ -73,10 +73,15 @@ def assert_garbage_stays_out(c: Case, backend: str, dtype: torch.dtype, device: 
 
 @each_length
 @pytest.mark.parametrize(
-    ("mask", "value"), [*((m, math.nan) for m in GARBAGE), ("padding", math.inf)]
+    ("mask", "value", "bias"),
+    [
+        *((m, math.nan, None) for m in GARBAGE),
+        ("padding", math.inf, None),
+        ("padding_left", math.nan, "BHQK"),
+    ],
 )
-def test_padding_may_hold_anything(mode, mask, value, Nq):
-    c = Case(f"garbage_{mask}", mask=mask, Nq=Nq, **mode.sizes)
+def test_padding_may_hold_anything(mode, mask, value, bias, Nq):
+    c = Case(f"garbage_{mask}", mask=mask, bias=bias, Nq=Nq, **mode.sizes)
     assert_garbage_stays_out(c, "triton", mode.dtypes[0], mode.device, value)
 
 

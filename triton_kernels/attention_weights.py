@@ -15,18 +15,26 @@ from torch import Tensor
 
 from .cross_attention import backward_dbias, backward_dkdv, backward_dq
 from .launch import Call, broadcast_strides, zero_gradients
-from .scores import forbid_outside, kept, row_offsets, row_scale, tile_scores
-from .tiles import LOG2E, dot_nt, load_rows, load_tile, row_bounds
+from .rows import scores_lse
+from .scores import (
+    forbid_outside,
+    kept,
+    log2_probability,
+    row_offsets,
+    row_scale,
+    tile_scores,
+)
+from .tiles import dot_nt, load_rows, load_tile, row_bounds, times
 
 
 @triton.jit
 def weights_kernel(
     weights, stride_weights,  # [B, 1 or Hq, Nq, Nk]
-    lse,  # float32 [B, Hq, Nq]
+    lse, lse_low,  # float32 [B, Hq, Nq], see `delta_kernel`; lse_low may be None
     q, stride_q, k, stride_k, v, stride_v,
     bias, stride_bias, mask, stride_mask,  # 4-d with broadcast strides, or None
     start, stride_start, stop, stride_stop,  # int32 [B, Nq], or None
-    scale, scale_tensor, stride_scale, softcap, seed, threshold, dropout_scale,
+    scale, scale_tensor, stride_scale, softcap, seed, threshold, p_factor,
     B, Hkv, Nq, Nk, n_heads,  # of `weights`
     D: tl.constexpr, DV: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_V: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -64,79 +72,62 @@ def weights_kernel(
         )  # fmt: skip
         if start is not None:
             s = forbid_outside(s, first[:, None], last[:, None], j[None, :])
-        row_lse, _ = load_rows(lse, lse, (b * Hkv * GROUP + head) * Nq + i, row_mask)
-        p = tl.exp2(s - row_lse[:, None])
+        rows = (b * Hkv * GROUP + head) * Nq + i
+        row_lse, row_low, _, _ = load_rows(lse, lse_low, lse, None, rows, row_mask, 1)
+        p = tl.exp2(log2_probability(s, row_lse, row_low, bias))
         acc += kept(p, seed, b, h[:, None], i[:, None], j[None, :], threshold)
 
     rows = row_offsets(stride_weights, b, own_h, i)[:, None] + j.to(tl.int64)[None, :]
-    acc = (acc * dropout_scale).to(weights.dtype.element_ty)
+    acc = times(acc, p_factor).to(weights.dtype.element_ty)
     tl.store(weights + rows, acc, row_mask[:, None] & there[None, :])
 
 
-def log2_lse(lse: Tensor) -> Tensor:
-    """lse for exp2, with +inf in place of -inf, so that a row without keys has p = 0."""
-    lse = lse.contiguous() * LOG2E.value
-    return lse.masked_fill_(lse == float("-inf"), float("inf"))
-
-
-class WeightsCall(Call):
-    """A `Call` whose sums carry the 1 / H of the average along with the factor of dropout."""
-
-    def __init__(self, *operands, averaged: bool):
-        super().__init__(*operands)
-        object.__setattr__(self, "heads_averaged", self.Hq if averaged else 1)
-
-    def operands(self) -> tuple:
-        *others, dropout_scale = super().operands()
-        return (*others, (dropout_scale or 1.0) / self.heads_averaged)
-
-
 def forward(
-    q, k, bias, scale_tensor, lse, start, stop, mask, seed, scale, softcap, dropout_p,
-    average_heads, own_lse, allow_tf32,
+    q, k, bias, scale_tensor, lse, lse_low, start, stop, mask, seed, scale, softcap, dropout_p,
+    average_heads, allow_tf32,
 ) -> Tensor:  # fmt: skip
     """[B, 1, Nq, Nk] averaged over the heads, or [B, Hq, Nq, Nk], in the dtype of q.
 
-    lse float32 [B, Hq, Nq], with own_lse that of these very scores; the rest as in
-    `cross_attention.forward`.
+    lse float32 [B, Hq, Nq]; lse_low and the rest as in `cross_attention.forward`.
     """
-    call = WeightsCall(
+    call = Call(
         q, k, k, bias, scale_tensor, start, stop, mask, seed, scale, softcap, dropout_p,
-        allow_tf32, averaged=average_heads,
+        allow_tf32, 1.0 / q.shape[1] if average_heads else 1.0,
     )  # fmt: skip
     n_heads = 1 if average_heads else call.Hq
     weights = q.new_empty((call.B, n_heads, call.Nq, call.Nk))
     if weights.numel():
         config = call.config("weights")
         tiles = triton.cdiv(call.Nq, config.block_q) * call.key_tiles(config)
-        results = (weights.flatten(0, 1), weights.stride(), log2_lse(lse))
+        results = (weights.flatten(0, 1), weights.stride(), scores_lse(call, lse), lse_low)
         call.launch(weights_kernel, config, call.B * n_heads * tiles, results, n_heads)
     return weights
 
 
 def backward(
-    dweights, q, k, bias, scale_tensor, lse, start, stop, mask, seed, scale, softcap, dropout_p,
-    average_heads, own_lse, allow_tf32, needs,
+    dweights, q, k, bias, scale_tensor, lse, lse_low, start, stop, mask, seed, scale, softcap,
+    dropout_p, average_heads, own_lse, allow_tf32, needs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dbias, dscale, dlse); those that are not in the five `needs` have no elements.
 
-    dweights like the weights, of any strides; the rest as `forward` took it. With own_lse the
-    gradients include what flows through lse.
+    dweights like the weights, of any strides; the rest as `forward` took it. With own_lse, which
+    says that lse is that of these very scores, the gradients include what flows through it.
     """
     # values and their gradient of zeros, one row for all: <dout, v> adds nothing to dweights
     v, dout = (q.new_zeros(16).expand(*t.shape[:3], 16) for t in (k, q))
-    call = WeightsCall(
+    call = Call(
         q, k, v, bias, scale_tensor, start, stop, mask, seed, scale, softcap, dropout_p,
-        allow_tf32, averaged=average_heads,
+        allow_tf32, 1.0 / q.shape[1] if average_heads else 1.0,
     )  # fmt: skip
     if dweights.numel() == 0:
         return zero_gradients((q, k, bias, scale_tensor, lse), needs, 2)
     dweights = dweights.contiguous()
-    config, lse, strides = call.config("dq", True), log2_lse(lse), broadcast_strides(dweights)
+    config, strides = call.config("dq", True), broadcast_strides(dweights)
+    lse = scores_lse(call, lse)
     dq, dk, dbias, dscale, dlse = (None,) * 5
 
     def rows(delta: Tensor) -> tuple:
-        return (dout, dout.stride(), lse, delta, None, dweights.flatten(0, 1), strides)
+        return (dout, dout.stride(), lse, lse_low, delta, None, dweights.flatten(0, 1), strides)
 
     terms = rows(torch.zeros_like(lse))
     if own_lse:

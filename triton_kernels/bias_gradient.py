@@ -1,7 +1,7 @@
 """dbias of cross-attention, summed over the dimensions in which the bias is broadcast.
 
-One program owns a tile of the bias and walks everything that was added to it, so the sum needs no
-atomics, is deterministic, and only the bias itself is ever written.
+One program owns a tile of the bias and walks everything that it was added to, but for tiles outside
+the intervals, so the sum needs no atomics, is deterministic, and only the bias is ever written.
 """
 
 import triton
@@ -10,24 +10,26 @@ import triton.language as tl
 from .scores import (
     forbid_outside,
     kept,
+    key_ranges,
+    log2_probability,
     plus_weight_gradient,
     row_offsets,
     row_scale,
     score_gradient,
     tile_scores,
 )
-from .tiles import dot_nt, load_rows, load_tile, row_bounds, times
+from .tiles import dot_nt, load_rows, load_tile, times
 
 
 @triton.jit
 def dbias_kernel(
     dbias,  # float32 [n_splits, *bias.shape], contiguous
     bias_B, bias_H, bias_Nq, bias_Nk,  # each 1 or full
-    dout, stride_dout, lse, delta, dentropy, dweights, stride_dweights,
+    dout, stride_dout, lse, lse_low, delta, dentropy, dweights, stride_dweights,
     q, stride_q, k, stride_k, v, stride_v,
     bias, stride_bias, mask, stride_mask,
     start, stride_start, stop, stride_stop,
-    scale, scale_tensor, stride_scale, softcap, seed, threshold, dropout_scale,
+    scale, scale_tensor, stride_scale, softcap, seed, threshold, p_factor,
     B, Hkv, Nq, Nk, n_splits,
     D: tl.constexpr, DV: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_V: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -54,41 +56,45 @@ def dbias_kernel(
         h = own_h + term // (n_j * n_i) % n_h
         b = own_b + term // (n_j * n_i * n_h)
         row_mask, there = i < Nq, j < Nk
-        h_rows = (tl.full([BLOCK_Q], 0, tl.int64) + h).to(tl.int32)
-        # [BLOCK_Q, D], [BLOCK_K, D], [BLOCK_Q, DV], [BLOCK_K, DV]
-        q_tile = load_tile(q, row_offsets(stride_q, b, h, i), row_mask, D, CHUNKS, ALIGN)
-        k_tile = load_tile(k, row_offsets(stride_k, b, h // GROUP, j), there, D, CHUNKS, ALIGN)
-        dout_tile = load_tile(
-            dout, row_offsets(stride_dout, b, h, i), row_mask, DV, CHUNKS_V, ALIGN
+        first, last, key_begin, key_end, _, _ = key_ranges(
+            start, stop, stride_start, stride_stop, b, i, row_mask, Nk
         )
-        v_tile = load_tile(v, row_offsets(stride_v, b, h // GROUP, j), there, DV, CHUNKS_V, ALIGN)
-        rs = row_scale(scale, scale_tensor, stride_scale, h)
-        s, th = tile_scores(
-            dot_nt(q_tile, k_tile, CHUNKS, PRECISION), rs, softcap,
-            bias, row_offsets(stride_bias, b, h_rows, i)[:, None], stride_bias,
-            mask, row_offsets(stride_mask, b, h_rows, i)[:, None], stride_mask,
-            row_mask[:, None], j[None, :], Nk,
-        )  # fmt: skip
-        s = forbid_outside(s, 0, Nk, j[None, :])
-        if start is not None:
-            first, last = row_bounds(start, stop, stride_start, stride_stop, b, i, row_mask, Nk)
-            s = forbid_outside(s, first[:, None], last[:, None], j[None, :])
-        rows = (b * Hkv * GROUP + h) * Nq + i
-        row_lse, row_delta = load_rows(lse, delta, rows, row_mask)
-        row_lse, row_delta, row_dentropy = row_lse[:, None], row_delta[:, None], dentropy
-        if dentropy is not None:
-            row_dentropy = tl.load(dentropy + rows, row_mask, 0.0)[:, None]
-        p = tl.exp2(s - row_lse)
-        dp = plus_weight_gradient(
-            dot_nt(dout_tile, v_tile, CHUNKS_V, PRECISION), dweights,
-            row_offsets(stride_dweights, b, h_rows, i)[:, None], stride_dweights,
-            row_mask[:, None], j[None, :], Nk,
-        )  # fmt: skip
-        dp = kept(
-            times(dp, dropout_scale), seed, b, h_rows[:, None], i[:, None], j[None, :], threshold
-        )
-        ds, _ = score_gradient(p, s, row_lse, dp, row_delta, row_dentropy, th, softcap)
-        acc += ds
+        if (tl.min(j) < key_end) & (tl.max(j) >= key_begin):
+            h_rows = (tl.full([BLOCK_Q], 0, tl.int64) + h).to(tl.int32)
+            # [BLOCK_Q, D], [BLOCK_K, D], [BLOCK_Q, DV], [BLOCK_K, DV]
+            q_tile = load_tile(q, row_offsets(stride_q, b, h, i), row_mask, D, CHUNKS, ALIGN)
+            k_tile = load_tile(k, row_offsets(stride_k, b, h // GROUP, j), there, D, CHUNKS, ALIGN)
+            dout_tile = load_tile(
+                dout, row_offsets(stride_dout, b, h, i), row_mask, DV, CHUNKS_V, ALIGN
+            )
+            v_tile = load_tile(
+                v, row_offsets(stride_v, b, h // GROUP, j), there, DV, CHUNKS_V, ALIGN
+            )
+            rs = row_scale(scale, scale_tensor, stride_scale, h)
+            s, th = tile_scores(
+                dot_nt(q_tile, k_tile, CHUNKS, PRECISION), rs, softcap,
+                bias, row_offsets(stride_bias, b, h_rows, i)[:, None], stride_bias,
+                mask, row_offsets(stride_mask, b, h_rows, i)[:, None], stride_mask,
+                row_mask[:, None], j[None, :], Nk,
+            )  # fmt: skip
+            s = forbid_outside(s, first, last, j[None, :])
+            rows = (b * Hkv * GROUP + h) * Nq + i
+            row_lse, row_low, row_delta, row_dentropy = load_rows(
+                lse, lse_low, delta, dentropy, rows, row_mask, 1
+            )
+            log2_p = log2_probability(s, row_lse, row_low, bias)
+            p = tl.exp2(log2_p)
+            dp = plus_weight_gradient(
+                dot_nt(dout_tile, v_tile, CHUNKS_V, PRECISION), dweights,
+                row_offsets(stride_dweights, b, h_rows, i)[:, None], stride_dweights,
+                row_mask[:, None], j[None, :], Nk,
+            )  # fmt: skip
+            dp = kept(
+                times(dp, p_factor), seed, b, h_rows[:, None], i[:, None], j[None, :], threshold
+            )
+            ds, _ = score_gradient(p, log2_p, dp, row_delta, row_dentropy, th, softcap)
+            # padding may hold NaN, and 0 * NaN would reach the bias beside it
+            acc += forbid_outside(ds, first, last, j[None, :], 0.0)
 
     if bias_Nq != Nq:
         acc = tl.where(tl.arange(0, BLOCK_Q)[:, None] == 0, tl.sum(acc, 0)[None, :], 0.0)

@@ -23,8 +23,12 @@ from .launch import (
 )
 from .rows import merge_splits, row_terms, tile_bounds
 from .scores import (
+    exp_scores,
     forbid_outside,
     kept,
+    key_ranges,
+    log2_probability,
+    natural,
     plus_weight_gradient,
     row_offsets,
     row_scale,
@@ -33,7 +37,7 @@ from .scores import (
     tile_scores,
 )
 from .tiles import (
-    LN2,
+    LOG2E,
     column_bounds,
     dot_into,
     dot_nt,
@@ -42,7 +46,6 @@ from .tiles import (
     next_run,
     packed_rows,
     program,
-    row_bounds,
     row_dot,
     scale_rows,
     split_range,
@@ -55,11 +58,11 @@ from .tiles import (
 @triton.jit
 def forward_kernel(
     out, stride_out,  # [n_splits, B, Hq, Nq, DV]
-    lse, entropy, max_probability,  # float32 [n_splits, B, Hq, Nq]; the last two may be None
+    lse, lse_low, entropy, max_probability,  # float32 [n_splits, B, Hq, Nq], or None but for lse
     q, stride_q, k, stride_k, v, stride_v,
     bias, stride_bias, mask, stride_mask,  # 4-d with broadcast strides, or None
     start, stride_start, stop, stride_stop,  # int32 [B, Nq], or None
-    scale, scale_tensor, stride_scale, softcap, seed, threshold, dropout_scale,
+    scale, scale_tensor, stride_scale, softcap, seed, threshold, p_factor,
     B, Hkv, Nq, Nk, n_splits,
     D: tl.constexpr, DV: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_V: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -68,15 +71,9 @@ def forward_kernel(
     tile, hkv, b, split = program(tl.cdiv(Nq * GROUP, BLOCK_Q), Hkv, B)
     # [BLOCK_Q]
     i, h, row_mask = packed_rows(tile, hkv, Nq, BLOCK_Q, GROUP)
-    if start is not None:
-        first, last = row_bounds(start, stop, stride_start, stride_stop, b, i, row_mask, Nk)
-        key_begin, key_end = tl.min(first), tl.max(last)
-        full_begin = tl.max(tl.where(row_mask, first, 0))
-        full_end = tl.min(tl.where(row_mask, last, Nk))
-    else:
-        first, last, key_begin, key_end, full_begin, full_end = 0, Nk, 0, Nk, 0, Nk
-    if start is not None:
-        first, last = first[:, None], last[:, None]
+    first, last, key_begin, key_end, full_begin, full_end = key_ranges(
+        start, stop, stride_start, stride_stop, b, i, row_mask, Nk
+    )
     key_begin, key_end = split_range(key_begin, key_end, split, n_splits, BLOCK_K)
 
     rs = row_scale(scale, scale_tensor, stride_scale, h)
@@ -89,7 +86,7 @@ def forward_kernel(
     # [BLOCK_Q], [BLOCK_Q, DV]
     m = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     l = tl.full([BLOCK_Q], 0.0, tl.float32)
-    a = tl.full([BLOCK_Q], 0.0, tl.float32)  # sum of e * log2(e), for the entropy
+    a = tl.full([BLOCK_Q], 0.0, tl.float32)  # sum of e * log(e), for the entropy
     acc = zero_tile(BLOCK_Q, CHUNKS_V)
     for k0 in range(key_begin, key_end, BLOCK_K):
         j = k0 + tl.arange(0, BLOCK_K)
@@ -106,8 +103,8 @@ def forward_kernel(
         m_new = tl.maximum(m, tl.max(s, 1))
         # a row with no key yet keeps m = -inf; subtracting 0 there never forms inf - inf
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-        e = tl.exp2(s - m_safe[:, None])
-        alpha = tl.exp2(m - m_safe)
+        e = exp_scores(s - m_safe[:, None], bias)
+        alpha = exp_scores(m - m_safe, bias)
         if entropy is not None:
             shift = tl.where(m == float("-inf"), 0.0, m - m_safe)
             t = tl.where(e > 0, s - m_safe[:, None], 0.0)
@@ -123,13 +120,17 @@ def forward_kernel(
 
     empty = l == 0
     l = tl.where(empty, 1.0, l)
+    log_l, m = tl.log(l), natural(m, bias)
+    row_lse = m + log_l
     rows = ((split * B + b) * Hkv * GROUP + h) * Nq + i
-    tl.store(lse + rows, tl.where(empty, float("-inf"), m * LN2 + tl.log(l)), row_mask)
+    tl.store(lse + rows, tl.where(empty, float("-inf"), row_lse), row_mask)
+    if lse_low is not None:
+        tl.store(lse_low + rows, tl.where(empty, 0.0, (m - row_lse + log_l) * LOG2E), row_mask)
     if entropy is not None:
-        tl.store(entropy + rows, tl.log(l) - LN2 * a / l, row_mask)
+        tl.store(entropy + rows, log_l - natural(a, bias) / l, row_mask)
         tl.store(max_probability + rows, tl.where(empty, 0.0, 1.0 / l), row_mask)
     rows = split_offsets(stride_out, split, b, h, i)
-    acc = scale_rows(acc, times(1.0 / l, dropout_scale), CHUNKS_V)
+    acc = scale_rows(acc, times(1.0 / l, p_factor), CHUNKS_V)
     store_tile(out, rows, row_mask, acc, DV, CHUNKS_V, ALIGN)
 
 
@@ -140,12 +141,12 @@ def dq_kernel(
     dlse,  # float32 [n_splits, B, Hq, Nq], minus the row sums of ds, or None
     dk, stride_dk, dv, stride_dv,  # [B, Hkv, Nk, *], when one tile holds all rows; else None
     dout, stride_dout,
-    lse, delta, dentropy,  # float32 [B, Hq, Nq], lse in log2 units; dentropy may be None
+    lse, lse_low, delta, dentropy,  # float32 [B, Hq, Nq], see `delta_kernel`; two may be None
     dweights, stride_dweights,  # gradient of the weights, 4-d with broadcast strides, or None
     q, stride_q, k, stride_k, v, stride_v,
     bias, stride_bias, mask, stride_mask,
     start, stride_start, stop, stride_stop,
-    scale, scale_tensor, stride_scale, softcap, seed, threshold, dropout_scale,
+    scale, scale_tensor, stride_scale, softcap, seed, threshold, p_factor,
     B, Hkv, Nq, Nk, n_splits,
     D: tl.constexpr, DV: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_V: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -154,14 +155,9 @@ def dq_kernel(
     tile, hkv, b, split = program(tl.cdiv(Nq * GROUP, BLOCK_Q), Hkv, B)
     # [BLOCK_Q]
     i, h, row_mask = packed_rows(tile, hkv, Nq, BLOCK_Q, GROUP)
-    if start is not None:
-        first, last = row_bounds(start, stop, stride_start, stride_stop, b, i, row_mask, Nk)
-        key_begin, key_end = tl.min(first), tl.max(last)
-        full_begin = tl.max(tl.where(row_mask, first, 0))
-        full_end = tl.min(tl.where(row_mask, last, Nk))
-        first, last = first[:, None], last[:, None]
-    else:
-        first, last, key_begin, key_end, full_begin, full_end = 0, Nk, 0, Nk, 0, Nk
+    first, last, key_begin, key_end, full_begin, full_end = key_ranges(
+        start, stop, stride_start, stride_stop, b, i, row_mask, Nk
+    )
     key_begin, key_end = split_range(key_begin, key_end, split, n_splits, BLOCK_K)
 
     rs = row_scale(scale, scale_tensor, stride_scale, h)
@@ -171,10 +167,9 @@ def dq_kernel(
     mask_rows = row_offsets(stride_mask, b, h, i)[:, None]
     weight_rows = row_offsets(stride_dweights, b, h, i)[:, None]
     rows = (b * Hkv * GROUP + h) * Nq + i
-    row_lse, row_delta = load_rows(lse, delta, rows, row_mask)
-    row_lse, row_delta, row_dentropy = row_lse[:, None], row_delta[:, None], dentropy
-    if dentropy is not None:
-        row_dentropy = tl.load(dentropy + rows, row_mask, 0.0)[:, None]
+    row_lse, row_low, row_delta, row_dentropy = load_rows(
+        lse, lse_low, delta, dentropy, rows, row_mask, 1
+    )
     # [BLOCK_Q, D], [BLOCK_Q, DV]
     q_tile = load_tile(q, row_offsets(stride_q, b, h, i), row_mask, D, CHUNKS, ALIGN)
     dout_tile = load_tile(dout, row_offsets(stride_dout, b, h, i), row_mask, DV, CHUNKS_V, ALIGN)
@@ -193,20 +188,19 @@ def dq_kernel(
         )  # fmt: skip
         if (k0 < full_begin) | (k0 + BLOCK_K > full_end):
             s = forbid_outside(s, first, last, j[None, :])
-        p = tl.exp2(s - row_lse)
+        log2_p = log2_probability(s, row_lse, row_low, bias)
+        p = tl.exp2(log2_p)
         dp = plus_weight_gradient(
             dot_nt(dout_tile, v_tile, CHUNKS_V, PRECISION), dweights, weight_rows,
             stride_dweights, row_mask[:, None], j[None, :], Nk,
         )  # fmt: skip
-        dp = kept(times(dp, dropout_scale), seed, b, h[:, None], i[:, None], j[None, :], threshold)
-        capped, ds = score_gradient(p, s, row_lse, dp, row_delta, row_dentropy, th, softcap)
+        dp = kept(times(dp, p_factor), seed, b, h[:, None], i[:, None], j[None, :], threshold)
+        ds_capped, ds = score_gradient(p, log2_p, dp, row_delta, row_dentropy, th, softcap)
         if dlse is not None:
-            row_ds += tl.sum(capped, 1)
+            row_ds += tl.sum(ds_capped, 1)
         acc = dot_into(acc, ds.to(k_tile[0].dtype), k_tile, CHUNKS, PRECISION)
         if dk is not None:
-            p = kept(
-                times(p, dropout_scale), seed, b, h[:, None], i[:, None], j[None, :], threshold
-            )
+            p = kept(times(p, p_factor), seed, b, h[:, None], i[:, None], j[None, :], threshold)
             # [BLOCK_K, D], [BLOCK_K, DV]
             dk_tile = zero_tile(BLOCK_K, CHUNKS)
             dv_tile = zero_tile(BLOCK_K, CHUNKS_V)
@@ -234,11 +228,11 @@ def dq_kernel(
 def dkdv_kernel(
     dk, stride_dk, dv, stride_dv,  # [n_splits, B, Hkv, Nk, *]
     bounds,  # int32 [B, n_tiles, 4]: smallest and largest start and stop of each row tile, or None
-    dout, stride_dout, lse, delta, dentropy, dweights, stride_dweights,
+    dout, stride_dout, lse, lse_low, delta, dentropy, dweights, stride_dweights,
     q, stride_q, k, stride_k, v, stride_v,
     bias, stride_bias, mask, stride_mask,
     start, stride_start, stop, stride_stop,
-    scale, scale_tensor, stride_scale, softcap, seed, threshold, dropout_scale,
+    scale, scale_tensor, stride_scale, softcap, seed, threshold, p_factor,
     B, Hkv, Nq, Nk, n_splits,
     D: tl.constexpr, DV: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_V: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -279,10 +273,9 @@ def dkdv_kernel(
                 dout, row_offsets(stride_dout, b, h, i), row_mask, DV, CHUNKS_V, ALIGN
             )
             rows = (b * Hkv * GROUP + h) * Nq + i
-            row_lse, row_delta = load_rows(lse, delta, rows, row_mask)
-            row_lse, row_delta, row_dentropy = row_lse[None, :], row_delta[None, :], dentropy
-            if dentropy is not None:
-                row_dentropy = tl.load(dentropy + rows, row_mask, 0.0)[None, :]
+            row_lse, row_low, row_delta, row_dentropy = load_rows(
+                lse, lse_low, delta, dentropy, rows, row_mask, 0
+            )
             rs = row_scale(scale, scale_tensor, stride_scale, h)
             if scale_tensor is not None:
                 rs = rs[None, :]
@@ -298,7 +291,8 @@ def dkdv_kernel(
                     start, stop, stride_start, stride_stop, b, i, row_mask, Nk
                 )
                 s = forbid_outside(s, first, last, j[:, None])
-            p = tl.exp2(s - row_lse)
+            log2_p = log2_probability(s, row_lse, row_low, bias)
+            p = tl.exp2(log2_p)
             keep_p = kept(p, seed, b, h[None, :], i[None, :], j[:, None], threshold)
             dv_tile = dot_into(
                 dv_tile, keep_p.to(dout_tile[0].dtype), dout_tile, CHUNKS_V, PRECISION
@@ -308,10 +302,8 @@ def dkdv_kernel(
                 row_offsets(stride_dweights, b, h, i)[None, :], stride_dweights,
                 row_mask[None, :], j[:, None], Nk,
             )  # fmt: skip
-            dp = kept(
-                times(dp, dropout_scale), seed, b, h[None, :], i[None, :], j[:, None], threshold
-            )
-            _, ds = score_gradient(p, s, row_lse, dp, row_delta, row_dentropy, th, softcap)
+            dp = kept(times(dp, p_factor), seed, b, h[None, :], i[None, :], j[:, None], threshold)
+            _, ds = score_gradient(p, log2_p, dp, row_delta, row_dentropy, th, softcap)
             if cut:  # padding may hold NaN, and 0 * NaN would reach its own dk
                 first, last = column_bounds(
                     start, stop, stride_start, stride_stop, b, i, row_mask, Nk
@@ -327,7 +319,7 @@ def dkdv_kernel(
     keys = split_offsets(stride_dk, split, b, hkv, j)
     store_tile(dk, keys, there, dk_tile, D, CHUNKS, ALIGN)
     keys = split_offsets(stride_dv, split, b, hkv, j)
-    dv_tile = scale_rows(dv_tile, times(one, dropout_scale), CHUNKS_V)
+    dv_tile = scale_rows(dv_tile, times(one, p_factor), CHUNKS_V)
     store_tile(dv, keys, there, dv_tile, DV, CHUNKS_V, ALIGN)
 
 
@@ -335,8 +327,10 @@ def forward(
     q, k, v, bias, scale_tensor, start, stop, mask, seed, scale, softcap, dropout_p, statistics,
     allow_tf32, n_splits=None,
 ):  # fmt: skip
-    """(out, lse, entropy, max_probability); the last two have no elements without statistics.
+    """(out, lse, lse_low, entropy, max_probability): what was not asked for has no elements.
 
+    lse_low, in log2 units, is what float32 cannot hold of lse; it comes with a bias, as beside one
+    of -1e9 nothing of log(sum) is left. entropy and max_probability come with `statistics`.
     q [B, Hq, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv]; start, stop int32 [B, Nq] or None;
     mask bool and bias 4-d with dimensions 1 or full, or None; scale_tensor [1] or [Hq], or None to
     use the number `scale`; softcap 0 for none. `n_splits` overrides how many programs share the
@@ -347,10 +341,10 @@ def forward(
     )
     out = empty_rows(q, call.DV)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    entropy, max_probability = (torch.empty_like(lse) if statistics else None for _ in range(2))
-    results = (out, lse, entropy, max_probability)
+    wanted = (bias is not None, statistics, statistics)
+    results = (out, lse, *(torch.empty_like(lse) if w else None for w in wanted))
     if call.Nk == 0:
-        for t, empty in zip(results, (0.0, float("-inf"), 0.0, 0.0), strict=True):
+        for t, empty in zip(results, (0.0, float("-inf"), 0.0, 0.0, 0.0), strict=True):
             t is None or t.fill_(empty)
     elif out.numel():
         config = call.config("forward", statistics)
@@ -367,8 +361,8 @@ def forward(
 
 
 def backward(
-    dout, dlse, dentropy, q, k, v, bias, scale_tensor, start, stop, mask, seed, out, lse, entropy,
-    scale, softcap, dropout_p, allow_tf32, needs, n_splits=None,
+    dout, dlse, dentropy, q, k, v, bias, scale_tensor, start, stop, mask, seed, out, lse, lse_low,
+    entropy, scale, softcap, dropout_p, allow_tf32, needs, n_splits=None,
 ):  # fmt: skip
     """(dq, dk, dv, dbias, dscale); those that are not in the five `needs` have no elements.
 
@@ -385,8 +379,9 @@ def backward(
     elif dout.stride(3) != 1:
         dout = dout.contiguous()
     dentropy = None if dentropy is None else dentropy.contiguous()
-    lse_log2, delta = row_terms(out, lse, dout, dlse, dentropy, entropy)
-    rows = (dout, dout.stride(), lse_log2, delta, dentropy, None, (0,) * 4)
+    lse, delta = row_terms(call, out, lse, dout, dlse, dentropy, entropy)
+    lse_low = None if bias is None else lse_low
+    rows = (dout, dout.stride(), lse, lse_low, delta, dentropy, None, (0,) * 4)
     dq, dk, dv, dbias, dscale = (None,) * 5
     statistics = dentropy is not None
     fused = call.config("fused", statistics)

@@ -118,6 +118,7 @@ class Call:
     softcap: float
     dropout_p: float
     allow_tf32: bool
+    p_scale: float = 1.0  # of the probabilities after the softmax, beside that of dropout
 
     B = property(lambda self: self.q.shape[0])
     Hq = property(lambda self: self.q.shape[1])
@@ -142,11 +143,12 @@ class Call:
         return triton.cdiv(self.Nk, config.block_k)
 
     def operands(self) -> tuple:
-        """q ... dropout_scale, the run of parameters that all kernels share."""
+        """q ... p_factor, the run of parameters that all kernels share."""
         mask = None if self.mask is None else self.mask.view(torch.uint8)
         intervals = (None, (0, 0), None, (0, 0))
         if self.start is not None:
             intervals = (self.start, self.start.stride(), self.stop, self.stop.stride())
+        factor = self.p_scale / (1.0 - self.dropout_p)
         stride_scale = (0,)
         if self.scale_tensor is not None and self.scale_tensor.numel() > 1:
             stride_scale = self.scale_tensor.stride()
@@ -155,7 +157,7 @@ class Call:
             self.bias, broadcast_strides(self.bias), mask, broadcast_strides(mask), *intervals,
             None if self.scale_tensor is not None else self.scale, self.scale_tensor, stride_scale,
             self.softcap or None, self.seed, round(self.dropout_p * 2**32),
-            1.0 / (1.0 - self.dropout_p) if self.dropout_p else None,
+            None if factor == 1.0 else factor,
         )  # fmt: skip
 
     def launch(self, kernel, config: Config, programs: int, results: tuple, n_splits: int) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from .configs import Config, column_chunks
 from .launch import Call, device_guard, row_alignment
 from .tiles import (
+    LN2,
     LOG2E,
     load_tile,
     packed_rows,
@@ -32,8 +33,8 @@ def rows_of(H, N, BLOCK: tl.constexpr):
 @triton.jit
 def merge_kernel(
     out, stride_out,  # [B, H, N, DV]
-    lse, entropy, max_probability,  # float32 [B, H, N]; the last two may be None
-    out_parts, lse_parts, entropy_parts, max_parts,  # float32 [n_splits, B, H, N(, DV)]
+    lse, lse_low, entropy, max_probability,  # float32 [B, H, N], or None but for lse
+    out_parts, lse_parts, low_parts, entropy_parts, max_parts,  # float32 [n_splits, B, H, N(, DV)]
     H, N, n_rows, n_splits,  # n_rows = B * H * N
     DV: tl.constexpr, CHUNKS_V: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
@@ -45,7 +46,7 @@ def merge_kernel(
     m_safe = tl.where(m == float("-inf"), 0.0, m)
     l = tl.full([BLOCK], 0.0, tl.float32)
     for c in range(n_splits):
-        l += tl.exp(tl.load(lse_parts + c * n_rows + r, there, float("-inf")) - m_safe)
+        l += tl.exp(part_lse(lse_parts, low_parts, c * n_rows + r, there, m_safe))
     empty = l == 0
     log_l = tl.log(tl.where(empty, 1.0, l))
     acc = zero_tile(BLOCK, CHUNKS_V)
@@ -53,7 +54,7 @@ def merge_kernel(
     row_max = tl.full([BLOCK], 0.0, tl.float32)
     for c in range(n_splits):
         at = c * n_rows + r
-        log_w = tl.load(lse_parts + at, there, float("-inf")) - m_safe - log_l
+        log_w = part_lse(lse_parts, low_parts, at, there, m_safe) - log_l
         w = tl.exp(log_w)
         part = load_tile(out_parts, at * DV, there, DV, CHUNKS_V, ALIGN)
         acc = add_tiles(acc, scale_rows(part, w, CHUNKS_V), CHUNKS_V)
@@ -61,12 +62,24 @@ def merge_kernel(
             log_w = tl.where(w > 0, log_w, 0.0)
             row_entropy += w * (tl.load(entropy_parts + at, there, 0.0) - log_w)
             row_max = tl.maximum(row_max, w * tl.load(max_parts + at, there, 0.0))
-    tl.store(lse + r, tl.where(empty, float("-inf"), m_safe + log_l), there)
+    row_lse = m_safe + log_l
+    tl.store(lse + r, tl.where(empty, float("-inf"), row_lse), there)
+    if lse_low is not None:
+        tl.store(lse_low + r, tl.where(empty, 0.0, (m_safe - row_lse + log_l) * LOG2E), there)
     if entropy is not None:
         tl.store(entropy + r, row_entropy, there)
         tl.store(max_probability + r, row_max, there)
     rows = b * stride_out[0] + h * stride_out[1] + n * stride_out[2]
     store_tile(out, rows, there, acc, DV, CHUNKS_V, ALIGN)
+
+
+@triton.jit
+def part_lse(lse_parts, low_parts, at, there, m):
+    """lse of a part less m, with its low part where there is one."""
+    t = tl.load(lse_parts + at, there, float("-inf")) - m
+    if low_parts is not None:
+        t += tl.load(low_parts + at, there, 0.0) * LN2
+    return t
 
 
 @triton.jit
@@ -79,16 +92,18 @@ def add_tiles(a, b, CHUNKS: tl.constexpr):
 
 @triton.jit
 def delta_kernel(
-    delta, lse_log2,  # float32 [B, H, N]
+    scores_lse, delta,  # float32 [B, H, N]
     lse,  # float32 [B, H, N], natural logarithm
     out, stride_out, dout, stride_dout,  # [B, H, N, DV]
     dlse, dentropy, entropy,  # float32 [B, H, N], or None
     H, N,
+    NATURAL: tl.constexpr,  # the unit of the scores, see `tile_scores`
     DV: tl.constexpr, CHUNKS_V: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """delta = <out, dout> - dlse + dentropy * entropy: what eq. ds subtracts from dp, per row.
 
-    lse_log2 is lse for exp2, with +inf in place of -inf, so that a row without keys has p = 0.
+    scores_lse is lse in the unit of the scores, with +inf in place of -inf, so that a row without
+    keys has p = 0.
     """
     b, h, n, r, there = rows_of(H, N, BLOCK)
     rows = b * stride_out[0] + h * stride_out[1] + n * stride_out[2]
@@ -104,7 +119,9 @@ def delta_kernel(
     empty = row_lse == float("-inf")
     # whatever gradient arrives at a row without keys, NaN included, goes nowhere
     tl.store(delta + r, tl.where(empty, 0.0, total), there)
-    tl.store(lse_log2 + r, tl.where(empty, float("inf"), row_lse * LOG2E), there)
+    if not NATURAL:
+        row_lse *= LOG2E
+    tl.store(scores_lse + r, tl.where(empty, float("inf"), row_lse), there)
 
 
 @triton.jit
@@ -128,36 +145,38 @@ ROWS = 16  # rows per program of the row kernels: 256 columns of float32 keep fo
 
 
 def merge_splits(results: tuple, parts: list[Tensor]) -> None:
-    """Fills (out, lse, entropy, max_probability) from parts with a leading dimension of splits."""
-    out, lse, entropy, max_probability = results
+    """Fills (out, lse, lse_low, entropy, max_probability) from parts [n_splits, ...] of each."""
+    out, lse, *rows = results
     B, H, N, DV = out.shape
     with device_guard(out.device):
         merge_kernel[(B * H * triton.cdiv(N, ROWS),)](
-            out, out.stride(), lse, entropy, max_probability, *parts,
+            out, out.stride(), lse, *rows, *parts,
             H, N, lse.numel(), parts[0].shape[0],
             DV=DV, CHUNKS_V=column_chunks(DV), BLOCK=ROWS, ALIGN=row_alignment(out, parts[0]),
         )  # fmt: skip
 
 
 def row_terms(
-    out: Tensor,
-    lse: Tensor,
-    dout: Tensor,
-    dlse: Tensor | None,
-    dentropy: Tensor | None,
-    entropy: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """(lse_log2, delta) float32 [B, H, N] of the backward kernels, see `delta_kernel`."""
+    call: Call, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
+    dentropy: Tensor | None, entropy: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(lse in the unit of the scores, delta) float32 [B, H, N], see `delta_kernel`."""
     B, H, N, DV = out.shape
-    lse_log2, delta = (torch.empty_like(lse) for _ in range(2))
+    scores_lse, delta = (torch.empty_like(lse) for _ in range(2))
     with device_guard(out.device):
         delta_kernel[(B * H * triton.cdiv(N, ROWS),)](
-            delta, lse_log2, lse, out, out.stride(), dout, dout.stride(),
+            scores_lse, delta, lse, out, out.stride(), dout, dout.stride(),
             None if dlse is None else dlse.contiguous(), dentropy,
-            None if dentropy is None else entropy, H, N,
+            None if dentropy is None else entropy, H, N, NATURAL=call.bias is not None,
             DV=DV, CHUNKS_V=column_chunks(DV), BLOCK=ROWS, ALIGN=row_alignment(out, dout),
         )  # fmt: skip
-    return lse_log2, delta
+    return scores_lse, delta
+
+
+def scores_lse(call: Call, lse: Tensor) -> Tensor:
+    """lse as `delta_kernel` writes it."""
+    lse = lse.contiguous() * (1.0 if call.bias is not None else LOG2E.value)
+    return lse.masked_fill_(lse == float("-inf"), float("inf"))
 
 
 def tile_bounds(call: Call, config: Config) -> Tensor:

@@ -7,7 +7,7 @@ shapes that broadcast, [BLOCK_Q, 1] with [1, BLOCK_K], or transposed; the tile f
 import triton
 import triton.language as tl
 
-from .tiles import LN2, LOG2E, dropout_keep, tanh
+from .tiles import LN2, LOG2E, dropout_keep, row_bounds, tanh
 
 
 @triton.jit
@@ -36,24 +36,69 @@ def split_offsets(stride, split, b, h, i):
 def tile_scores(
     qk, scale, softcap, bias, bias_rows, stride_bias, mask, mask_rows, stride_mask, row_mask, j, Nk
 ):
-    """(s, tanh): scores in log2 units, -inf where the bool mask forbids, and the softcap's tanh.
+    """(s, tanh): scores, -inf where the bool mask forbids, and the softcap's tanh.
 
-    `scale` is a number or a row quantity; tanh is 0 without a softcap.
+    Scores are in log2 units, natural where a bias is added: a dtype's lowest number, with which
+    masks are written, would overflow in log2 units. `scale` is a number or a row quantity; tanh is
+    0 without a softcap.
     """
+    unit = LOG2E if bias is None else 1.0
     if softcap is not None:
         th = tanh(qk * (scale / softcap))
-        s = th * (softcap * LOG2E)
+        s = th * (softcap * unit)
     else:
         th = 0.0
-        s = qk * (scale * LOG2E)
+        s = qk * (scale * unit)
     if bias is not None:
         b = tl.load(bias + (bias_rows + j.to(tl.int64) * stride_bias[3]), row_mask & (j < Nk), 0.0)
-        s += b.to(tl.float32) * LOG2E
+        s += b.to(tl.float32)
     if mask is not None:
         at = mask_rows + j.to(tl.int64) * stride_mask[3]
         allowed = tl.load(mask + at, row_mask & (j < Nk), 0)
         s = tl.where(allowed != 0, s, float("-inf"))
     return s, th
+
+
+@triton.jit
+def exp_scores(t, bias):
+    """exp of differences of scores, whatever their unit."""
+    if bias is not None:
+        return tl.exp2(t * LOG2E)
+    else:
+        return tl.exp2(t)
+
+
+@triton.jit
+def natural(t, bias):
+    """A score as a natural logarithm, whatever its unit."""
+    if bias is not None:
+        return t
+    else:
+        return t * LN2
+
+
+@triton.jit
+def log2_probability(s, lse, lse_low, bias):
+    """log2 p = s - lse; `lse_low` is what float32 could not hold of a lse of bias and all."""
+    t = s - lse
+    if bias is not None:
+        t *= LOG2E
+    if lse_low is not None:
+        t -= lse_low
+    return t
+
+
+@triton.jit
+def key_ranges(start, stop, stride_start, stride_stop, b, i, row_mask, Nk):
+    """(first, last, begin, end, full_begin, full_end): each row's interval [BLOCK_Q, 1], the keys
+    [begin, end) of any row, and the keys [full_begin, full_end) of every row."""
+    if start is not None:
+        first, last = row_bounds(start, stop, stride_start, stride_stop, b, i, row_mask, Nk)
+        full_begin = tl.max(tl.where(row_mask, first, 0))
+        full_end = tl.min(tl.where(row_mask, last, Nk))
+        return first[:, None], last[:, None], tl.min(first), tl.max(last), full_begin, full_end
+    else:
+        return 0, Nk, 0, Nk, 0, Nk
 
 
 @triton.jit
@@ -82,12 +127,12 @@ def plus_weight_gradient(dp, dweights, rows, stride, row_mask, j, Nk):
 
 
 @triton.jit
-def score_gradient(p, s, lse, dp, delta, dentropy, th, softcap):
+def score_gradient(p, log2_p, dp, delta, dentropy, th, softcap):
     """(ds, ds before the softcap), eq. ds; delta already holds -dlse + dentropy * entropy."""
     ds = dp - delta
     if dentropy is not None:
-        # p = 0 has s = -inf, and its term is 0
-        ds -= dentropy * tl.where(p > 0, (s - lse) * LN2, 0.0)
+        # p = 0 has log2 p = -inf, and its term is 0
+        ds -= dentropy * tl.where(p > 0, log2_p * LN2, 0.0)
     ds = p * ds
     if softcap is not None:
         return ds, ds * (1.0 - th * th)

@@ -194,10 +194,19 @@ def tiles_reach(bounds, t0, n_tiles, key_begin, key_end):
 
 
 @triton.jit
-def load_rows(lse, delta, rows, row_mask):
-    """(lse, delta) of rows; lse in log2 units, +inf for a row without keys or none: p = 0."""
-    row_lse = tl.load(lse + rows, row_mask, float("inf"))
-    return row_lse, tl.load(delta + rows, row_mask, 0.0)
+def load_rows(lse, lse_low, delta, dentropy, rows, row_mask, AXIS: tl.constexpr):
+    """(lse, lse_low, delta, dentropy) of rows, with a dimension of one at AXIS; None stays None.
+
+    lse is +inf for a row without keys and for no row: p = 0.
+    """
+    row_lse = tl.expand_dims(tl.load(lse + rows, row_mask, float("inf")), AXIS)
+    row_delta = tl.expand_dims(tl.load(delta + rows, row_mask, 0.0), AXIS)
+    row_low, row_dentropy = lse_low, dentropy
+    if lse_low is not None:
+        row_low = tl.expand_dims(tl.load(lse_low + rows, row_mask, 0.0), AXIS)
+    if dentropy is not None:
+        row_dentropy = tl.expand_dims(tl.load(dentropy + rows, row_mask, 0.0), AXIS)
+    return row_lse, row_low, row_delta, row_dentropy
 
 
 @triton.jit

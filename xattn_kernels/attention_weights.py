@@ -7,21 +7,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import by_head, reference
-from .cross_attention import triton_reasons
-from .cross_attention import triton_run as triton_cross_attention
+from .cross_attention import refuse_double_backward, triton_attend, triton_reasons
 from .dispatch import Backend, allow_tf32, choose
-from .inputs import (
-    CrossAttentionInputs,
-    check_bias,
-    check_dropout,
-    check_mask,
-    check_scale,
-    check_softcap,
-    check_tensors,
-)
+from .inputs import CrossAttentionInputs, check_inputs
 
 
 @dataclass(frozen=True)
@@ -31,10 +21,12 @@ class AttentionWeightsInputs(CrossAttentionInputs):
     `lse` is a variable like any other: p = exp(s - lse), with a gradient for each of them.
     `own_lse`, without gradient, is known to be lse of these scores: p = softmax(s), a little less
     to compute, and the gradient keeps the precision that the two parts of it would cancel away.
+    `own_lse_low` is what its float32 cannot hold, see `triton_attend`.
     """
 
     lse: Tensor | None
     own_lse: Tensor | None
+    own_lse_low: Tensor | None
     average_heads: bool
 
 
@@ -51,6 +43,7 @@ def attention_weights(
     seed: int | Tensor | None = None,
     average_heads: bool = True,
     backend: str | None = None,
+    validate: bool = False,
 ) -> Tensor:
     """The weights with which `cross_attention` sums the values, by default their mean over heads.
 
@@ -60,7 +53,7 @@ def attention_weights(
     same seed the dropped weights are those that `cross_attention` drops.
 
     Args:
-        q, k, mask, bias, scale, softcap, dropout_p, seed: as in `cross_attention`.
+        q, k, mask, bias, scale, softcap, dropout_p, seed, validate: as in `cross_attention`.
         lse: [B, Hq, Nq] float32 (float64 for float64 inputs), what `cross_attention` returned for
             the same arguments; it saves computing it again and receives a gradient. The weights
             of a row then sum to 1 only if it is that row's lse.
@@ -75,6 +68,9 @@ def attention_weights(
     Raises:
         TypeError, ValueError: an argument of a wrong type, shape, dtype, device or range.
         RuntimeError: the named backend has reasons against this call.
+
+    Source: the average is that of `torch.nn.MultiheadAttention`; recomputing probabilities from lse
+    is that of Dao et al., "FlashAttention" (2022).
     """
     x = check(
         q,
@@ -87,34 +83,19 @@ def attention_weights(
         dropout_p=dropout_p,
         seed=seed,
         average_heads=average_heads,
+        validate=validate,
     )
     return choose("attention_weights", BACKENDS, x, backend).run(x)
 
 
-def check(
-    q, k, *, lse=None, mask=None, bias=None, scale=None, softcap=None, dropout_p=0.0, seed=None,
-    average_heads=True,
-) -> AttentionWeightsInputs:  # fmt: skip
+def check(q, k, *, lse=None, average_heads=True, **options) -> AttentionWeightsInputs:
     """The checked inputs of one call; raises TypeError or ValueError naming the argument."""
-    check_tensors(q, k, None)
-    interval, mask = check_mask(mask, q, k, validate=False)
-    dropout_p, seed = check_dropout(dropout_p, seed, q)
+    x = check_inputs(q, k, k, **options)
     return AttentionWeightsInputs(
-        q=q,
-        k=k,
-        v=k,
-        interval=interval,
-        mask=mask,
-        bias=check_bias(bias, q, k),
-        scale=check_scale(scale, q),
-        softcap=check_softcap(softcap),
-        dropout_p=dropout_p,
-        seed=seed,
-        return_lse=False,
-        return_statistics=False,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
+        **vars(x),
         lse=check_lse(lse, q),
         own_lse=None,
+        own_lse_low=None,
         average_heads=average_heads,
     )
 
@@ -144,11 +125,11 @@ def run_eager(x: AttentionWeightsInputs) -> Tensor:
 
 
 def run_triton(x: AttentionWeightsInputs) -> Tensor:
-    lse = x.own_lse if x.lse is None else x.lse
+    lse, lse_low = (x.own_lse, x.own_lse_low) if x.lse is None else (x.lse, None)
     if lse is None:  # a forward pass over the narrowest values there are
         narrow = replace(x, v=x.k[..., :16], dropout_p=0.0, seed=None, return_lse=True)
         with torch.no_grad():
-            lse = triton_cross_attention(narrow).lse
+            (_, lse, *_), lse_low = triton_attend(narrow)
     scale_tensor = x.scale if isinstance(x.scale, Tensor) else None
     options = (
         math.nan if scale_tensor is not None else x.scale,
@@ -161,7 +142,7 @@ def run_triton(x: AttentionWeightsInputs) -> Tensor:
     # torch.compile refuses an autograd Function that gets one tensor twice
     k = x.k.view(x.k.shape) if x.k is x.q else x.k
     weights = AttentionWeightsFunction.apply(
-        x.q, k, x.bias, scale_tensor, lse, *x.bounds(), x.mask, x.seed, options
+        x.q, k, x.bias, scale_tensor, lse, lse_low, *x.bounds(), x.mask, x.seed, options
     )
     return weights[:, 0] if x.average_heads else weights
 
@@ -178,20 +159,21 @@ class AttentionWeightsFunction(torch.autograd.Function):
     """Wires the launchers into autograd; nothing is computed here."""
 
     @staticmethod
-    def forward(ctx, q, k, bias, scale, lse, start, stop, mask, seed, options):
+    def forward(ctx, q, k, bias, scale, lse, lse_low, start, stop, mask, seed, options):
         launch = forward_op if torch.compiler.is_compiling() else launch_forward
-        ctx.save_for_backward(q, k, bias, scale, lse, start, stop, mask, seed)
+        ctx.save_for_backward(q, k, bias, scale, lse, lse_low, start, stop, mask, seed)
         ctx.options = options
-        return launch(q, k, bias, scale, lse, start, stop, mask, seed, *options)
+        return launch(q, k, bias, scale, lse, lse_low, start, stop, mask, seed, *options)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dweights):
         launch = backward_op if torch.compiler.is_compiling() else launch_backward
-        needs = ctx.needs_input_grad[:5]
-        grads = launch(dweights, *ctx.saved_tensors, *ctx.options, needs)
-        grads = (g if needed else None for g, needed in zip(grads, needs, strict=True))
-        return *grads, *[None] * 5
+        needs, saved = ctx.needs_input_grad[:5], ctx.saved_tensors
+        with torch.no_grad():
+            grads = launch(dweights, *saved, *ctx.options, needs)
+        grads = tuple(g if needed else None for g, needed in zip(grads, needs, strict=True))
+        grads = refuse_double_backward("attention_weights", grads, (dweights, *saved[:5]))
+        return *grads, *[None] * 6
 
 
 def launch_forward(
@@ -200,6 +182,7 @@ def launch_forward(
     bias: Tensor | None,
     scale_tensor: Tensor | None,
     lse: Tensor,
+    lse_low: Tensor | None,
     start: Tensor | None,
     stop: Tensor | None,
     mask: Tensor | None,
@@ -215,8 +198,8 @@ def launch_forward(
     from .triton_kernels import attention_weights as kernels
 
     return kernels.forward(
-        q, k, bias, scale_tensor, lse, start, stop, mask, seed, scale, softcap, dropout_p,
-        average_heads, own_lse, allow_tf32,
+        q, k, bias, scale_tensor, lse, lse_low, start, stop, mask, seed, scale, softcap,
+        dropout_p, average_heads, allow_tf32,
     )  # fmt: skip
 
 
@@ -227,6 +210,7 @@ def launch_backward(
     bias: Tensor | None,
     scale_tensor: Tensor | None,
     lse: Tensor,
+    lse_low: Tensor | None,
     start: Tensor | None,
     stop: Tensor | None,
     mask: Tensor | None,
@@ -243,7 +227,7 @@ def launch_backward(
     from .triton_kernels import attention_weights as kernels
 
     return kernels.backward(
-        dweights, q, k, bias, scale_tensor, lse, start, stop, mask, seed, scale, softcap,
+        dweights, q, k, bias, scale_tensor, lse, lse_low, start, stop, mask, seed, scale, softcap,
         dropout_p, average_heads, own_lse, allow_tf32, needs,
     )  # fmt: skip
 
@@ -258,15 +242,15 @@ backward_op = torch.library.custom_op(
 
 
 @forward_op.register_fake
-def fake_forward(q, k, bias, scale_tensor, lse, start, stop, mask, seed, scale, softcap, dropout_p,
-                 average_heads, own_lse, allow_tf32):  # fmt: skip
+def fake_forward(q, k, bias, scale_tensor, lse, lse_low, start, stop, mask, seed, scale, softcap,
+                 dropout_p, average_heads, own_lse, allow_tf32):  # fmt: skip
     B, Hq, Nq, _ = q.shape
     return q.new_empty((B, 1 if average_heads else Hq, Nq, k.shape[2]))
 
 
 @backward_op.register_fake
-def fake_backward(dweights, q, k, bias, scale_tensor, lse, start, stop, mask, seed, scale, softcap,
-                  dropout_p, average_heads, own_lse, allow_tf32, needs):  # fmt: skip
+def fake_backward(dweights, q, k, bias, scale_tensor, lse, lse_low, start, stop, mask, seed, scale,
+                  softcap, dropout_p, average_heads, own_lse, allow_tf32, needs):  # fmt: skip
     from .triton_kernels import launch as kernels
 
     rows = [kernels.empty_rows(t, t.shape[3]) for t in (q, k)]

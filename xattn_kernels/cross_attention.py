@@ -1,6 +1,7 @@
 """`cross_attention`: the public op, its autograd Function and its custom ops.
 
-The equations are in `reference.py`; the kernels of the `triton` backend in `triton_kernels/`.
+The equations are in `reference.py`, the kernels of the `triton` backend in
+`triton_kernels/cross_attention.py` and, for the gradient of a bias, `bias_gradient.py`.
 """
 
 from __future__ import annotations
@@ -41,9 +42,7 @@ def cross_attention(
 
     A query without any allowed key gets out = 0, lse = -inf and zero gradients on every backend.
     Keys before the first or after the last interval of their batch element are never used, so
-    padding may hold anything there, NaN included. The backward recomputes p = exp(s - lse): a row
-    whose scores are all below about -1e4 loses precision in its gradients; forbid such rows by
-    mask rather than by a large negative bias.
+    padding may hold anything there, NaN included.
 
     Args:
         q: [B, Hq, Nq, D], float32, float16 or bfloat16 (float64 on the eager and sdpa backends);
@@ -113,6 +112,11 @@ def triton_reasons(x: CrossAttentionInputs) -> list[str]:
 
 
 def triton_run(x: CrossAttentionInputs) -> CrossAttentionResult:
+    return triton_attend(x)[0]
+
+
+def triton_attend(x: CrossAttentionInputs) -> tuple[CrossAttentionResult, Tensor | None]:
+    """(result, what float32 cannot hold of its lse where there is a bias); see the launcher."""
     start, stop = x.bounds()
     # torch.compile refuses an autograd Function that gets one tensor twice
     k = x.k.view(x.k.shape) if x.k is x.q else x.k
@@ -125,11 +129,12 @@ def triton_run(x: CrossAttentionInputs) -> CrossAttentionResult:
         x.return_statistics,
         allow_tf32(),
     )
-    out, lse, entropy, max_probability = CrossAttentionFunction.apply(
+    out, lse, lse_low, *statistics = CrossAttentionFunction.apply(
         x.q, k, v, x.bias, scale_tensor, start, stop, x.mask, x.seed, options
     )
-    statistics = (entropy, max_probability) if x.return_statistics else (None, None)
-    return CrossAttentionResult(out, lse if x.return_lse else None, *statistics)
+    statistics = statistics if x.return_statistics else (None, None)
+    result = CrossAttentionResult(out, lse if x.return_lse else None, *statistics)
+    return result, None if x.bias is None else lse_low
 
 
 BACKENDS = (
@@ -148,14 +153,13 @@ class CrossAttentionFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         launch = forward_op if torch.compiler.is_compiling() else launch_forward
         results = launch(q, k, v, bias, scale, start, stop, mask, seed, *options)
-        out, lse, entropy, max_probability = results
-        ctx.save_for_backward(q, k, v, bias, scale, start, stop, mask, seed, out, lse, entropy)
+        ctx.save_for_backward(q, k, v, bias, scale, start, stop, mask, seed, *results[:4])
         ctx.options = options
-        ctx.mark_non_differentiable(max_probability)
+        ctx.mark_non_differentiable(results[2], results[4])  # lse_low, max_probability
         return results
 
     @staticmethod
-    def backward(ctx, dout, dlse, dentropy, _):
+    def backward(ctx, dout, dlse, _, dentropy, __):
         saved = ctx.saved_tensors
         launch = backward_op if torch.compiler.is_compiling() else launch_backward
         with torch.no_grad():
@@ -163,23 +167,30 @@ class CrossAttentionFunction(torch.autograd.Function):
         grads = tuple(
             g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[:5], strict=True)
         )
-        if torch.is_grad_enabled():
-            grads = RefuseDoubleBackward.apply(dout, *saved[:5], *grads)
+        grads = refuse_double_backward("cross_attention", grads, (dout, *saved[:5]))
         return *grads, *[None] * 5
 
 
+def refuse_double_backward(op: str, grads: tuple, sources: tuple) -> tuple:
+    """The gradients; differentiating them again, by way of `sources`, is an error that says so."""
+    if not torch.is_grad_enabled():
+        return grads
+    return RefuseDoubleBackward.apply(op, len(grads), *grads, *sources)
+
+
 class RefuseDoubleBackward(torch.autograd.Function):
-    """Identity on the gradients that says so when somebody differentiates them again."""
+    """Identity on the first n of the tensors, without a derivative."""
 
     @staticmethod
-    def forward(ctx, dout, q, k, v, bias, scale, *grads):
-        return tuple(None if g is None else g.view_as(g) for g in grads)
+    def forward(ctx, op, n, *tensors):
+        ctx.op = op
+        return tuple(None if g is None else g.view_as(g) for g in tensors[:n])
 
     @staticmethod
     def backward(ctx, *_):
         raise RuntimeError(
-            "cross_attention: the kernels have no double backward; use backend='eager' for "
-            "second derivatives"
+            f"{ctx.op}: the kernels have no double backward; use backend='eager' for second "
+            "derivatives"
         )
 
 
@@ -198,8 +209,8 @@ def launch_forward(
     dropout_p: float,
     statistics: bool,
     allow_tf32: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(out, lse, entropy, max_probability); the last two have no elements without statistics."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(out, lse, lse_low, entropy, max_probability); what is not asked for has no elements."""
     from .triton_kernels import cross_attention as kernels
 
     return kernels.forward(
@@ -223,6 +234,7 @@ def launch_backward(
     seed: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    lse_low: Tensor,
     entropy: Tensor,
     scale: float,
     softcap: float,
@@ -238,7 +250,7 @@ def launch_backward(
     dentropy = dentropy if statistics else None
     return kernels.backward(
         dout, dlse, dentropy, q, k, v, bias, scale_tensor, start, stop, mask, seed, out, lse,
-        entropy, scale, softcap, dropout_p, allow_tf32, needs,
+        lse_low, entropy, scale, softcap, dropout_p, allow_tf32, needs,
     )  # fmt: skip
 
 
@@ -259,15 +271,16 @@ def fake_forward(
 ):  # fmt: skip
     from .triton_kernels import launch as kernels
 
-    row = q.new_empty(q.shape[:3], dtype=torch.float32)
-    extra = row if statistics else row.new_empty(0)
-    return kernels.empty_rows(q, v.shape[3]), row, torch.empty_like(extra), torch.empty_like(extra)
+    wanted = (True, bias is not None, statistics, statistics)
+    shapes = (q.shape[:3] if w else (0,) for w in wanted)
+    rows = (q.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    return kernels.empty_rows(q, v.shape[3]), *rows
 
 
 @backward_op.register_fake
 def fake_backward(
-    dout, dlse, dentropy, q, k, v, bias, scale_tensor, start, stop, mask, seed, out, lse, entropy,
-    scale, softcap, dropout_p, statistics, allow_tf32, needs,
+    dout, dlse, dentropy, q, k, v, bias, scale_tensor, start, stop, mask, seed, out, lse, lse_low,
+    entropy, scale, softcap, dropout_p, statistics, allow_tf32, needs,
 ):  # fmt: skip
     from .triton_kernels import launch as kernels
 

@@ -60,37 +60,10 @@ class CrossAttentionInputs:
         return self.interval.expand(self.B, self.Nq) if self.interval else (None, None)
 
 
-def check_tensors(q: Tensor, k: Tensor, v: Tensor | None) -> None:
-    """Raises unless q, k (and v) agree in rank, sizes, heads, dtype, device and layout."""
-    named = {"q": q, "k": k} | ({"v": v} if v is not None else {})
-    for name, t in named.items():
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
-        if t.dim() != 4:
-            heads = "Hq, Nq, D" if name == "q" else "Hkv, Nk, " + ("D" if name == "k" else "Dv")
-            raise ValueError(
-                f"{name} must have 4 dimensions [B, {heads}], got shape {tuple(t.shape)}"
-            )
-        if not t.dtype.is_floating_point:
-            raise TypeError(f"{name} must be a floating-point tensor, got {t.dtype}")
-        if t.dtype != q.dtype:
-            raise TypeError(
-                f"q, k and v must share one dtype, got q {q.dtype} and {name} {t.dtype}"
-            )
-        if t.device != q.device:
-            raise ValueError(
-                f"q, k and v must be on one device, got q on {q.device} and {name} on {t.device}"
-            )
-        if t.shape[3] > 1 and t.stride(3) != 1:
-            raise ValueError(
-                f"the last dimension of {name} must be contiguous (stride 1), got stride "
-                f"{t.stride(3)}; call .contiguous() on it"
-            )
-        if t.shape[0] != q.shape[0]:
-            raise ValueError(
-                f"q, k and v must share the batch size, got q {q.shape[0]} and {name} "
-                f"{t.shape[0]} (expand() makes a broadcast batch without a copy)"
-            )
+def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raises unless q, k and v agree in rank, sizes, heads, dtype, device and layout."""
+    for name, t in {"q": q, "k": k, "v": v}.items():
+        check_tensor(name, t, q)
     if q.shape[3] < 1 or k.shape[3] != q.shape[3]:
         raise ValueError(f"q and k must share a head width D >= 1, got {q.shape[3]}, {k.shape[3]}")
     if min(q.shape[1], k.shape[1]) < 1 or q.shape[1] % k.shape[1]:
@@ -98,9 +71,36 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor | None) -> None:
             f"the query heads must be a multiple of the key heads, got Hq={q.shape[1]} and "
             f"Hkv={k.shape[1]}"
         )
-    if v is not None and v.shape[1:3] != k.shape[1:3]:
+    if v.shape[1:3] != k.shape[1:3]:
         raise ValueError(
             f"k and v must share [B, Hkv, Nk], got {tuple(k.shape[:3])} and {tuple(v.shape[:3])}"
+        )
+
+
+def check_tensor(name: str, t: Tensor, q: Tensor) -> None:
+    """Raises unless `t` is a 4-d tensor like q in dtype, device and batch size."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    if t.dim() != 4:
+        heads = "Hq, Nq, D" if name == "q" else "Hkv, Nk, " + ("D" if name == "k" else "Dv")
+        raise ValueError(f"{name} must have 4 dimensions [B, {heads}], got shape {tuple(t.shape)}")
+    if not t.dtype.is_floating_point:
+        raise TypeError(f"{name} must be a floating-point tensor, got {t.dtype}")
+    if t.dtype != q.dtype:
+        raise TypeError(f"q, k and v must share one dtype, got q {q.dtype} and {name} {t.dtype}")
+    if t.device != q.device:
+        raise ValueError(
+            f"q, k and v must be on one device, got q on {q.device} and {name} on {t.device}"
+        )
+    if t.shape[3] > 1 and t.stride(3) != 1:
+        raise ValueError(
+            f"the last dimension of {name} must be contiguous (stride 1), got stride "
+            f"{t.stride(3)}; call .contiguous() on it"
+        )
+    if t.shape[0] != q.shape[0]:
+        raise ValueError(
+            f"q, k and v must share the batch size, got q {q.shape[0]} and {name} "
+            f"{t.shape[0]} (expand() makes a broadcast batch without a copy)"
         )
 
 

@@ -12,7 +12,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .. import by_head, sdpa
 from ..attention_weights import AttentionWeightsInputs, attention_weights
-from ..cross_attention import cross_attention
+from ..cross_attention import cross_attention, triton_attend
 from ..dispatch import choose, report
 from ..inputs import CrossAttentionInputs, check_inputs
 from ..masks import KeyInterval
@@ -165,10 +165,13 @@ class MultiheadAttention(nn.Module):
         backend = choose("MultiheadAttention", BACKENDS, x, self.backend)
         if backend.name == "sdpa" and sdpa.reasons(x):
             return by_head.attend(replace(x, seed=None), out=True, average_heads=average)
-        out, lse, *_ = backend.run(x)
+        attend = triton_attend if backend.name == "triton" else lambda x: (backend.run(x), None)
+        (out, lse, *_), lse_low = attend(x)
         if average is None:
             return out, None
-        y = AttentionWeightsInputs(**vars(x), lse=None, own_lse=lse.detach(), average_heads=average)
+        y = AttentionWeightsInputs(
+            **vars(x), lse=None, own_lse=lse.detach(), own_lse_low=lse_low, average_heads=average
+        )
         ops = attention_weights.backends
         return out, choose("MultiheadAttention", ops, y, backend.name).run(y)
 
