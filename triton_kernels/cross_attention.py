@@ -195,7 +195,9 @@ def dq_kernel(
             stride_dweights, row_mask[:, None], j[None, :], Nk,
         )  # fmt: skip
         dp = kept(times(dp, p_factor), seed, b, h[:, None], i[:, None], j[None, :], threshold)
-        ds_capped, ds = score_gradient(p, log2_p, dp, row_delta, row_dentropy, th, softcap)
+        ds_capped, ds = score_gradient(
+            p, log2_p, dp, row_delta, dentropy, row_dentropy, th, softcap
+        )
         if dlse is not None:
             row_ds += tl.sum(ds_capped, 1)
         acc = dot_into(acc, ds.to(k_tile[0].dtype), k_tile, CHUNKS, PRECISION)
@@ -303,7 +305,7 @@ def dkdv_kernel(
                 row_mask[None, :], j[:, None], Nk,
             )  # fmt: skip
             dp = kept(times(dp, p_factor), seed, b, h[None, :], i[None, :], j[:, None], threshold)
-            _, ds = score_gradient(p, log2_p, dp, row_delta, row_dentropy, th, softcap)
+            _, ds = score_gradient(p, log2_p, dp, row_delta, dentropy, row_dentropy, th, softcap)
             if cut:  # padding may hold NaN, and 0 * NaN would reach its own dk
                 first, last = column_bounds(
                     start, stop, stride_start, stride_stop, b, i, row_mask, Nk

@@ -79,13 +79,11 @@ def natural(t, bias):
 
 @triton.jit
 def log2_probability(s, lse, lse_low, bias):
-    """log2 p = s - lse; `lse_low` is what float32 could not hold of a lse of bias and all."""
-    t = s - lse
+    """log2 p = s - lse; `lse_low`, in log2 units, is what float32 cannot hold of lse, or 0."""
     if bias is not None:
-        t *= LOG2E
-    if lse_low is not None:
-        t -= lse_low
-    return t
+        return (s - lse) * LOG2E - lse_low
+    else:
+        return s - lse
 
 
 @triton.jit
@@ -127,12 +125,12 @@ def plus_weight_gradient(dp, dweights, rows, stride, row_mask, j, Nk):
 
 
 @triton.jit
-def score_gradient(p, log2_p, dp, delta, dentropy, th, softcap):
+def score_gradient(p, log2_p, dp, delta, dentropy, row_dentropy, th, softcap):
     """(ds, ds before the softcap), eq. ds; delta already holds -dlse + dentropy * entropy."""
     ds = dp - delta
     if dentropy is not None:
         # p = 0 has log2 p = -inf, and its term is 0
-        ds -= dentropy * tl.where(p > 0, log2_p * LN2, 0.0)
+        ds -= row_dentropy * tl.where(p > 0, log2_p * LN2, 0.0)
     ds = p * ds
     if softcap is not None:
         return ds, ds * (1.0 - th * th)

@@ -195,13 +195,13 @@ def tiles_reach(bounds, t0, n_tiles, key_begin, key_end):
 
 @triton.jit
 def load_rows(lse, lse_low, delta, dentropy, rows, row_mask, AXIS: tl.constexpr):
-    """(lse, lse_low, delta, dentropy) of rows, with a dimension of one at AXIS; None stays None.
+    """(lse, lse_low, delta, dentropy) of rows, with a dimension of one at AXIS; 0 for None.
 
     lse is +inf for a row without keys and for no row: p = 0.
     """
     row_lse = tl.expand_dims(tl.load(lse + rows, row_mask, float("inf")), AXIS)
     row_delta = tl.expand_dims(tl.load(delta + rows, row_mask, 0.0), AXIS)
-    row_low, row_dentropy = lse_low, dentropy
+    row_low, row_dentropy = 0.0, 0.0
     if lse_low is not None:
         row_low = tl.expand_dims(tl.load(lse_low + rows, row_mask, 0.0), AXIS)
     if dentropy is not None:
