@@ -53,12 +53,8 @@ CASES = {
     "bias_infinite": lambda: {
         "bias": torch.zeros(NQ, NK).masked_fill(some_rows_empty(NQ, NK).logical_not(), -torch.inf),
     },
-    "bias_lowest_rows": lambda: {
-        "bias": torch.where(torch.arange(NQ)[:, None] % 2 == 0, -1e9, torch.randn(NQ, NK))
-    },
-    "mask_and_bias": lambda: {
-        "mask": some_rows_empty(B, 1, NQ, NK), "bias": torch.randn(HQ, 1, NK),
-    },
+    "bias_lowest": lambda: {"bias": torch.randn(NQ, NK).index_fill(0, torch.arange(0, 9), -1e9)},
+    "mask_and_bias": lambda: {"mask": some_rows_empty(B, 1, NQ, NK), "bias": torch.randn(2, 1, NK)},
     "softcap": lambda: {"softcap": 1.5},
     "scale": lambda: {"scale": 0.3},
     "scale_tensor": lambda: {"scale": 0.1 + 0.2 * torch.rand(1)},

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from calls import assert_right, build
-from cases import CASES
+from cases import CASES, PAIRS
 from conftest import modes
 from xattn_kernels import sdpa
 from xattn_kernels.cross_attention import cross_attention, triton_reasons
@@ -16,8 +16,19 @@ from xattn_kernels.cross_attention import cross_attention, triton_reasons
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
-@each_case
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def interpreted() -> list:
+    """Every case in two dtypes. Many row tiles, pairs of flags and float16 are left out of a fast
+    run: the interpreter is slow by the tile."""
+    found = []
+    for dtype in (torch.float32, torch.float16):
+        for case in CASES:
+            slow = dtype == torch.float16 or case.Nq > 35 or case in PAIRS
+            marks = [pytest.mark.slow] * slow
+            found.append(pytest.param(case, dtype, id=f"{case}-{str(dtype)[6:]}", marks=marks))
+    return found
+
+
+@pytest.mark.parametrize(("case", "dtype"), interpreted())
 @pytest.mark.parametrize("mode", modes("interpreter"), indirect=True)
 def test_triton(mode, case, dtype):
     assert triton_reasons(build(case, dtype).inputs()) == []

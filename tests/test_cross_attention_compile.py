@@ -39,6 +39,7 @@ def op_arguments(call):
     return (*tensors, *options), (*upstream, *tensors, *saved, *options, needs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
 def test_custom_ops(mode, flags):
     call = build(Case("opcheck", **BASE | flags), mode.dtypes[1], mode.device)
@@ -140,6 +141,7 @@ class Allocations(TorchDispatchMode):
         return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
