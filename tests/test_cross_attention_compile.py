@@ -48,6 +48,7 @@ def test_custom_ops(mode, flags):
     torch.library.opcheck(backward_op, backward)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
 @pytest.mark.parametrize("layout", ["BHND", "BNHD"])
 def test_fakes_have_the_strides_of_the_results(mode, flags, layout):

@@ -142,7 +142,7 @@ def test_same_results_in_lower_precision(dtype, call):
 
 @pytest.mark.parametrize("mode", modes("interpreter", "gpu"), indirect=True)
 @pytest.mark.parametrize("call", ["plain", "both_bool", "attn_float_3d", "causal_hint"])
-@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("need_weights", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_same_results_from_the_kernels(mode, need_weights, call):
     with torch.device(mode.device):
         theirs, ours = pair(torch.float32, backend="triton")
