@@ -14,7 +14,6 @@ import contextlib
 import csv
 import io
 import itertools
-import json
 import multiprocessing
 import re
 import sys
@@ -79,9 +78,16 @@ def cases() -> list[Case]:
         for regime, rows in regimes[::3]:
             name = f"{regime}{rows}-D{D}-all-flags-{dtype}"
             found.append(Case(name, D, D, dtype, rows, flags=" ".join(FLAGS)))
-    for D, (regime, rows) in itertools.product((64, 128, 256), regimes[1:]):
+    for D, (regime, rows) in itertools.product((64, 128, 256), regimes):
         name = f"{regime}{rows}-D{D}-weights"
         found.append(Case(name, D, D, "bfloat16", rows, flags="weights"))
+    flagged = "weights mask bias scale softcap dropout"
+    for D, (regime, rows) in itertools.product((64, 256), regimes[::3]):
+        found.append(
+            Case(f"{regime}{rows}-D{D}-weights-flags", D, D, "bfloat16", rows, flags=flagged)
+        )
+    for D in (64, 128, 256):
+        found.append(Case(f"many2048-D{D}-weights-float32", D, D, "float32", 2048, flags=flagged))
     for D in (64, 128):
         found.append(Case(f"many2048-D{D}-dense", D, D, "bfloat16", 2048, interval=False))
     found.append(Case("many2048-D64-float16", 64, 64, "float16", 2048))
@@ -164,15 +170,15 @@ def launch(case: Case) -> None:
     options = (0.125, 30.0 if "softcap" in flags else 0.0, 0.1 if "dropout" in flags else 0.0)
     if "weights" in flags:
         lse = empty(B, Hq, case.rows, dtype=torch.float32)
-        call = (q, k, *operands[3:5], lse, *operands[5:], *options, True, True, False)
-        weights = attention_weights.forward(*call)
-        attention_weights.backward(weights, *call, [True, True, False, False, False])
+        call = (q, k, *operands[3:5], lse, None, *operands[5:], *options, True)
+        weights = attention_weights.forward(*call, False)
+        attention_weights.backward(weights, *call, True, False, [True, True, False, False, False])
         return
     statistics = "statistics" in flags
-    out, lse, entropy, _ = kernels.forward(*operands, *options, statistics, False)
+    *saved, _ = kernels.forward(*operands, *options, statistics, False)
     needs = [True, True, True, operands[3] is not None, operands[4] is not None]
-    dentropy = lse if statistics else None
-    kernels.backward(out, None, dentropy, *operands, out, lse, entropy, *options, False, needs)
+    dentropy = saved[1] if statistics else None
+    kernels.backward(saved[0], None, dentropy, *operands, *saved, *options, False, needs)
 
 
 def resources(log: str) -> dict[str, int]:
@@ -238,9 +244,7 @@ def main() -> int:
     parser.add_argument("--match", default="", help="only cases whose name contains this")
     parser.add_argument("--every", type=int, default=1, help="only each n-th task: a sample")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument(
-        "--out", type=Path, help="folder for compile_grid_triton<version>.{json,csv}"
-    )
+    parser.add_argument("--out", type=Path, help="folder for compile_grid_triton<version>.csv")
     args = parser.parse_args()
     tasks = [(arch, c) for c in cases() if args.match in c.name for arch in args.arch][
         :: args.every
@@ -268,13 +272,10 @@ def main() -> int:
 
 def write(rows: list[Row], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    stem = folder / f"compile_grid_triton{rows[0].triton}"
-    table = [asdict(row) for row in rows]
-    Path(f"{stem}.json").write_text(json.dumps(table, indent=0) + "\n")
-    with open(f"{stem}.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)])
+    with open(folder / f"compile_grid_triton{rows[0].triton}.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(table)
+        writer.writerows(asdict(row) for row in rows)
 
 
 if __name__ == "__main__":

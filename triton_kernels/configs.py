@@ -43,6 +43,7 @@ class Row:
 ALL = ("hopper", "blackwell", "ampere", "small")
 HOPPER, WGMMA, MMA = ("hopper",), ("hopper", "blackwell"), ("ampere", "small")
 NOT_HOPPER, LARGE, SMALL = ("blackwell", *MMA), ("blackwell", "ampere"), ("small",)
+NOT_SMALL = ("hopper", *LARGE)
 HALF, FLOAT32 = 2, 4
 
 
@@ -66,8 +67,11 @@ TABLE = {
                (256, ANY, (32, 32, 8, 1))),
         *_rows(ALL, FLOAT32, None, True, (128, 16, (16, 16, 4, 1)), (128, ANY, (32, 32, 8, 1)),
                (256, ANY, (16, 16, 8, 1))),
+        *_rows(ALL, FLOAT32, False, False, (64, ANY, (32, 32, 8, 1))),
         *_rows(ALL, FLOAT32, None, None, (128, 16, (16, 32, 4, 1)), (64, ANY, (32, 32, 4, 1)),
-               (128, ANY, (32, 32, 8, 1)), (256, ANY, (16, 32, 8, 1))),
+               (128, ANY, (32, 32, 8, 1))),
+        *_rows(ALL, FLOAT32, False, None, (256, ANY, (16, 16, 8, 1))),
+        *_rows(ALL, FLOAT32, True, None, (256, ANY, (16, 32, 8, 1))),
     ],
     # one tile of query rows walks its keys and keeps dq
     "dq": [
@@ -75,10 +79,13 @@ TABLE = {
         *_rows(WGMMA, HALF, True, None, (128, ANY, (128, 64, 8, 2)), (256, ANY, (128, 32, 8, 2))),
         *_rows(MMA, HALF, True, None, (64, ANY, (64, 32, 4, 2)), (128, ANY, (64, 64, 8, 2)),
                (256, ANY, (64, 32, 8, 1))),
+        *_rows(ALL, HALF, False, True, (128, ANY, (16, 32, 8, 1))),
         *_rows(ALL, HALF, False, None, (128, ANY, (32, 32, 4, 1)), (256, ANY, (32, 32, 8, 1))),
-        *_rows(ALL, FLOAT32, False, None, (64, ANY, (16, 32, 4, 1))),
-        *_rows(ALL, FLOAT32, None, None, (64, ANY, (32, 32, 4, 1)), (128, ANY, (32, 32, 8, 1)),
-               (256, ANY, (16, 32, 8, 1))),
+        *_rows(ALL, FLOAT32, False, None, (64, ANY, (32, 32, 8, 1))),
+        *_rows(ALL, FLOAT32, True, True, (128, ANY, (32, 32, 4, 1))),
+        *_rows(ALL, FLOAT32, None, None, (64, ANY, (32, 32, 4, 1)), (128, ANY, (32, 32, 8, 1))),
+        *_rows(ALL, FLOAT32, False, None, (256, ANY, (16, 16, 8, 1))),
+        *_rows(ALL, FLOAT32, True, None, (256, ANY, (16, 32, 8, 1))),
     ],
     # the same with dk and dv written as it goes: used while all rows fit one tile; None: never
     "fused": [
@@ -87,7 +94,10 @@ TABLE = {
         *_rows(WGMMA, HALF, True, None, (64, 16, (16, 64, 4, 3)), (64, 32, (32, 64, 4, 2))),
         *_rows(ALL, HALF, True, None, (128, 16, (16, 32, 4, 2)), (128, 32, (32, 32, 4, 2))),
         *_rows(WGMMA, HALF, True, None, (64, 64, (64, 64, 4, 2))),
-        *_rows(ALL, HALF, True, None, (128, ANY, (64, 32, 8, 1)), (256, ANY, (16, 32, 4, 2))),
+        *_rows(ALL, HALF, True, None, (128, ANY, (64, 32, 8, 1))),
+        *_rows(SMALL, HALF, True, None, (256, ANY, (16, 32, 8, 1))),
+        *_rows(NOT_SMALL, HALF, True, None, (256, ANY, (16, 32, 4, 2))),
+        *_rows(ALL, HALF, False, True, (128, 16, (16, 16, 4, 1))),
         *_rows(ALL, HALF, False, None, (128, 16, (16, 32, 4, 1)), (128, ANY, (32, 16, 4, 1)),
                (256, ANY, (16, 16, 4, 1))),
         *_rows(ALL, FLOAT32, False, None, (64, ANY, (16, 16, 4, 1)), (256, ANY, None)),
@@ -97,20 +107,23 @@ TABLE = {
     # one tile of keys walks the rows that reach it and keeps dk and dv
     "dkdv": [
         *_rows(NOT_HOPPER, HALF, True, True, (128, ANY, (32, 16, 4, 1)),
-               (256, ANY, (32, 16, 8, 1))),
+               (256, ANY, (16, 32, 8, 1))),
         *_rows(HOPPER, HALF, True, None, (64, ANY, (64, 128, 8, 2)), (128, ANY, (32, 128, 8, 2))),
         *_rows(HOPPER, HALF, True, True, (256, ANY, (32, 16, 8, 1))),
         *_rows(HOPPER, HALF, True, None, (256, ANY, (64, 32, 8, 1))),
-        *_rows(NOT_HOPPER, HALF, True, None, (64, ANY, (32, 32, 4, 2)), (128, ANY, (64, 32, 8, 2))),
+        *_rows(SMALL, HALF, True, None, (64, ANY, (32, 32, 8, 2))),
+        *_rows(LARGE, HALF, True, None, (64, ANY, (32, 32, 4, 2))),
+        *_rows(NOT_HOPPER, HALF, True, None, (128, ANY, (64, 32, 8, 2))),
         *_rows(LARGE, HALF, True, None, (256, ANY, (64, 32, 8, 1))),
         *_rows(SMALL, HALF, True, None, (256, ANY, (32, 32, 8, 1))),
         *_rows(ALL, HALF, False, True, (128, ANY, (32, 16, 4, 1))),
-        *_rows(ALL, HALF, False, None, (64, ANY, (32, 16, 4, 1)), (128, ANY, (64, 32, 8, 1)),
+        *_rows(ALL, HALF, False, None, (64, ANY, (32, 32, 8, 1)), (128, ANY, (64, 32, 8, 1)),
                (256, ANY, (32, 16, 8, 1))),
         *_rows(ALL, FLOAT32, False, False, (64, ANY, (32, 32, 8, 1))),
         *_rows(ALL, FLOAT32, None, True, (128, ANY, (16, 16, 4, 1))),
-        *_rows(ALL, FLOAT32, None, None, (64, ANY, (64, 32, 4, 1)), (128, ANY, (32, 32, 8, 1)),
-               (256, ANY, (16, 16, 8, 1))),
+        *_rows(ALL, FLOAT32, None, None, (64, ANY, (32, 64, 8, 1)), (128, ANY, (16, 32, 8, 1))),
+        *_rows(ALL, FLOAT32, False, None, (256, ANY, (16, 32, 16, 1))),
+        *_rows(ALL, FLOAT32, True, None, (256, ANY, (16, 16, 8, 1))),
     ],
     # one tile of the attention weights walks the heads
     "weights": [
@@ -119,35 +132,48 @@ TABLE = {
         *_rows(ALL, HALF, False, None, (128, 16, (16, 64, 4, 1)), (128, ANY, (64, 32, 4, 1)),
                (256, ANY, (64, 32, 8, 1))),
         *_rows(ALL, FLOAT32, None, None, (64, ANY, (32, 32, 4, 1)), (128, ANY, (32, 32, 8, 1)),
-               (256, ANY, (16, 32, 8, 1))),
+               (256, ANY, (16, 32, 4, 1))),
     ],
     # one tile of the bias walks what is summed into it
     "dbias": [
-        *_rows(ALL, HALF, None, None, (128, ANY, (64, 32, 4, 1)), (256, ANY, (64, 32, 8, 1))),
+        *_rows(ALL, HALF, None, None, (128, ANY, (64, 32, 8, 1)), (256, ANY, (32, 16, 8, 1))),
         *_rows(ALL, FLOAT32, None, None, (64, ANY, (32, 32, 4, 1)), (128, ANY, (32, 32, 8, 1)),
-               (256, ANY, (16, 32, 8, 1))),
+               (256, ANY, (32, 16, 8, 1))),
     ],
 }  # fmt: skip
 
 
-def column_chunks(width: int) -> tuple[int, ...]:
-    """Powers of two from 16 up that sum to `width`, rounded up to a multiple of 16."""
+def column_chunks(width: int, itemsize: int) -> tuple[int, ...]:
+    """Powers of two from 16 up that sum to `width`, rounded up to a multiple of 16.
+
+    Wider float32 chunks than 64 make products that ptxas cannot allocate: they are plain
+    multiply-adds, unrolled over the chunk.
+    """
     width = -(-width // 16) * 16
-    return tuple(1 << bit for bit in range(8, 3, -1) if width >> bit & 1)
+    widest = 256 if itemsize == HALF else 64
+    rest = width % widest
+    return (widest,) * (width // widest) + tuple(
+        1 << bit for bit in range(8, 3, -1) if rest >> bit & 1
+    )
 
 
 @cache
 def lookup(
     kernel: str, arch: int, D: int, Dv: int, itemsize: int, plain: bool, rows: int
 ) -> Config | None:
-    """The configuration of `kernel`, a key of TABLE; None where it should not be used (`fused`).
+    """The configuration of `kernel`; None where it should not be used (`fused`)."""
+    return find_row(kernel, arch, D, Dv, itemsize, plain, rows).config
+
+
+def find_row(kernel: str, arch: int, D: int, Dv: int, itemsize: int, plain: bool, rows: int) -> Row:
+    """The first row of TABLE[kernel] that fits a call.
 
     arch: compute capability times ten; D, Dv: head widths, at most 256; itemsize: bytes of an
     element of q; plain: no bool mask, bias, softcap, dropout or statistics; rows: query rows that
     share a key head, Nq * Hq / Hkv.
     """
     family = FAMILIES.get(arch, "small")
-    chunked = max(len(column_chunks(D)), len(column_chunks(Dv))) > 1
+    chunked = any(len(column_chunks(width, HALF)) > 1 for width in (D, Dv))
     for row in TABLE[kernel]:
         if (
             family in row.families
@@ -157,5 +183,5 @@ def lookup(
             and max(D, Dv) <= row.width
             and rows <= row.rows
         ):
-            return row.config
+            return row
     raise ValueError(f"no configuration of {kernel} for head widths {D} and {Dv}")

@@ -165,11 +165,12 @@ class Call:
         tiles = [t for t in (*results, self.q, self.k, self.v) if isinstance(t, Tensor)]
         tiles = [t for t in tiles if t.dim() > 3 and t.shape[-1] in (self.D, self.DV)]
         tf32 = self.allow_tf32 and self.q.dtype == torch.float32
+        itemsize = self.q.element_size()
         with device_guard(self.q.device):
             kernel[(programs,)](
                 *results, *self.operands(), self.B, self.Hkv, self.Nq, self.Nk, n_splits,
                 D=self.D, DV=self.DV,
-                CHUNKS=column_chunks(self.D), CHUNKS_V=column_chunks(self.DV),
+                CHUNKS=column_chunks(self.D, itemsize), CHUNKS_V=column_chunks(self.DV, itemsize),
                 GROUP=self.group, BLOCK_Q=config.block_q, BLOCK_K=config.block_k,
                 ALIGN=row_alignment(*tiles), PRECISION="tf32" if tf32 else "ieee",
                 num_warps=config.num_warps, num_stages=config.num_stages,

@@ -152,7 +152,8 @@ def merge_splits(results: tuple, parts: list[Tensor]) -> None:
         merge_kernel[(B * H * triton.cdiv(N, ROWS),)](
             out, out.stride(), lse, *rows, *parts,
             H, N, lse.numel(), parts[0].shape[0],
-            DV=DV, CHUNKS_V=column_chunks(DV), BLOCK=ROWS, ALIGN=row_alignment(out, parts[0]),
+            DV=DV, CHUNKS_V=column_chunks(DV, out.element_size()), BLOCK=ROWS,
+            ALIGN=row_alignment(out, parts[0]),
         )  # fmt: skip
 
 
@@ -168,7 +169,8 @@ def row_terms(
             scores_lse, delta, lse, out, out.stride(), dout, dout.stride(),
             None if dlse is None else dlse.contiguous(), dentropy,
             None if dentropy is None else entropy, H, N, NATURAL=call.bias is not None,
-            DV=DV, CHUNKS_V=column_chunks(DV), BLOCK=ROWS, ALIGN=row_alignment(out, dout),
+            DV=DV, CHUNKS_V=column_chunks(DV, out.element_size()), BLOCK=ROWS,
+            ALIGN=row_alignment(out, dout),
         )  # fmt: skip
     return scores_lse, delta
 
