@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from . import case, document, machine, rows, runner, workloads
 from .case import Case
+from .progress import Progress
 from .providers import BY_NAME
 from .steps import step
 
@@ -52,7 +52,7 @@ def measure(options: argparse.Namespace, build: Callable[..., Case], words: str,
     began, done, written = time.perf_counter(), [], []
     for group in runner.run(cases(options, build, chosen), len(chosen), providers, settings):
         done += group
-        tqdm.write(rows.table(group) + "\n")
+        Progress.write(rows.table(group) + "\n")
         written = rows.save(done, folder, name)
     reasons = rows.without_times(done)
     print("\n".join([rows.summary(done), "", *(["without a time:"] if reasons else []), *reasons]))

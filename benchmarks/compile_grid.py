@@ -70,7 +70,7 @@ def cases() -> list[Case]:
     for D, Dv in ((40, 40), (64, 64), (96, 96), (128, 128), (32, 160), (256, 256)):
         for regime, rows in regimes:
             found.append(Case(f"{regime}{rows}-D{D}-Dv{Dv}", D, Dv, "bfloat16", rows))
-    for D, (regime, rows) in itertools.product((64, 96, 128, 160, 256), regimes[::3]):
+    for D, (regime, rows) in itertools.product((40, 64, 96, 128, 160, 256), regimes[::3]):
         found.append(Case(f"{regime}{rows}-D{D}-float32", D, D, "float32", rows))
     for flag in FLAGS:
         found.append(Case(f"many2048-D64-{flag}", 64, 64, "bfloat16", 2048, flags=flag))
@@ -170,9 +170,11 @@ def launch(case: Case) -> None:
     options = (0.125, 30.0 if "softcap" in flags else 0.0, 0.1 if "dropout" in flags else 0.0)
     if "weights" in flags:
         lse = empty(B, Hq, case.rows, dtype=torch.float32)
-        call = (q, k, *operands[3:5], lse, None, *operands[5:], *options, True)
+        needs = [True, True, *(t is not None for t in operands[3:5]), False]
+        lse_low = lse if "bias" in flags else None
+        call = (q, k, *operands[3:5], lse, lse_low, *operands[5:], *options, True)
         weights = attention_weights.forward(*call, False)
-        attention_weights.backward(weights, *call, True, False, [True, True, False, False, False])
+        attention_weights.backward(weights, *call, True, False, needs)
         return
     statistics = "statistics" in flags
     *saved, _ = kernels.forward(*operands, *options, statistics, False)

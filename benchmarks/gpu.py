@@ -82,7 +82,6 @@ def main(chosen: argparse.Namespace) -> int:
 def phases(chosen: argparse.Namespace, out: Path) -> list[Phase]:
     """What is run, in order of worth: what comes last gets the time that is left."""
     minute = 60 * chosen.minutes / MINUTES
-    test_device = {"XATTN_TEST_DEVICE": chosen.device}
     workers = ["-n", "4"] if find_spec("xdist") else []
     tests = [PYTHON, "-m", "pytest", chosen.tests, "-q", "--tb=short", *workers]
     no_photographs = "" if find_spec("sklearn") else "scikit-learn is not installed"
@@ -102,14 +101,14 @@ def phases(chosen: argparse.Namespace, out: Path) -> list[Phase]:
     real = ["--dtype", "bfloat16", "--workload", chosen.workload]
     return [
         Phase("environment", [PYTHON, "-m", "xattn_kernels"], 0.5 * minute),
-        Phase("gpu tests", [*tests, "-m", "gpu"], 1.4 * minute, test_device),
+        Phase("gpu tests", [*tests, "-m", "gpu"], 1.4 * minute, {}),
         bench("compile", "warm", 1.3, [*real, "--jobs", jobs]),
         bench("benchmarks", "run", 2.8, [*real, "--name", "workloads-bfloat16"]),
         bench("main job", "main", 0.9, [], no_photographs),
         Phase("probe", probe, 0.5 * minute),
         Phase("memcheck", [*sanitizer, "memcheck", *probe], 0.8 * minute, {}, no_sanitizer),
         Phase("racecheck", [*sanitizer, "racecheck", *probe], 0.8 * minute, {}, no_sanitizer),
-        Phase("all tests", tests, 3.0 * minute, test_device),
+        Phase("all tests", tests, 3.0 * minute, {}),
     ]
 
 

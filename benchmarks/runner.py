@@ -10,11 +10,10 @@ from pathlib import Path
 from statistics import quantiles
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from . import machine, memory, timing
 from .case import Case
 from .check import Truth
+from .progress import Progress
 from .providers import Provider
 from .rows import Row
 from .steps import Step, step
@@ -46,7 +45,7 @@ def run(
 ) -> Iterator[list[Row]]:
     """Yields the rows of one case and mode at a time; `count` is how many cases there will be."""
     end, groups, facts = time.perf_counter() + settings.budget, count * len(settings.modes), None
-    with tqdm(total=groups * len(providers), unit="run") as bar:
+    with Progress(total=groups * len(providers), unit="run") as bar:
         for case in cases:
             facts = facts or ceiling_facts(case)
             truth = None
@@ -77,7 +76,7 @@ class Group:
         providers: list[Provider],
         facts: dict,
         settings: Settings,
-        bar: tqdm,
+        bar: Progress,
     ):
         self.case, self.mode, self.providers = case, mode, providers
         self.settings, self.bar = settings, bar

@@ -132,6 +132,11 @@ def bias_minus_1e9(t: Tensors) -> None:
     t["bias"][..., 1::4, :] = torch.finfo(torch.float32).min
 
 
+def bias_lowest_keys(t: Tensors) -> None:
+    """float32's lowest number before the first keys that count, over more than a tile."""
+    t["bias"][..., :100] = torch.finfo(torch.float32).min
+
+
 def bias_by_key(t: Tensors) -> None:
     """The same numbers with the last dimension not contiguous."""
     t["bias"] = t["bias"].transpose(2, 3).contiguous().transpose(2, 3)
@@ -150,7 +155,7 @@ VALUES: dict[str, Callable[[Tensors], None]] = {"normal": lambda t: None} | {
     f.__name__: f
     for f in (
         ties, equal_keys, overflow, peaked, tiny, bias_infinite, bias_lowest, bias_lowest_rows,
-        bias_minus_1e9, bias_by_key,
+        bias_lowest_keys, bias_minus_1e9, bias_by_key,
     )
 }  # fmt: skip
 VALUES |= {f"nan_{name}": put(name, torch.nan) for name in ("q", "k", "v", "bias")}

@@ -111,6 +111,8 @@ BIASED = [
     Case("bias_lowest_rows_long", bias="Q1", values="bias_lowest_rows", **LONG),
     Case("bias_minus_1e9", bias="B1QK", values="bias_minus_1e9"),
     Case("bias_minus_1e9_long", bias="QK", values="bias_minus_1e9", dropout_p=0.3, **LONG),
+    Case("bias_lowest_keys", bias="B11K", Nk=150, values="bias_lowest_keys"),
+    Case("bias_lowest_keys_long", bias="K", values="bias_lowest_keys", **LONG | dict(Nk=150)),
     Case("bias_masked", bias="H1K", mask="empty_rows", Nq=16),
     Case("bias_by_key", bias="BHQK", values="bias_by_key"),
 ]

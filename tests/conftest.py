@@ -97,13 +97,7 @@ def force_splits(monkeypatch):
     """A function that sets how many programs share each loop, whatever the device would choose."""
 
     def force(n: int) -> None:
-        names = ("cross_attention", "attention_weights", "launch")
-        for name in names:
-            try:
-                module = importlib.import_module(f"xattn_kernels.triton_kernels.{name}")
-            except ModuleNotFoundError:
-                continue
-            if hasattr(module, "split_count"):
-                monkeypatch.setattr(module, "split_count", lambda programs, steps, device: n)
+        module = importlib.import_module("xattn_kernels.triton_kernels.cross_attention")
+        monkeypatch.setattr(module, "split_count", lambda programs, steps, device: n)
 
     return force

@@ -29,23 +29,26 @@ def interpreted() -> list:
 
 
 @pytest.mark.parametrize(("case", "dtype"), interpreted())
-@pytest.mark.parametrize("mode", modes("interpreter"), indirect=True)
+@pytest.mark.parametrize("mode", modes("interpreter", "gpu"), indirect=True)
 def test_triton(mode, case, dtype):
-    assert triton_reasons(build(case, dtype).inputs()) == []
-    assert_right(case, "triton", dtype)
+    assert triton_reasons(build(case, dtype, mode.device).inputs()) == []
+    assert_right(case, "triton", dtype, mode.device)
 
 
 @each_case
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sdpa(case, dtype):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_sdpa(case, dtype, device):
     """Without lse and statistics, which torch's kernels do not return; what else is a reason."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
     if case.values == "infinite_k":
         pytest.skip("torch's kernel makes NaN of an infinite key at other positions than eager")
     case = replace(case, returns="out")
-    call = build(case, dtype)
+    call = build(case, dtype, device)
     if reasons := sdpa.reasons(call.inputs()):
         with pytest.raises(RuntimeError) as refusal:
             cross_attention(**call.leaves, **call.options, backend="sdpa")
         assert all(reason in str(refusal.value) for reason in reasons)
         pytest.skip("; ".join(reasons))
-    assert_right(case, "sdpa", dtype)
+    assert_right(case, "sdpa", dtype, device)

@@ -219,6 +219,10 @@ SPLIT = [
     (3, dict(mask="blocks")),
     (3, dict(bias="1HQK", dropout_p=0.3)),
     (7, dict(mask="unsorted")),
+    (3, dict(layout="BNHD", Hq=4, Hkv=2, Dv=24)),
+    (4, dict(layout="sliced", Hq=3, Hkv=1, scale=(0.3, -0.2, 0.1), mask="causal")),
+    (3, dict(bias="B1QK", values="bias_minus_1e9", softcap=2.0)),
+    (3, dict(values="nan_q")),
 ]
 
 

@@ -62,9 +62,9 @@ def assert_right(case: Case, mode, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("mode", modes("sm_80", "sm_90", "gpu"), indirect=True)
 @pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("mask", [m for m in MASKS if not m.startswith("bool")])
-def test_interval(mode, mask, length):
-    case = Case(f"interval_{mask}_{length}", mask=mask, **BASE | LENGTHS[length])
+@pytest.mark.parametrize("mask", MASKS)
+def test_mask(mode, mask, length):
+    case = Case(f"mask_{mask}_{length}", mask=mask, **BASE | LENGTHS[length])
     assert_right(case, mode, mode.dtypes[0])
 
 

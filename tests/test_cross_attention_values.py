@@ -92,6 +92,28 @@ def test_padding_may_hold_anything_in_sdpa(mask, Nq):
     assert_garbage_stays_out(c, "sdpa", torch.float32, "cpu", math.nan)
 
 
+@each_length
+@pytest.mark.parametrize("mask", ["empty_rows", "bool_empty_rows"])
+@pytest.mark.parametrize("where", ["out", "v"])
+def test_what_is_not_finite_stays_out_of_rows_without_keys(mode, mask, where, Nq):
+    """A NaN that arrives at such a row, or an infinite value beside it, leaves its dq zero."""
+    c = Case(f"not_finite_{mask}", **mode.sizes | dict(mask=mask, Nq=Nq, returns="out"))
+    call = written_out(build(c, mode.dtypes[0], mode.device))
+    allowed = call.options["mask"]
+    seen = allowed if isinstance(allowed, torch.Tensor) else visible(c, allowed)[:, None]
+    empty = ~seen.expand(c.B, 1, Nq, c.Nk).any(3)[:, 0]
+    assert empty.any() and not empty.all()
+    with torch.no_grad():
+        if where == "out":
+            call.upstream["out"].transpose(0, 1)[:, empty] = math.nan
+        else:
+            call.leaves["v"][:, :, 1, 3] = math.inf
+    ours, eager = run(call, "triton"), run(call, "eager")
+    assert (ours["dq"].transpose(0, 1)[:, empty] == 0).all()
+    for name in ("dq", "dk", "dv") if where == "out" else ():  # sums of inf are NaN in any order
+        assert torch.equal(ours[name].isnan(), eager[name].isnan()), name
+
+
 @pytest.fixture
 def poison():
     """torch.empty and its kin give NaN, and integers their largest value."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .cross_attention import backward_dbias, backward_dkdv, backward_dq
 from .launch import Call, broadcast_strides, zero_gradients
-from .rows import scores_lse
+from .rows import lse_in_score_units
 from .scores import (
     forbid_outside,
     kept,
@@ -73,7 +73,7 @@ def weights_kernel(
         if start is not None:
             s = forbid_outside(s, first[:, None], last[:, None], j[None, :])
         rows = (b * Hkv * GROUP + head) * Nq + i
-        row_lse, row_low, _, _ = load_rows(lse, lse_low, lse, None, rows, row_mask, 1)
+        row_lse, row_low, _, _ = load_rows(lse, lse_low, None, None, rows, row_mask, 1)
         p = tl.exp2(log2_probability(s, row_lse, row_low, bias))
         acc += kept(p, seed, b, h[:, None], i[:, None], j[None, :], threshold)
 
@@ -99,7 +99,7 @@ def forward(
     if weights.numel():
         config = call.config("weights")
         tiles = triton.cdiv(call.Nq, config.block_q) * call.key_tiles(config)
-        results = (weights.flatten(0, 1), weights.stride(), scores_lse(call, lse), lse_low)
+        results = (weights.flatten(0, 1), weights.stride(), lse_in_score_units(call, lse), lse_low)
         call.launch(weights_kernel, config, call.B * n_heads * tiles, results, n_heads)
     return weights
 
@@ -123,7 +123,7 @@ def backward(
         return zero_gradients((q, k, bias, scale_tensor, lse), needs, 2)
     dweights = dweights.contiguous()
     config, strides = call.config("dq", True), broadcast_strides(dweights)
-    lse = scores_lse(call, lse)
+    lse = lse_in_score_units(call, lse)
     dq, dk, dbias, dscale, dlse = (None,) * 5
 
     def rows(delta: Tensor) -> tuple:

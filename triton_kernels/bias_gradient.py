@@ -71,7 +71,7 @@ def dbias_kernel(
                 v, row_offsets(stride_v, b, h // GROUP, j), there, DV, CHUNKS_V, ALIGN
             )
             rs = row_scale(scale, scale_tensor, stride_scale, h)
-            s, th = tile_scores(
+            s, _ = tile_scores(
                 dot_nt(q_tile, k_tile, CHUNKS, PRECISION), rs, softcap,
                 bias, row_offsets(stride_bias, b, h_rows, i)[:, None], stride_bias,
                 mask, row_offsets(stride_mask, b, h_rows, i)[:, None], stride_mask,
@@ -92,7 +92,9 @@ def dbias_kernel(
             dp = kept(
                 times(dp, p_factor), seed, b, h_rows[:, None], i[:, None], j[None, :], threshold
             )
-            ds = score_gradient(p, log2_p, dp, row_delta, dentropy, row_dentropy, th, softcap)[0]
+            ds = score_gradient(
+                p, log2_p, dp, row_lse, row_delta, dentropy, row_dentropy, mask, bias
+            )
             # padding may hold NaN, and 0 * NaN would reach the bias beside it
             acc += forbid_outside(ds, first, last, j[None, :], 0.0)
 

@@ -75,6 +75,7 @@ TABLE = {
     ],
     # one tile of query rows walks its keys and keeps dq
     "dq": [
+        *_rows(SMALL, HALF, True, True, (64, ANY, (64, 32, 4, 1))),
         *_rows(MMA, HALF, True, True, (128, ANY, (64, 32, 8, 1)), (256, ANY, (32, 32, 8, 1))),
         *_rows(WGMMA, HALF, True, None, (128, ANY, (128, 64, 8, 2)), (256, ANY, (128, 32, 8, 2))),
         *_rows(MMA, HALF, True, None, (64, ANY, (64, 32, 4, 2)), (128, ANY, (64, 64, 8, 2)),
@@ -89,7 +90,7 @@ TABLE = {
     ],
     # the same with dk and dv written as it goes: used while all rows fit one tile; None: never
     "fused": [
-        *_rows(ALL, HALF, True, True, (128, 16, (16, 32, 4, 1)), (64, 32, (32, 32, 4, 1)),
+        *_rows(ALL, HALF, True, True, (128, 16, (16, 16, 4, 1)), (64, 32, (32, 32, 4, 1)),
                (128, 32, (32, 16, 4, 1)), (128, ANY, (64, 16, 8, 1)), (256, ANY, (16, 16, 4, 1))),
         *_rows(WGMMA, HALF, True, None, (64, 16, (16, 64, 4, 3)), (64, 32, (32, 64, 4, 2))),
         *_rows(ALL, HALF, True, None, (128, 16, (16, 32, 4, 2)), (128, 32, (32, 32, 4, 2))),
@@ -102,7 +103,7 @@ TABLE = {
                (256, ANY, (16, 16, 4, 1))),
         *_rows(ALL, FLOAT32, False, None, (64, ANY, (16, 16, 4, 1)), (256, ANY, None)),
         *_rows(ALL, FLOAT32, None, None, (64, ANY, (32, 32, 4, 1)), (128, ANY, (16, 32, 8, 1)),
-               (256, ANY, (16, 16, 8, 1))),
+               (256, ANY, None)),
     ],
     # one tile of keys walks the rows that reach it and keeps dk and dv
     "dkdv": [
@@ -121,9 +122,10 @@ TABLE = {
                (256, ANY, (32, 16, 8, 1))),
         *_rows(ALL, FLOAT32, False, False, (64, ANY, (32, 32, 8, 1))),
         *_rows(ALL, FLOAT32, None, True, (128, ANY, (16, 16, 4, 1))),
-        *_rows(ALL, FLOAT32, None, None, (64, ANY, (32, 64, 8, 1)), (128, ANY, (16, 32, 8, 1))),
+        *_rows(ALL, FLOAT32, None, None, (64, ANY, (32, 32, 4, 1)), (128, ANY, (16, 32, 8, 1))),
         *_rows(ALL, FLOAT32, False, None, (256, ANY, (16, 32, 16, 1))),
-        *_rows(ALL, FLOAT32, True, None, (256, ANY, (16, 16, 8, 1))),
+        *_rows(ALL, FLOAT32, True, True, (256, ANY, (16, 32, 8, 1))),
+        *_rows(ALL, FLOAT32, True, False, (256, ANY, (16, 16, 8, 1))),
     ],
     # one tile of the attention weights walks the heads
     "weights": [

@@ -34,6 +34,7 @@ from .scores import (
     row_scale,
     score_gradient,
     split_offsets,
+    through_softcap,
     tile_scores,
 )
 from .tiles import (
@@ -108,7 +109,8 @@ def forward_kernel(
         if entropy is not None:
             shift = tl.where(m == float("-inf"), 0.0, m - m_safe)
             t = tl.where(e > 0, s - m_safe[:, None], 0.0)
-            a = alpha * (a + l * shift) + tl.sum(e * t, 1)
+            # alpha = 0 forgets what came before, though the shift may have overflowed
+            a = tl.where(alpha == 0, 0.0, alpha * (a + l * shift)) + tl.sum(e * t, 1)
         l = l * alpha + tl.sum(e, 1)
         m = m_new
         e = kept(e, seed, b, h[:, None], i[:, None], j[None, :], threshold)
@@ -186,7 +188,8 @@ def dq_kernel(
             dot_nt(q_tile, k_tile, CHUNKS, PRECISION), rs, softcap, bias, bias_rows, stride_bias,
             mask, mask_rows, stride_mask, row_mask[:, None], j[None, :], Nk,
         )  # fmt: skip
-        if (k0 < full_begin) | (k0 + BLOCK_K > full_end):
+        cut = (k0 < full_begin) | (k0 + BLOCK_K > full_end)
+        if cut:
             s = forbid_outside(s, first, last, j[None, :])
         log2_p = log2_probability(s, row_lse, row_low, bias)
         p = tl.exp2(log2_p)
@@ -195,11 +198,13 @@ def dq_kernel(
             stride_dweights, row_mask[:, None], j[None, :], Nk,
         )  # fmt: skip
         dp = kept(times(dp, p_factor), seed, b, h[:, None], i[:, None], j[None, :], threshold)
-        ds_capped, ds = score_gradient(
-            p, log2_p, dp, row_delta, dentropy, row_dentropy, th, softcap
-        )
+        ds = score_gradient(p, log2_p, dp, row_lse, row_delta, dentropy, row_dentropy, mask, bias)
+        if start is not None:
+            if cut:  # infinite or NaN dp of a row without keys must not reach its dq
+                ds = forbid_outside(ds, first, last, j[None, :], 0.0)
         if dlse is not None:
-            row_ds += tl.sum(ds_capped, 1)
+            row_ds += tl.sum(ds, 1)
+        ds = through_softcap(ds, th, softcap)
         acc = dot_into(acc, ds.to(k_tile[0].dtype), k_tile, CHUNKS, PRECISION)
         if dk is not None:
             p = kept(times(p, p_factor), seed, b, h[:, None], i[:, None], j[None, :], threshold)
@@ -305,7 +310,10 @@ def dkdv_kernel(
                 row_mask[None, :], j[:, None], Nk,
             )  # fmt: skip
             dp = kept(times(dp, p_factor), seed, b, h[None, :], i[None, :], j[:, None], threshold)
-            _, ds = score_gradient(p, log2_p, dp, row_delta, dentropy, row_dentropy, th, softcap)
+            ds = score_gradient(
+                p, log2_p, dp, row_lse, row_delta, dentropy, row_dentropy, mask, bias
+            )
+            ds = through_softcap(ds, th, softcap)
             if cut:  # padding may hold NaN, and 0 * NaN would reach its own dk
                 first, last = column_bounds(
                     start, stop, stride_start, stride_stop, b, i, row_mask, Nk

@@ -14,6 +14,7 @@ from .configs import Config, column_chunks, lookup
 
 INTERPRETED_ARCH = 90  # whose table rows the interpreter runs
 DEFAULT_MULTIPROCESSORS = 132
+COMPILER = {"enable_fp_fusion": True}  # whatever the default of the Triton at hand
 
 
 def target_arch(device: torch.device) -> int:
@@ -173,5 +174,5 @@ class Call:
                 CHUNKS=column_chunks(self.D, itemsize), CHUNKS_V=column_chunks(self.DV, itemsize),
                 GROUP=self.group, BLOCK_Q=config.block_q, BLOCK_K=config.block_k,
                 ALIGN=row_alignment(*tiles), PRECISION="tf32" if tf32 else "ieee",
-                num_warps=config.num_warps, num_stages=config.num_stages,
+                num_warps=config.num_warps, num_stages=config.num_stages, **COMPILER,
             )  # fmt: skip

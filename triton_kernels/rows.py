@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import Config, column_chunks
-from .launch import Call, device_guard, row_alignment
+from .launch import COMPILER, Call, device_guard, row_alignment
 from .tiles import (
     LN2,
     LOG2E,
@@ -34,7 +34,8 @@ def rows_of(H, N, BLOCK: tl.constexpr):
 def merge_kernel(
     out, stride_out,  # [B, H, N, DV]
     lse, lse_low, entropy, max_probability,  # float32 [B, H, N], or None but for lse
-    out_parts, lse_parts, low_parts, entropy_parts, max_parts,  # float32 [n_splits, B, H, N(, DV)]
+    out_parts, stride_parts, lse_parts, low_parts, entropy_parts, max_parts,
+    # parts: float32 [n_splits, B, H, N(, DV)]
     H, N, n_rows, n_splits,  # n_rows = B * H * N
     DV: tl.constexpr, CHUNKS_V: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
@@ -56,12 +57,14 @@ def merge_kernel(
         at = c * n_rows + r
         log_w = part_lse(lse_parts, low_parts, at, there, m_safe) - log_l
         w = tl.exp(log_w)
-        part = load_tile(out_parts, at * DV, there, DV, CHUNKS_V, ALIGN)
+        rows = c * stride_parts[0] + b * stride_parts[1] + h * stride_parts[2] + n * stride_parts[3]
+        part = load_tile(out_parts, rows, there, DV, CHUNKS_V, ALIGN)
         acc = add_tiles(acc, scale_rows(part, w, CHUNKS_V), CHUNKS_V)
         if entropy is not None:
             log_w = tl.where(w > 0, log_w, 0.0)
             row_entropy += w * (tl.load(entropy_parts + at, there, 0.0) - log_w)
-            row_max = tl.maximum(row_max, w * tl.load(max_parts + at, there, 0.0))
+            part_max = w * tl.load(max_parts + at, there, 0.0)
+            row_max = tl.maximum(row_max, part_max, propagate_nan=tl.PropagateNan.ALL)
     row_lse = m_safe + log_l
     tl.store(lse + r, tl.where(empty, float("-inf"), row_lse), there)
     if lse_low is not None:
@@ -92,7 +95,7 @@ def add_tiles(a, b, CHUNKS: tl.constexpr):
 
 @triton.jit
 def delta_kernel(
-    scores_lse, delta,  # float32 [B, H, N]
+    unit_lse, delta,  # float32 [B, H, N]
     lse,  # float32 [B, H, N], natural logarithm
     out, stride_out, dout, stride_dout,  # [B, H, N, DV]
     dlse, dentropy, entropy,  # float32 [B, H, N], or None
@@ -102,7 +105,7 @@ def delta_kernel(
 ):  # fmt: skip
     """delta = <out, dout> - dlse + dentropy * entropy: what eq. ds subtracts from dp, per row.
 
-    scores_lse is lse in the unit of the scores, with +inf in place of -inf, so that a row without
+    unit_lse is lse in the unit of the scores, with +inf in place of -inf, so that a row without
     keys has p = 0.
     """
     b, h, n, r, there = rows_of(H, N, BLOCK)
@@ -117,11 +120,11 @@ def delta_kernel(
         total += tl.load(dentropy + r, there, 0.0) * tl.load(entropy + r, there, 0.0)
     row_lse = tl.load(lse + r, there, 0.0)
     empty = row_lse == float("-inf")
-    # whatever gradient arrives at a row without keys, NaN included, goes nowhere
+    # NaN that arrives at a row without keys must not reach its dq
     tl.store(delta + r, tl.where(empty, 0.0, total), there)
     if not NATURAL:
         row_lse *= LOG2E
-    tl.store(scores_lse + r, tl.where(empty, float("inf"), row_lse), there)
+    tl.store(unit_lse + r, tl.where(empty, float("inf"), row_lse), there)
 
 
 @triton.jit
@@ -150,10 +153,10 @@ def merge_splits(results: tuple, parts: list[Tensor]) -> None:
     B, H, N, DV = out.shape
     with device_guard(out.device):
         merge_kernel[(B * H * triton.cdiv(N, ROWS),)](
-            out, out.stride(), lse, *rows, *parts,
+            out, out.stride(), lse, *rows, parts[0], parts[0].stride(), *parts[1:],
             H, N, lse.numel(), parts[0].shape[0],
             DV=DV, CHUNKS_V=column_chunks(DV, out.element_size()), BLOCK=ROWS,
-            ALIGN=row_alignment(out, parts[0]),
+            ALIGN=row_alignment(out, parts[0]), **COMPILER,
         )  # fmt: skip
 
 
@@ -163,19 +166,19 @@ def row_terms(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(lse in the unit of the scores, delta) float32 [B, H, N], see `delta_kernel`."""
     B, H, N, DV = out.shape
-    scores_lse, delta = (torch.empty_like(lse) for _ in range(2))
+    unit_lse, delta = (torch.empty_like(lse) for _ in range(2))
     with device_guard(out.device):
         delta_kernel[(B * H * triton.cdiv(N, ROWS),)](
-            scores_lse, delta, lse, out, out.stride(), dout, dout.stride(),
+            unit_lse, delta, lse, out, out.stride(), dout, dout.stride(),
             None if dlse is None else dlse.contiguous(), dentropy,
             None if dentropy is None else entropy, H, N, NATURAL=call.bias is not None,
             DV=DV, CHUNKS_V=column_chunks(DV, out.element_size()), BLOCK=ROWS,
-            ALIGN=row_alignment(out, dout),
+            ALIGN=row_alignment(out, dout), **COMPILER,
         )  # fmt: skip
-    return scores_lse, delta
+    return unit_lse, delta
 
 
-def scores_lse(call: Call, lse: Tensor) -> Tensor:
+def lse_in_score_units(call: Call, lse: Tensor) -> Tensor:
     """lse as `delta_kernel` writes it."""
     lse = lse.contiguous() * (1.0 if call.bias is not None else LOG2E.value)
     return lse.masked_fill_(lse == float("-inf"), float("inf"))
@@ -188,6 +191,6 @@ def tile_bounds(call: Call, config: Config) -> Tensor:
     with device_guard(bounds.device):
         bounds_kernel[(call.B * n_tiles,)](
             bounds, call.start, call.start.stride(), call.stop, call.stop.stride(),
-            call.Nq, call.Nk, n_tiles, GROUP=call.group, BLOCK_Q=config.block_q,
+            call.Nq, call.Nk, n_tiles, GROUP=call.group, BLOCK_Q=config.block_q, **COMPILER,
         )  # fmt: skip
     return bounds

@@ -125,14 +125,23 @@ def plus_weight_gradient(dp, dweights, rows, stride, row_mask, j, Nk):
 
 
 @triton.jit
-def score_gradient(p, log2_p, dp, delta, dentropy, row_dentropy, th, softcap):
-    """(ds, ds before the softcap), eq. ds; delta already holds -dlse + dentropy * entropy."""
+def score_gradient(p, log2_p, dp, lse, delta, dentropy, row_dentropy, mask, bias):
+    """ds of the capped scores, eq. ds; delta already holds -dlse + dentropy * entropy."""
     ds = dp - delta
     if dentropy is not None:
         # p = 0 has log2 p = -inf, and its term is 0
         ds -= row_dentropy * tl.where(p > 0, log2_p * LN2, 0.0)
     ds = p * ds
+    if mask is not None or bias is not None:
+        # a row without keys: dp may be infinite or NaN there, which p = 0 does not clear
+        ds = tl.where(lse == float("inf"), 0.0, ds)
+    return ds
+
+
+@triton.jit
+def through_softcap(ds, th, softcap):
+    """ds of the scores below the softcap, whose tanh is `th`."""
     if softcap is not None:
-        return ds, ds * (1.0 - th * th)
+        return ds * (1.0 - th * th)
     else:
-        return ds, ds
+        return ds

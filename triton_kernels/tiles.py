@@ -200,10 +200,11 @@ def load_rows(lse, lse_low, delta, dentropy, rows, row_mask, AXIS: tl.constexpr)
     lse is +inf for a row without keys and for no row: p = 0.
     """
     row_lse = tl.expand_dims(tl.load(lse + rows, row_mask, float("inf")), AXIS)
-    row_delta = tl.expand_dims(tl.load(delta + rows, row_mask, 0.0), AXIS)
-    row_low, row_dentropy = 0.0, 0.0
+    row_low, row_delta, row_dentropy = 0.0, 0.0, 0.0
     if lse_low is not None:
         row_low = tl.expand_dims(tl.load(lse_low + rows, row_mask, 0.0), AXIS)
+    if delta is not None:
+        row_delta = tl.expand_dims(tl.load(delta + rows, row_mask, 0.0), AXIS)
     if dentropy is not None:
         row_dentropy = tl.expand_dims(tl.load(dentropy + rows, row_mask, 0.0), AXIS)
     return row_lse, row_low, row_delta, row_dentropy

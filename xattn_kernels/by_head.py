@@ -85,7 +85,7 @@ def _one_head(
         # an empty row has lse = -inf; s - inf = -inf is the same zero without inf - inf
         p = (s - lse.masked_fill(lse == NEG_INF, float("inf"))[..., None]).exp()
     if empty is not None:
-        p = p * (~empty).to(p.dtype)
+        p = p.masked_fill(empty, 0.0)  # in the backward too, whatever gradient arrives
     if x.dropout_p > 0.0 and x.seed is None:
         p = F.dropout(p, x.dropout_p)
     elif x.dropout_p > 0.0:

@@ -177,7 +177,8 @@ class MultiheadAttention(nn.Module):
 
     def explain(self, *args, **kwargs) -> None:
         """Prints which backend `forward(*args, **kwargs)` takes for its output, and why."""
-        x = _inputs(self, *args, **kwargs)
+        with torch.random.fork_rng():  # training draws a seed for dropout
+            x = _inputs(self, *args, **kwargs)
         chosen = choose("MultiheadAttention", BACKENDS, x, self.backend).name
         print(f"MultiheadAttention takes {chosen!r}\n{report(BACKENDS, x)}")
 
