@@ -71,12 +71,12 @@ def dbias_kernel(
                 v, row_offsets(stride_v, b, h // GROUP, j), there, DV, CHUNKS_V, ALIGN
             )
             rs = row_scale(scale, scale_tensor, stride_scale, h)
-            s, _ = tile_scores(
+            s = tile_scores(
                 dot_nt(q_tile, k_tile, CHUNKS, PRECISION), rs, softcap,
                 bias, row_offsets(stride_bias, b, h_rows, i)[:, None], stride_bias,
                 mask, row_offsets(stride_mask, b, h_rows, i)[:, None], stride_mask,
                 row_mask[:, None], j[None, :], Nk,
-            )  # fmt: skip
+            )[0]  # fmt: skip
             s = forbid_outside(s, first, last, j[None, :])
             rows = (b * Hkv * GROUP + h) * Nq + i
             row_lse, row_low, row_delta, row_dentropy = load_rows(
