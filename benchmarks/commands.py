@@ -117,6 +117,8 @@ def cases(
 
 def device_and_dtype(options: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: there is no CUDA device here")
     name = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     return device, DTYPES[pick(name, DTYPES, "dtype")[0]]
 

@@ -56,7 +56,8 @@ def attention_weights(
         q, k, mask, bias, scale, softcap, dropout_p, seed, validate: as in `cross_attention`.
         lse: [B, Hq, Nq] float32 (float64 for float64 inputs), what `cross_attention` returned for
             the same arguments; it saves computing it again and receives a gradient. The weights
-            of a row then sum to 1 only if it is that row's lse.
+            of a row then sum to 1 only if it is that row's lse, and as well as float32 holds it:
+            beside scores of -1e9 nothing of log(sum) is left.
         average_heads: False returns the weights of every head.
         backend: "triton", "sdpa" (PyTorch's own kernels, one head at a time, recomputed in the
             backward) or "eager"; None takes the first of triton and sdpa that can run.

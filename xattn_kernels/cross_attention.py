@@ -40,6 +40,8 @@ def cross_attention(
         s   = softcap(scale * q k^T) + bias        over the keys that `mask` allows
         p   = softmax(s)        out = dropout(p) v        lse = log(sum(exp(s)))
 
+    Inputs are not cast, under autocast neither. PyTorch's own kernels, the `sdpa` backend, have no
+    softcap, dropout by seed, lse or statistics; some of them read NaN in a query as an output of 0.
     A query without any allowed key gets out = 0, lse = -inf and zero gradients on every backend.
     Keys before the first or after the last interval of their batch element are never used, so
     padding may hold anything there, NaN included.
@@ -57,7 +59,7 @@ def cross_attention(
         softcap: c in `c * tanh(scale * q k^T / c)`, or None.
         dropout_p: probability in [0, 1) of dropping an attention weight.
         seed: int or one int64 value on the device of q; the same seed drops the same weights on
-            every backend. None draws one from torch's generator.
+            every backend that has dropout. None draws one from torch's generator.
         return_lse: also return lse [B, Hq, Nq] (float32, natural logarithm, differentiable).
         return_statistics: also return lse, the entropy of each row in nats (differentiable) and
             its largest probability (not differentiable), before dropout.

@@ -55,7 +55,8 @@ def explain(op: Callable, *args, **kwargs) -> None:
 def explanation(op: Callable, *args, **kwargs) -> str:
     """What `explain` prints; nothing is run, but the arguments are checked."""
     if not hasattr(op, "backends"):
-        raise TypeError(f"explain needs one of the package's ops, got {op!r}")
+        own = f"; {type(op).__name__} has explain() of its own" if hasattr(op, "explain") else ""
+        raise TypeError(f"explain needs one of the package's ops, got {op!r}{own}")
     kwargs = dict(kwargs)
     name = kwargs.pop("backend", None)
     if kwargs.get("dropout_p") and kwargs.get("seed") is None:

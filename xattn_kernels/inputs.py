@@ -69,7 +69,7 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     if min(q.shape[1], k.shape[1]) < 1 or q.shape[1] % k.shape[1]:
         raise ValueError(
             f"the query heads must be a multiple of the key heads, got Hq={q.shape[1]} and "
-            f"Hkv={k.shape[1]}"
+            f"Hkv={k.shape[1]} (the layout is [B, heads, sequence, width])"
         )
     if v.shape[1:3] != k.shape[1:3]:
         raise ValueError(
@@ -140,8 +140,8 @@ def check_mask(
         )
     if mask.dtype != torch.bool:
         raise TypeError(
-            f"a mask tensor must be bool (True = attend), got {mask.dtype}; pass additive values "
-            "as bias"
+            f"a mask tensor must be bool (True = attend), got {mask.dtype}; "
+            + ("pass additive values as bias" if mask.is_floating_point() else "call .bool() on it")
         )
     return None, view_4d("mask", mask, q, k)
 
@@ -155,11 +155,17 @@ def check_bias(bias, q: Tensor, k: Tensor) -> Tensor | None:
     return view_4d("bias", bias, q, k)
 
 
+def check_number(name: str, value, allowed: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name} must be {allowed}, got {type(value).__name__} {value!r}")
+    return value
+
+
 def check_scale(scale, q: Tensor) -> float | Tensor:
     if scale is None:
         return q.shape[3] ** -0.5
     if not isinstance(scale, Tensor):
-        return float(scale)
+        return float(check_number("scale", scale, "a number or a floating-point tensor"))
     if not scale.dtype.is_floating_point:
         raise TypeError(f"scale must be a float or a floating-point tensor, got {scale.dtype}")
     if scale.device != q.device:
@@ -173,25 +179,36 @@ def check_scale(scale, q: Tensor) -> float | Tensor:
 
 def check_dropout(dropout_p: float, seed, q: Tensor) -> tuple[float, Tensor | None]:
     """(p, seed tensor). Without a seed one is drawn from torch's generator of q's device."""
-    if not 0.0 <= dropout_p < 1.0:
+    if not 0.0 <= check_number("dropout_p", dropout_p, "a number in [0, 1)") < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    check_seed(seed, q)
     if dropout_p == 0.0:
         return 0.0, None
     if seed is None:
         return dropout_p, torch.randint(2**62, (1,), dtype=torch.int64, device=q.device)
     if not isinstance(seed, Tensor):
-        return dropout_p, torch.full((1,), int(seed), dtype=torch.int64, device=q.device)
-    if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != q.device:
-        raise ValueError(
-            f"seed must be an int or one int64 value on {q.device}, got {seed.dtype} of shape "
-            f"{list(seed.shape)} on {seed.device}"
-        )
+        return dropout_p, torch.full((1,), seed, dtype=torch.int64, device=q.device)
     return dropout_p, seed.reshape(1)
 
 
+def check_seed(seed, q: Tensor) -> None:
+    allowed = f"seed must be an int of 64 bits or one int64 value on {q.device}"
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != q.device:
+            raise ValueError(
+                f"{allowed}, got {seed.dtype} of shape {list(seed.shape)} on {seed.device}"
+            )
+    elif seed is not None:
+        if isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt)):
+            raise TypeError(f"{allowed}, got {type(seed).__name__} {seed!r}")
+        if not -(2**63) <= seed < 2**63:
+            raise ValueError(f"{allowed}, got {seed}")
+
+
 def check_softcap(softcap) -> float | None:
-    if softcap is not None and not 0.0 < softcap < float("inf"):
-        raise ValueError(f"softcap must be None or a positive number, got {softcap}")
+    allowed = "None or a positive number"
+    if softcap is not None and not 0.0 < check_number("softcap", softcap, allowed) < float("inf"):
+        raise ValueError(f"softcap must be {allowed}, got {softcap}")
     return softcap
 
 

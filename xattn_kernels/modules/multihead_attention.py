@@ -69,7 +69,7 @@ class MultiheadAttention(nn.Module):
         self.vdim = embed_dim if vdim is None else vdim
         self._qkv_same_embed_dim = self.kdim == self.vdim == embed_dim
         self.dropout, self.batch_first, self.add_zero_attn = dropout, batch_first, add_zero_attn
-        self.backend = backend
+        self.backend = _check_backend(backend)
 
         def parameter(name: str, wanted: bool, *shape: int) -> None:
             empty = torch.empty(shape, device=device, dtype=dtype) if wanted else None
@@ -113,7 +113,7 @@ class MultiheadAttention(nn.Module):
             name: value.copy() if isinstance(value, dict | set) else value
             for name, value in vars(module).items()
         }
-        new.backend = backend
+        new.backend = _check_backend(backend)
         return new
 
     def forward(
@@ -206,11 +206,21 @@ def replace_multihead_attention(model: nn.Module, *, backend: str | None = None)
     encoder layer may bypass its attention for a kernel of its own;
     `torch.backends.mha.set_fastpath_enabled(False)` prevents that.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    backend = _check_backend(backend)
     found = [m for m in model.modules() if type(m) is nn.MultiheadAttention]
     for module in found:
         module.__class__ = MultiheadAttention
         module.backend = backend
     return len(found)
+
+
+def _check_backend(backend: str | None) -> str | None:
+    if backend is not None and backend not in [b.name for b in BACKENDS]:
+        known = ", ".join(repr(b.name) for b in BACKENDS)
+        raise ValueError(f"backend must be None or one of {known}, got {backend!r}")
+    return backend
 
 
 def _inputs(

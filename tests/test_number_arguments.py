@@ -1,0 +1,57 @@
+"""Numbers, seeds and names of a wrong type or range are refused by name, before anything runs."""
+
+import re
+
+import pytest
+import torch
+
+from xattn_kernels import (
+    MultiheadAttention,
+    cross_attention,
+    explain,
+    masks,
+    replace_multihead_attention,
+)
+
+Q = torch.zeros(1, 2, 3, 16)
+SEED = "seed must be an int of 64 bits or one int64 value on cpu, got "
+REFUSED = [
+    (dict(scale="1"), TypeError, "scale must be a number or a floating-point tensor, got str '1'"),
+    (dict(scale=True), TypeError, "scale must be a number or a floating-point tensor, got bool"),
+    (dict(softcap=True), TypeError, "softcap must be None or a positive number, got bool True"),
+    (dict(softcap=torch.ones(())), TypeError, "softcap must be None or a positive number, got Ten"),
+    (dict(dropout_p="a"), TypeError, "dropout_p must be a number in [0, 1), got str 'a'"),
+    (dict(dropout_p=torch.tensor(0.1)), TypeError, "dropout_p must be a number in [0, 1), got Ten"),
+    (dict(seed="x"), TypeError, SEED + "str 'x'"),
+    (dict(dropout_p=0.1, seed=1.5), TypeError, SEED + "float 1.5"),
+    (dict(dropout_p=0.1, seed=2**63), ValueError, SEED + str(2**63)),
+    (dict(mask=torch.zeros(3, 3, dtype=torch.uint8)), TypeError, "call .bool() on it"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "message"), REFUSED, ids=lambda x: str(x)[:30])
+def test_refused(options, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        cross_attention(Q, Q, Q, backend="eager", **options)
+
+
+@pytest.mark.parametrize("seed", [-(2**63), 2**63 - 1])
+def test_every_seed_of_64_bits(seed):
+    assert cross_attention(Q, Q, Q, dropout_p=0.5, seed=seed, backend="eager").isfinite().all()
+
+
+def test_modules_and_tools():
+    with pytest.raises(
+        ValueError, match="backend must be None or one of 'triton', 'sdpa', 'eager'"
+    ):
+        MultiheadAttention(16, 4, backend="zz")
+    model = torch.nn.TransformerDecoderLayer(16, 4)
+    with pytest.raises(ValueError, match="got 'zz'"):
+        replace_multihead_attention(model, backend="zz")
+    assert type(model.self_attn) is torch.nn.MultiheadAttention
+    with pytest.raises(TypeError, match="model must be an nn.Module, got str"):
+        replace_multihead_attention("x")
+    with pytest.raises(TypeError, match=r"MultiheadAttention has explain\(\) of its own"):
+        explain(MultiheadAttention(16, 4), Q)
+    with pytest.raises(ValueError, match="tokens_per_media must be at least 1, got 0"):
+        masks.media(torch.ones(1, 3, dtype=torch.bool), 0, 2)
