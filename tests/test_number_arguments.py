@@ -9,7 +9,6 @@ from xattn_kernels import (
     MultiheadAttention,
     cross_attention,
     explain,
-    masks,
     replace_multihead_attention,
 )
 
@@ -53,5 +52,3 @@ def test_modules_and_tools():
         replace_multihead_attention("x")
     with pytest.raises(TypeError, match=r"MultiheadAttention has explain\(\) of its own"):
         explain(MultiheadAttention(16, 4), Q)
-    with pytest.raises(ValueError, match="tokens_per_media must be at least 1, got 0"):
-        masks.media(torch.ones(1, 3, dtype=torch.bool), 0, 2)

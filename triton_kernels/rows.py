@@ -144,7 +144,9 @@ def bounds_kernel(
     tl.store(bounds + 3, tl.max(last))
 
 
-ROWS = 16  # rows per program of the row kernels: 256 columns of float32 keep four warps busy
+# Rows per program: 256 columns of float32 keep four warps busy; few queries make few programs of
+# the merge, which walks its parts one after the other.
+ROWS, MERGE_ROWS = 16, 8
 
 
 def merge_splits(results: tuple, parts: list[Tensor]) -> None:
@@ -152,10 +154,10 @@ def merge_splits(results: tuple, parts: list[Tensor]) -> None:
     out, lse, *rows = results
     B, H, N, DV = out.shape
     with device_guard(out.device):
-        merge_kernel[(B * H * triton.cdiv(N, ROWS),)](
+        merge_kernel[(B * H * triton.cdiv(N, MERGE_ROWS),)](
             out, out.stride(), lse, *rows, parts[0], parts[0].stride(), *parts[1:],
             H, N, lse.numel(), parts[0].shape[0],
-            DV=DV, CHUNKS_V=column_chunks(DV, out.element_size()), BLOCK=ROWS,
+            DV=DV, CHUNKS_V=column_chunks(DV, out.element_size()), BLOCK=MERGE_ROWS,
             ALIGN=row_alignment(out, parts[0]), **COMPILER,
         )  # fmt: skip
 
