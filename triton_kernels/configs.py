@@ -82,9 +82,10 @@ TABLE = {
                (256, ANY, (64, 32, 8, 1))),
         *_rows(ALL, HALF, False, True, (128, ANY, (16, 32, 8, 1))),
         *_rows(ALL, HALF, False, None, (128, ANY, (32, 32, 4, 1)), (256, ANY, (32, 32, 8, 1))),
-        *_rows(ALL, FLOAT32, False, None, (128, ANY, (16, 32, 4, 1)), (256, ANY, (16, 16, 8, 1))),
+        *_rows(ALL, FLOAT32, False, None, (64, ANY, (16, 32, 4, 1)), (128, ANY, (16, 32, 8, 1)),
+               (256, ANY, (16, 16, 8, 1))),
         *_rows(ALL, FLOAT32, True, True, (64, ANY, (32, 32, 8, 1)), (128, ANY, (32, 32, 4, 1)),
-               (256, ANY, (16, 32, 4, 1))),
+               (256, ANY, (16, 16, 4, 1))),
         *_rows(ALL, FLOAT32, True, None, (64, ANY, (32, 32, 4, 1)), (128, ANY, (32, 32, 8, 1)),
                (256, ANY, (16, 32, 8, 1))),
     ],
@@ -102,6 +103,7 @@ TABLE = {
         *_rows(ALL, HALF, False, None, (128, 16, (16, 32, 4, 1)), (128, ANY, (32, 16, 4, 1)),
                (256, ANY, (16, 16, 4, 1))),
         *_rows(ALL, FLOAT32, False, None, (256, ANY, None)),
+        *_rows(ALL, FLOAT32, None, True, (64, ANY, (16, 32, 8, 1))),
         *_rows(ALL, FLOAT32, None, None, (64, ANY, (32, 32, 8, 1)), (128, ANY, (16, 32, 8, 1)),
                (256, ANY, None)),
     ],
@@ -139,7 +141,7 @@ TABLE = {
     "dbias": [
         *_rows(ALL, HALF, None, None, (128, ANY, (64, 32, 8, 1)), (256, ANY, (32, 16, 8, 1))),
         *_rows(ALL, FLOAT32, None, None, (64, ANY, (32, 32, 4, 1)), (128, ANY, (32, 16, 8, 1)),
-               (256, ANY, (16, 16, 4, 1))),
+               (256, ANY, (32, 16, 16, 1))),
     ],
 }  # fmt: skip
 
