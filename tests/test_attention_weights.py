@@ -132,6 +132,7 @@ def test_compiled(mode, case):
         assert_case(case, "triton", mode.dtypes[0], lse=sm_80, average=not sm_80)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("average", [True, False])
 @pytest.mark.parametrize("heads", [(1, 1), (4, 2)])
 def test_head_counts(heads, average, backend):

@@ -145,6 +145,7 @@ def test_inputs_are_left_alone(mode, Nq):
     assert all(t._version == 0 for t in tensors[: len(call.leaves)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("splits", [1, 3])
 @each_length
 def test_two_runs_are_bitwise_equal(mode, Nq, splits, force_splits):
@@ -227,6 +228,7 @@ SPLIT = [
 ]
 
 
+@pytest.mark.slow
 @each_length
 @pytest.mark.parametrize(
     ("splits", "flags"), SPLIT, ids=[f"{n}-{'-'.join(f) or 'plain'}" for n, f in SPLIT]

@@ -126,6 +126,7 @@ def poison():
     torch.use_deterministic_algorithms(before)
 
 
+@pytest.mark.slow
 @each_length
 @pytest.mark.parametrize(
     "flags",
