@@ -34,6 +34,13 @@ def test_refused(options, error, message):
         cross_attention(Q, Q, Q, backend="eager", **options)
 
 
+def test_numbers_of_numpy():
+    np = pytest.importorskip("numpy")
+    options = dict(scale=np.float32(0.5), dropout_p=np.float32(0.5), softcap=np.float32(2))
+    out = cross_attention(Q, Q, Q, **options, seed=np.int64(3), backend="eager")
+    assert out.isfinite().all()
+
+
 @pytest.mark.parametrize("seed", [-(2**63), 2**63 - 1])
 def test_every_seed_of_64_bits(seed):
     assert cross_attention(Q, Q, Q, dropout_p=0.5, seed=seed, backend="eager").isfinite().all()

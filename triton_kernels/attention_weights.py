@@ -30,7 +30,7 @@ from .tiles import dot_nt, load_rows, load_tile, row_bounds, times
 @triton.jit
 def weights_kernel(
     weights, stride_weights,  # [B, 1 or Hq, Nq, Nk]
-    lse, lse_low,  # float32 [B, Hq, Nq], see `delta_kernel`; lse_low may be None
+    lse, lse_low,  # float32 [B, Hq, Nq], in the scores' unit; see `forward`
     q, stride_q, k, stride_k, v, stride_v,
     bias, stride_bias, mask, stride_mask,  # 4-d with broadcast strides, or None
     start, stride_start, stop, stride_stop,  # int32 [B, Nq], or None

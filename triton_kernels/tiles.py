@@ -144,7 +144,7 @@ def dropout_keep(seed, b, h, i, j, threshold):
 
 @triton.jit
 def column_bounds(start, stop, stride_start, stride_stop, b, i, row_mask, Nk):
-    """The same as [1, BLOCK_Q] for a transposed tile; all keys without intervals."""
+    """`row_bounds` as [1, BLOCK_Q] for a transposed tile; all keys without intervals."""
     if start is not None:
         first, last = row_bounds(start, stop, stride_start, stride_stop, b, i, row_mask, Nk)
         return first[None, :], last[None, :]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
@@ -156,7 +157,7 @@ def check_bias(bias, q: Tensor, k: Tensor) -> Tensor | None:
 
 
 def check_number(name: str, value, allowed: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+    if isinstance(value, bool) or not isinstance(value, (Real, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name} must be {allowed}, got {type(value).__name__} {value!r}")
     return value
 
@@ -187,7 +188,7 @@ def check_dropout(dropout_p: float, seed, q: Tensor) -> tuple[float, Tensor | No
     if seed is None:
         return dropout_p, torch.randint(2**62, (1,), dtype=torch.int64, device=q.device)
     if not isinstance(seed, Tensor):
-        return dropout_p, torch.full((1,), seed, dtype=torch.int64, device=q.device)
+        return dropout_p, torch.full((1,), int(seed), dtype=torch.int64, device=q.device)
     return dropout_p, seed.reshape(1)
 
 
@@ -199,7 +200,7 @@ def check_seed(seed, q: Tensor) -> None:
                 f"{allowed}, got {seed.dtype} of shape {list(seed.shape)} on {seed.device}"
             )
     elif seed is not None:
-        if isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt)):
+        if isinstance(seed, bool) or not isinstance(seed, (Integral, torch.SymInt)):
             raise TypeError(f"{allowed}, got {type(seed).__name__} {seed!r}")
         if not -(2**63) <= seed < 2**63:
             raise ValueError(f"{allowed}, got {seed}")

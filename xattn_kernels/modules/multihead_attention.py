@@ -177,8 +177,7 @@ class MultiheadAttention(nn.Module):
 
     def explain(self, *args, **kwargs) -> None:
         """Prints which backend `forward(*args, **kwargs)` takes for its output, and why."""
-        with torch.random.fork_rng():  # training draws a seed for dropout
-            x = _inputs(self, *args, **kwargs)
+        x = _inputs(self, *args, seed=0, **kwargs)  # drawing one would move torch's generator
         chosen = choose("MultiheadAttention", BACKENDS, x, self.backend).name
         print(f"MultiheadAttention takes {chosen!r}\n{report(BACKENDS, x)}")
 
@@ -225,7 +224,7 @@ def _check_backend(backend: str | None) -> str | None:
 
 def _inputs(
     module, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None,
-    average_attn_weights=True, is_causal=False, *, mask=None,
+    average_attn_weights=True, is_causal=False, *, mask=None, seed=None,
 ) -> CrossAttentionInputs:  # fmt: skip
     """The checked call of `cross_attention` behind a call of `module.forward`."""
     if is_causal and attn_mask is None:
@@ -241,7 +240,9 @@ def _inputs(
     masks = _as_4d(None if causal else attn_mask, key_padding_mask, q, Nk)
     mask, bias = _mask_and_bias(masks, mask, causal, q, Nk, k.shape[2] - Nk)
     dropout_p = module.dropout if module.training else 0.0
-    return check_inputs(q, k, v, mask=mask, bias=bias, dropout_p=dropout_p, return_lse=need_weights)
+    return check_inputs(
+        q, k, v, mask=mask, bias=bias, dropout_p=dropout_p, seed=seed, return_lse=need_weights
+    )
 
 
 def _project(module, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
