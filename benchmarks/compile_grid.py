@@ -42,6 +42,7 @@ class Case:
     group: int = 1
     interval: bool = True
     flags: str = ""  # any of: mask bias scale softcap dropout statistics; weights on its own
+    tf32: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,8 @@ def cases() -> list[Case]:
         found.append(Case(f"many2048-D{D}-weights-float32", D, D, "float32", 2048, flags=flagged))
     for D in (64, 128):
         found.append(Case(f"many2048-D{D}-dense", D, D, "bfloat16", 2048, interval=False))
+    for D, (regime, rows) in itertools.product((40, 64, 128, 256), regimes[::3]):
+        found.append(Case(f"{regime}{rows}-D{D}-tf32", D, D, "float32", rows, tf32=True))
     found.append(Case("many2048-D64-float16", 64, 64, "float16", 2048))
     found.append(Case("decode-gqa-D128", 128, 128, "bfloat16", 1, group=4))
     found.append(Case("prefill-gqa-D128", 128, 128, "bfloat16", 512, group=4))
@@ -173,14 +176,14 @@ def launch(case: Case) -> None:
         needs = [True, True, *(t is not None for t in operands[3:5]), False]
         lse_low = lse if "bias" in flags else None
         call = (q, k, *operands[3:5], lse, lse_low, *operands[5:], *options, True)
-        weights = attention_weights.forward(*call, False)
-        attention_weights.backward(weights, *call, True, False, needs)
+        weights = attention_weights.forward(*call, case.tf32)
+        attention_weights.backward(weights, *call, True, case.tf32, needs)
         return
     statistics = "statistics" in flags
-    *saved, _ = kernels.forward(*operands, *options, statistics, False)
+    *saved, _ = kernels.forward(*operands, *options, statistics, case.tf32)
     needs = [True, True, True, operands[3] is not None, operands[4] is not None]
     dentropy = saved[1] if statistics else None
-    kernels.backward(saved[0], None, dentropy, *operands, *saved, *options, False, needs)
+    kernels.backward(saved[0], None, dentropy, *operands, *saved, *options, case.tf32, needs)
 
 
 def resources(log: str) -> dict[str, int]:
@@ -224,9 +227,8 @@ def faults(row: Row) -> list[str]:
         found.append(f"spills {row.spills} bytes of registers")
     if row.shared > SHARED_LIMIT[row.arch]:
         found.append(f"{row.shared} bytes of shared memory > {SHARED_LIMIT[row.arch]}")
-    half = "float32" not in row.case
     if (
-        half
+        "float32" not in row.case
         and row.kernel.endswith(("forward_kernel", "dq_kernel", "dkdv_kernel", "dbias_kernel"))
         and not row.tensor_core
     ):

@@ -17,23 +17,12 @@ SAMPLE += [
     if n % 4 == 0
 ]
 
-# 8 to 48 bytes at every tile tried, in dq of width 160 and dbias of width 256 with every flag
-SPILLS = [
-    (89, "decode1-D160-float32"),
-    (89, "decode1-D256-all-flags-float32"),
-    (90, "decode1-D256-all-flags-float32"),
-]
-KNOWN = pytest.mark.xfail(reason="spills at every tile tried", strict=True)
-
 pytestmark = pytest.mark.compile
 
 
 @pytest.mark.parametrize(
     ("arch", "case"),
-    [
-        pytest.param(arch, c, id=f"sm_{arch}-{c.name}", marks=[KNOWN] * ((arch, c.name) in SPILLS))
-        for arch, c in SAMPLE
-    ],
+    [pytest.param(arch, c, id=f"sm_{arch}-{c.name}") for arch, c in SAMPLE],
 )
 def test_no_spills_and_tensor_cores(arch: int, case: Case):
     rows = compile_case((arch, case))

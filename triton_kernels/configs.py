@@ -23,6 +23,7 @@ class Config:
     block_k: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None  # per thread; None leaves the choice to the compiler
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,21 @@ NOT_SMALL = ("hopper", *LARGE)
 HALF, FLOAT32 = 2, 4
 
 
+def register_bound(num_warps: int) -> int:
+    """Registers that a thread can have in a block with a multiprocessor to itself."""
+    return min(255, 65536 // (32 * num_warps))
+
+
 def _rows(families, itemsize, plain, chunked, *table) -> list[Row]:
+    """Left alone, ptxas guesses how many blocks share a multiprocessor and spills a few registers
+    to fit them; told the bound it does not guess. Plain 16-bit kernels do not spill, and the guess
+    leaves room for more blocks of them."""
+    bound = not (itemsize == HALF and plain)
     return [
-        Row(families, itemsize, plain, chunked, w, rows, c and Config(*c)) for w, rows, c in table
-    ]
+        Row(families, itemsize, plain, chunked, width, rows,
+            tile and Config(*tile, register_bound(tile[2]) if bound else None))
+        for width, rows, tile in table
+    ]  # fmt: skip
 
 
 # columns: widest head, most query rows, (block_q, block_k, num_warps, num_stages)
@@ -127,7 +139,8 @@ TABLE = {
         *_rows(ALL, FLOAT32, None, None, (64, ANY, (32, 32, 4, 1)), (128, ANY, (16, 32, 8, 1))),
         *_rows(ALL, FLOAT32, False, None, (256, ANY, (16, 16, 16, 1))),
         *_rows(ALL, FLOAT32, True, True, (256, ANY, (16, 32, 8, 1))),
-        *_rows(ALL, FLOAT32, True, False, (256, ANY, (16, 16, 8, 1))),
+        *_rows(SMALL, FLOAT32, True, False, (256, ANY, (16, 16, 8, 1))),
+        *_rows(NOT_SMALL, FLOAT32, True, False, (256, ANY, (32, 16, 8, 1))),
     ],
     # one tile of the attention weights walks the heads
     "weights": [
@@ -158,6 +171,11 @@ def column_chunks(width: int, itemsize: int) -> tuple[int, ...]:
     return (widest,) * (width // widest) + tuple(
         1 << bit for bit in range(8, 3, -1) if rest >> bit & 1
     )
+
+
+def tf32_fits(arch: int, D: int, Dv: int) -> bool:
+    """Whether TF32 kernels of these widths fit registers and shared memory without a spill."""
+    return max(D, Dv) <= 128 or FAMILIES.get(arch, "small") != "small"
 
 
 @cache

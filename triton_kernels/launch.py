@@ -10,11 +10,18 @@ import torch
 import triton
 from torch import Tensor
 
-from .configs import Config, column_chunks, lookup
+from .configs import Config, column_chunks, lookup, tf32_fits
 
 INTERPRETED_ARCH = 90  # whose table rows the interpreter runs
 DEFAULT_MULTIPROCESSORS = 132
-COMPILER = {"enable_fp_fusion": True}  # whatever the default of the Triton at hand
+
+
+def compiler_options(max_registers: int | None) -> dict:
+    """Options of every launch that the defaults of the Triton at hand must not decide."""
+    options = {"enable_fp_fusion": True}
+    if max_registers is not None and torch.version.hip is None:
+        options["maxnreg"] = max_registers
+    return options
 
 
 def target_arch(device: torch.device) -> int:
@@ -166,6 +173,7 @@ class Call:
         tiles = [t for t in (*results, self.q, self.k, self.v) if isinstance(t, Tensor)]
         tiles = [t for t in tiles if t.dim() > 3 and t.shape[-1] in (self.D, self.DV)]
         tf32 = self.allow_tf32 and self.q.dtype == torch.float32
+        tf32 = tf32 and tf32_fits(target_arch(self.q.device), self.D, self.DV)
         itemsize = self.q.element_size()
         with device_guard(self.q.device):
             kernel[(programs,)](
@@ -174,5 +182,6 @@ class Call:
                 CHUNKS=column_chunks(self.D, itemsize), CHUNKS_V=column_chunks(self.DV, itemsize),
                 GROUP=self.group, BLOCK_Q=config.block_q, BLOCK_K=config.block_k,
                 ALIGN=row_alignment(*tiles), PRECISION="tf32" if tf32 else "ieee",
-                num_warps=config.num_warps, num_stages=config.num_stages, **COMPILER,
+                num_warps=config.num_warps, num_stages=config.num_stages,
+                **compiler_options(config.max_registers),
             )  # fmt: skip

@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import Config, column_chunks
-from .launch import COMPILER, Call, device_guard, row_alignment
+from .configs import Config, column_chunks, register_bound
+from .launch import Call, compiler_options, device_guard, row_alignment
 from .tiles import (
     LN2,
     LOG2E,
@@ -147,6 +147,7 @@ def bounds_kernel(
 # Rows per program: 256 columns of float32 keep four warps busy; few queries make few programs of
 # the merge, which walks its parts one after the other.
 ROWS, MERGE_ROWS = 16, 8
+MAX_REGISTERS = register_bound(num_warps=4)
 
 
 def merge_splits(results: tuple, parts: list[Tensor]) -> None:
@@ -158,7 +159,7 @@ def merge_splits(results: tuple, parts: list[Tensor]) -> None:
             out, out.stride(), lse, *rows, parts[0], parts[0].stride(), *parts[1:],
             H, N, lse.numel(), parts[0].shape[0],
             DV=DV, CHUNKS_V=column_chunks(DV, out.element_size()), BLOCK=MERGE_ROWS,
-            ALIGN=row_alignment(out, parts[0]), **COMPILER,
+            ALIGN=row_alignment(out, parts[0]), **compiler_options(MAX_REGISTERS),
         )  # fmt: skip
 
 
@@ -175,7 +176,7 @@ def row_terms(
             None if dlse is None else dlse.contiguous(), dentropy,
             None if dentropy is None else entropy, H, N, NATURAL=call.bias is not None,
             DV=DV, CHUNKS_V=column_chunks(DV, out.element_size()), BLOCK=ROWS,
-            ALIGN=row_alignment(out, dout), **COMPILER,
+            ALIGN=row_alignment(out, dout), **compiler_options(MAX_REGISTERS),
         )  # fmt: skip
     return unit_lse, delta
 
@@ -193,6 +194,7 @@ def tile_bounds(call: Call, config: Config) -> Tensor:
     with device_guard(bounds.device):
         bounds_kernel[(call.B * n_tiles,)](
             bounds, call.start, call.start.stride(), call.stop, call.stop.stride(),
-            call.Nq, call.Nk, n_tiles, GROUP=call.group, BLOCK_Q=config.block_q, **COMPILER,
+            call.Nq, call.Nk, n_tiles, GROUP=call.group, BLOCK_Q=config.block_q,
+            **compiler_options(MAX_REGISTERS),
         )  # fmt: skip
     return bounds
