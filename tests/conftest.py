@@ -15,14 +15,17 @@ from typing import Any
 import pytest
 import torch
 
+import launches
+
 ROOT = Path(__file__).resolve().parents[1]
-EMULATED = {"sm_80": 80, "sm_90": 90}
-COMPILED: dict[int, dict] = {80: {}, 90: {}}  # decoded kernels, shared by the tests of a process
+EMULATED = {"sm_80": 80, "sm_89": 89, "sm_90": 90}
+# decoded kernels, shared by the tests of a process
+COMPILED: dict[str, dict] = {name: {} for name in EMULATED}
 
 
 @dataclass(frozen=True)
 class Mode:
-    """How kernels run: `name` is "interpreter", "sm_80", "sm_90" or "gpu"."""
+    """How kernels run: `name` is "interpreter", "sm_80", "sm_89", "sm_90" or "gpu"."""
 
     name: str
     device: str
@@ -69,27 +72,53 @@ def enter(name: str) -> Iterator[Mode]:
     if name == "gpu":
         if not torch.cuda.is_available():
             pytest.skip("no CUDA device")
-        yield Mode(name, "cuda")
+        with launches.noted(torch.cuda.get_device_name()):
+            yield Mode(name, "cuda")
         return
     pytest.importorskip("triton")
     interpreting = os.environ.get("TRITON_INTERPRET") == "1"
     if name == "interpreter":
         if not interpreting:
             pytest.skip("TRITON_INTERPRET=1 is not set, and Triton reads it when imported")
-        yield Mode(name, "cpu")
+        with launches.noted(name):
+            yield Mode(name, "cpu")
         return
     if interpreting or os.environ.get("XATTN_TRITON_ON_CPU") != "1":
         pytest.skip("emulation needs XATTN_TRITON_ON_CPU=1 and no TRITON_INTERPRET")
     with find_ptxsim().triton_on_cpu(arch=EMULATED[name]) as session:
-        session.kernels = COMPILED[EMULATED[name]]
-        yield Mode(name, "cpu", session)
+        session.kernels = COMPILED[name]
+        with launches.noted(name):
+            yield Mode(name, "cpu", session)
 
 
-@pytest.fixture(params=modes("interpreter", *EMULATED, "gpu"))
+@pytest.fixture(params=modes("interpreter", "sm_80", "sm_90", "gpu"))
 def mode(request) -> Iterator[Mode]:
     """Runs the test once in each mode that this process, this machine and its markers allow."""
     with enter(request.param) as found:
         yield found
+
+
+def pytest_addoption(parser):
+    parser.addoption("--share", help="n/m: each m-th test from the n-th on, counted from 0")
+
+
+def pytest_collection_modifyitems(config, items):
+    if share := config.getoption("share"):
+        n, m = map(int, share.split("/"))
+        config.hook.pytest_deselected(items=[t for i, t in enumerate(items) if i % m != n])
+        items[:] = items[n::m]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if call.when == "call":
+        launches.settle(report.passed)
+    return report
+
+
+def pytest_sessionfinish(session):
+    launches.write()
 
 
 @pytest.fixture
@@ -101,3 +130,17 @@ def force_splits(monkeypatch):
         monkeypatch.setattr(module, "split_count", lambda programs, steps, device: n)
 
     return force
+
+
+@contextmanager
+def tf32_allowed() -> Iterator[None]:
+    """torch's setting lets float32 products use TF32."""
+    matmul = torch.backends.cuda.matmul
+    new = hasattr(matmul, "fp32_precision")  # torch 2.9
+    name = "fp32_precision" if new else "allow_tf32"
+    before = getattr(matmul, name)
+    setattr(matmul, name, "tf32" if new else True)
+    try:
+        yield
+    finally:
+        setattr(matmul, name, before)

@@ -10,7 +10,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import case, check, document, gpu, memory, rows, runner, timing, workloads
+from benchmarks import (
+    case,
+    check,
+    document,
+    gpu,
+    memory,
+    rows,
+    runner,
+    sharded_tests,
+    timing,
+    workloads,
+)
 from benchmarks import sanitizer_probe as probe
 from benchmarks.__main__ import main
 from benchmarks.case import Case
@@ -280,7 +291,15 @@ def test_gpu_phases_fit_ten_minutes_with_the_tests_last():
     chosen = parser.parse_args([])
     phases = gpu.phases(chosen, gpu.RESULTS)
     assert 60 * chosen.minutes <= 570 and sum(p.seconds for p in phases[:-1]) < 60 * chosen.minutes
-    assert phases[-1].command[2:4] == ["pytest", "tests"]
+    assert phases[-1].command[2] == "benchmarks.sharded_tests" and "tests" in phases[-1].command
+
+
+@pytest.mark.slow
+def test_sharded_tests_run_each_test_once_and_sum_up(capsys):
+    chosen = ["tests/test_dispatch.py", "-q", "-k", "unknown_backend or by_name_only or nothing"]
+    assert sharded_tests.run(2, chosen) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("3 passed")
+    assert sharded_tests.run(1, [*chosen, "-k", "nothing_at_all"]) == sharded_tests.NO_TESTS
 
 
 def test_the_sanitizer_probe_runs_through(capsys):

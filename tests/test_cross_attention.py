@@ -9,27 +9,32 @@ import torch
 
 from calls import assert_right, build
 from cases import CASES, PAIRS
-from conftest import modes
 from xattn_kernels import sdpa
 from xattn_kernels.cross_attention import cross_attention, triton_reasons
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
-def interpreted() -> list:
-    """Every case in two dtypes. Many row tiles, pairs of flags and float16 are left out of a fast
-    run: the interpreter is slow by the tile."""
+def everywhere() -> list:
+    """(mode, case, dtype): interpreted in two dtypes, emulated on one architecture each, on a GPU
+    in all. Many row tiles, pairs of flags and float16 are left out of a fast run: the interpreter
+    is slow by the tile."""
     found = []
-    for dtype in (torch.float32, torch.float16):
-        for case in CASES:
+    for n, case in enumerate(CASES):
+        for dtype in DTYPES[:2]:
             slow = dtype == torch.float16 or case.Nq > 35 or case in PAIRS
-            marks = [pytest.mark.slow] * slow
-            found.append(pytest.param(case, dtype, id=f"{case}-{str(dtype)[6:]}", marks=marks))
-    return found
+            found.append(("interpreter", case, dtype, [pytest.mark.slow] * slow))
+        arch = "sm_89" if n % 8 == 7 else ("sm_80", "sm_90")[n % 2]
+        found.append((arch, case, DTYPES[1 + n // 2 % 2], [pytest.mark.emulated]))
+        found += [("gpu", case, dtype, [pytest.mark.gpu]) for dtype in DTYPES]
+    return [
+        pytest.param(mode, case, dtype, id=f"{case}-{str(dtype)[6:]}-{mode}", marks=marks)
+        for mode, case, dtype, marks in found
+    ]
 
 
-@pytest.mark.parametrize(("case", "dtype"), interpreted())
-@pytest.mark.parametrize("mode", modes("interpreter", "gpu"), indirect=True)
+@pytest.mark.parametrize(("mode", "case", "dtype"), everywhere(), indirect=["mode"])
 def test_triton(mode, case, dtype):
     assert triton_reasons(build(case, dtype, mode.device).inputs()) == []
     assert_right(case, "triton", dtype, mode.device)

@@ -10,10 +10,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from calls import assert_agrees, build, run, written_out
+from calls import assert_agrees, build, expected, run, written_out
 from cases import Case
-from conftest import modes
+from conftest import modes, tf32_allowed
 from mask_kinds import MASKS
+from numerics import assert_as_accurate
 
 SHORT, LONG = dict(Nq=6, Nk=75), dict(Nq=70, Nk=75)
 LENGTHS = {"short": SHORT, "long": LONG}
@@ -74,3 +75,23 @@ def test_flag(mode, case):
     """sm_80 has float16 in the long cases, sm_90 in the short ones; bfloat16 in the others."""
     long = case.Nq == LONG["Nq"]
     assert_right(case, mode, mode.dtypes[long == (mode.name == "sm_80")])
+
+
+@pytest.mark.parametrize("mode", modes("sm_80", "sm_90", "gpu"), indirect=True)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_tf32(mode, length):
+    """Where the user allows it; TF32 has float16's ten bits, so eager's error there is allowed."""
+    case = Case(f"tf32_{length}", mask="empty_rows", **BASE | LENGTHS[length])
+    call = written_out(build(case, torch.float32, mode.device))
+    ieee = run(call, "triton")
+    with tf32_allowed():
+        ours = run(call, "triton")
+    _, truth, sizes = expected(case, torch.float32, mode.device)
+    half, half_truth, _ = expected(case, torch.float16, mode.device)
+    for name, t in ours.items():
+        assert not torch.equal(t, ieee[name]), f"{name}: the product is not TF32"
+        rival = truth[name] + (half[name].double() - half_truth[name]).nan_to_num(0, 0, 0)
+        assert_as_accurate(
+            t, rival.to(t.dtype), truth[name], name, size=sizes.get(name, 0.0),
+            rounded_to=torch.float16,
+        )  # fmt: skip

@@ -42,7 +42,8 @@ class Row:
 
 
 ALL = ("hopper", "blackwell", "ampere", "small")
-HOPPER, WGMMA, MMA = ("hopper",), ("hopper", "blackwell"), ("ampere", "small")
+HOPPER, BLACKWELL = ("hopper",), ("blackwell",)
+WGMMA, MMA = ("hopper", "blackwell"), ("ampere", "small")
 NOT_HOPPER, LARGE, SMALL = ("blackwell", *MMA), ("blackwell", "ampere"), ("small",)
 NOT_SMALL = ("hopper", *LARGE)
 HALF, FLOAT32 = 2, 4
@@ -77,6 +78,8 @@ TABLE = {
         *_rows(MMA, HALF, True, None, (256, ANY, (64, 32, 8, 2))),
         *_rows(ALL, HALF, False, None, (256, 16, (16, 32, 4, 1)), (128, ANY, (32, 32, 4, 1)),
                (256, ANY, (32, 32, 8, 1))),
+        *_rows(BLACKWELL, FLOAT32, False, True, (128, 16, (16, 16, 4, 1)),
+               (128, ANY, (32, 16, 8, 1))),
         *_rows(ALL, FLOAT32, None, True, (128, 16, (16, 16, 4, 1)), (128, ANY, (32, 32, 8, 1)),
                (256, ANY, (16, 16, 8, 1))),
         *_rows(ALL, FLOAT32, False, False, (64, ANY, (32, 32, 8, 1))),
@@ -93,7 +96,9 @@ TABLE = {
         *_rows(MMA, HALF, True, None, (64, ANY, (64, 32, 4, 2)), (128, ANY, (64, 64, 8, 2)),
                (256, ANY, (64, 32, 8, 1))),
         *_rows(ALL, HALF, False, True, (128, ANY, (16, 32, 8, 1))),
-        *_rows(ALL, HALF, False, None, (128, ANY, (32, 32, 4, 1)), (256, ANY, (32, 32, 8, 1))),
+        *_rows(ALL, HALF, False, None, (128, ANY, (32, 32, 4, 1))),
+        *_rows(("blackwell", "small"), HALF, False, None, (256, ANY, (16, 32, 8, 1))),
+        *_rows(("hopper", "ampere"), HALF, False, None, (256, ANY, (32, 32, 8, 1))),
         *_rows(ALL, FLOAT32, False, None, (64, ANY, (16, 32, 4, 1)), (128, ANY, (16, 32, 8, 1)),
                (256, ANY, (16, 16, 8, 1))),
         *_rows(ALL, FLOAT32, True, True, (64, ANY, (32, 32, 8, 1)), (128, ANY, (32, 32, 4, 1)),

@@ -40,8 +40,10 @@ def cross_attention(
         s   = softcap(scale * q k^T) + bias        over the keys that `mask` allows
         p   = softmax(s)        out = dropout(p) v        lse = log(sum(exp(s)))
 
-    Inputs are not cast, under autocast neither. PyTorch's own kernels, the `sdpa` backend, have no
-    softcap, dropout by seed, lse or statistics; some of them read NaN in a query as an output of 0.
+    Inputs are not cast, under autocast neither; float32 products are IEEE's unless torch's setting
+    for matmul allows TF32. Second derivatives need backend="eager". PyTorch's own kernels, the
+    `sdpa` backend, have no softcap, dropout by seed, lse or statistics; some of them read NaN in a
+    query as an output of 0.
     A query without any allowed key gets out = 0, lse = -inf and zero gradients on every backend.
     Keys before the first or after the last interval of their batch element are never used, so
     padding may hold anything there, NaN included.
