@@ -140,7 +140,7 @@ def test_same_results_in_lower_precision(dtype, call):
     assert_same(theirs, ours, inputs(theirs), CALLS[call](), dtype)
 
 
-@pytest.mark.parametrize("mode", modes("interpreter", "gpu"), indirect=True)
+@pytest.mark.parametrize("mode", modes("interpreter", "sm_90", "gpu"), indirect=True)
 @pytest.mark.parametrize("call", ["plain", "both_bool", "attn_float_3d", "causal_hint"])
 @pytest.mark.parametrize("need_weights", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_same_results_from_the_kernels(mode, need_weights, call):
