@@ -23,7 +23,7 @@ from .launch import (
 )
 from .rows import merge_splits, row_terms, tile_bounds
 from .scores import (
-    exp_scores,
+    exp_difference,
     forbid_outside,
     kept,
     key_ranges,
@@ -68,6 +68,7 @@ def forward_kernel(
     D: tl.constexpr, DV: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_V: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    SCALE_LATER: tl.constexpr,  # scale > 0 and nothing else in the scores: see `factor`
 ):  # fmt: skip
     tile, hkv, b, split = program(tl.cdiv(Nq * GROUP, BLOCK_Q), Hkv, B)
     # [BLOCK_Q]
@@ -78,8 +79,11 @@ def forward_kernel(
     key_begin, key_end = split_range(key_begin, key_end, split, n_splits, BLOCK_K)
 
     rs = row_scale(scale, scale_tensor, stride_scale, h)
+    factor = None
     if scale_tensor is not None:
         rs = rs[:, None]
+    elif SCALE_LATER:  # the maximum is that of the products: one multiplication less per score
+        rs, factor = None, scale * LOG2E
     bias_rows = row_offsets(stride_bias, b, h, i)[:, None]
     mask_rows = row_offsets(stride_mask, b, h, i)[:, None]
     # [BLOCK_Q, D]
@@ -104,8 +108,8 @@ def forward_kernel(
         m_new = tl.maximum(m, tl.max(s, 1))
         # a row with no key yet keeps m = -inf; subtracting 0 there never forms inf - inf
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-        e = exp_scores(s - m_safe[:, None], bias)
-        alpha = exp_scores(m - m_safe, bias)
+        e = exp_difference(s, m_safe[:, None], factor, bias)
+        alpha = exp_difference(m, m_safe, factor, bias)
         if entropy is not None:
             shift = tl.where(m == float("-inf"), 0.0, m - m_safe)
             t = tl.where(e > 0, s - m_safe[:, None], 0.0)
@@ -122,7 +126,7 @@ def forward_kernel(
 
     empty = l == 0
     l = tl.where(empty, 1.0, l)
-    log_l, m = tl.log(l), natural(m, bias)
+    log_l, m = tl.log(l), natural(times(m, factor), bias)
     row_lse = m + log_l
     rows = ((split * B + b) * Hkv * GROUP + h) * Nq + i
     tl.store(lse + rows, tl.where(empty, float("-inf"), row_lse), row_mask)
@@ -361,9 +365,10 @@ def forward(
         programs = call.row_tiles(config) * call.B * call.Hkv
         n_splits = n_splits or split_count(programs, call.key_tiles(config), q.device)
         parts = [split_buffer(t, n_splits) for t in results]
+        plain_scores = bias is None and scale_tensor is None and not softcap and not statistics
         call.launch(
             forward_kernel, config, programs * n_splits, (parts[0], parts[0].stride(), *parts[1:]),
-            n_splits,
+            n_splits, SCALE_LATER=plain_scores and scale > 0,
         )  # fmt: skip
         if n_splits > 1:
             merge_splits(results, parts)

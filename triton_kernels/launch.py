@@ -168,8 +168,10 @@ class Call:
             None if factor == 1.0 else factor,
         )  # fmt: skip
 
-    def launch(self, kernel, config: Config, programs: int, results: tuple, n_splits: int) -> None:
-        """Launches `kernel` on `results`, the shared operands and the sizes."""
+    def launch(
+        self, kernel, config: Config, programs: int, results: tuple, n_splits: int, **constants
+    ) -> None:  # fmt: skip
+        """Launches `kernel` on `results`, the shared operands, the sizes and its own constants."""
         tiles = [t for t in (*results, self.q, self.k, self.v) if isinstance(t, Tensor)]
         tiles = [t for t in tiles if t.dim() > 3 and t.shape[-1] in (self.D, self.DV)]
         tf32 = self.allow_tf32 and self.q.dtype == torch.float32
@@ -183,5 +185,5 @@ class Call:
                 GROUP=self.group, BLOCK_Q=config.block_q, BLOCK_K=config.block_k,
                 ALIGN=row_alignment(*tiles), PRECISION="tf32" if tf32 else "ieee",
                 num_warps=config.num_warps, num_stages=config.num_stages,
-                **compiler_options(config.max_registers),
+                **constants, **compiler_options(config.max_registers),
             )  # fmt: skip

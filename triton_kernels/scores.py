@@ -39,16 +39,18 @@ def tile_scores(
     """(s, tanh): scores, -inf where the bool mask forbids, and the softcap's tanh.
 
     Scores are in log2 units, natural where a bias is added: a dtype's lowest number, with which
-    masks are written, would overflow in log2 units. `scale` is a number or a row quantity; tanh is
-    0 without a softcap.
+    masks are written, would overflow in log2 units. `scale` is a number or a row quantity, or None
+    to leave the product as it is; tanh is 0 without a softcap.
     """
     unit = LOG2E if bias is None else 1.0
+    th = 0.0
     if softcap is not None:
         th = tanh(qk * (scale / softcap))
         s = th * (softcap * unit)
-    else:
-        th = 0.0
+    elif scale is not None:
         s = qk * (scale * unit)
+    else:
+        s = qk
     if bias is not None:
         b = tl.load(bias + (bias_rows + j.to(tl.int64) * stride_bias[3]), row_mask & (j < Nk), 0.0)
         s += b.to(tl.float32)
@@ -60,12 +62,14 @@ def tile_scores(
 
 
 @triton.jit
-def exp_scores(t, bias):
-    """exp of differences of scores, whatever their unit."""
-    if bias is not None:
-        return tl.exp2(t * LOG2E)
+def exp_difference(s, m, factor, bias):
+    """exp(s - m) of scores, whatever their unit; a factor not yet in them is one multiply-add."""
+    if factor is not None:
+        return tl.exp2(s * factor - m * factor)
+    elif bias is not None:
+        return tl.exp2((s - m) * LOG2E)
     else:
-        return tl.exp2(t)
+        return tl.exp2(s - m)
 
 
 @triton.jit
