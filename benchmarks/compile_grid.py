@@ -227,13 +227,18 @@ def faults(row: Row) -> list[str]:
         found.append(f"spills {row.spills} bytes of registers")
     if row.shared > SHARED_LIMIT[row.arch]:
         found.append(f"{row.shared} bytes of shared memory > {SHARED_LIMIT[row.arch]}")
-    if (
-        "float32" not in row.case
-        and row.kernel.endswith(("forward_kernel", "dq_kernel", "dkdv_kernel", "dbias_kernel"))
-        and not row.tensor_core
-    ):
+    if wants_tensor_cores(row) and not row.tensor_core:
         found.append("no tensor-core instruction")
     return found
+
+
+def wants_tensor_cores(row: Row) -> bool:
+    from xattn_kernels.triton_kernels.configs import tf32_fits
+
+    if not row.kernel.endswith(("forward_kernel", "dq_kernel", "dkdv_kernel", "dbias_kernel")):
+        return False
+    width = max(int(D) for D in re.findall(r"-Dv?(\d+)", row.case))
+    return tf32_fits(row.arch, width, width) if "tf32" in row.case else "float32" not in row.case
 
 
 def compile_all(tasks: list, jobs: int) -> Iterator[list[Row]]:

@@ -32,16 +32,20 @@ from .scores import (
     plus_weight_gradient,
     row_offsets,
     row_scale,
+    run_offsets,
     score_gradient,
     split_offsets,
     through_softcap,
+    tile_offsets,
     tile_scores,
 )
 from .tiles import (
     LOG2E,
+    clear_rows,
     column_bounds,
     dot_into,
     dot_nt,
+    keys_reached,
     load_rows,
     load_tile,
     next_run,
@@ -97,7 +101,7 @@ def forward_kernel(
         j = k0 + tl.arange(0, BLOCK_K)
         there = j < key_end
         # [BLOCK_K, D]
-        k_tile = load_tile(k, row_offsets(stride_k, b, hkv, j), there, D, CHUNKS, ALIGN)
+        k_tile = load_tile(k, run_offsets(stride_k, b, hkv, k0, BLOCK_K), there, D, CHUNKS, ALIGN)
         # [BLOCK_Q, BLOCK_K]
         s, _ = tile_scores(
             dot_nt(q_tile, k_tile, CHUNKS, PRECISION), rs, softcap, bias, bias_rows, stride_bias,
@@ -119,7 +123,8 @@ def forward_kernel(
         m = m_new
         e = kept(e, seed, b, h[:, None], i[:, None], j[None, :], threshold)
         # [BLOCK_K, DV]
-        v_tile = load_tile(v, row_offsets(stride_v, b, hkv, j), there, DV, CHUNKS_V, ALIGN)
+        keys = run_offsets(stride_v, b, hkv, k0, BLOCK_K)
+        v_tile = load_tile(v, keys, there, DV, CHUNKS_V, ALIGN)
         acc = dot_into(
             scale_rows(acc, alpha, CHUNKS_V), e.to(v_tile[0].dtype), v_tile, CHUNKS_V, PRECISION
         )
@@ -181,31 +186,32 @@ def dq_kernel(
     dout_tile = load_tile(dout, row_offsets(stride_dout, b, h, i), row_mask, DV, CHUNKS_V, ALIGN)
     acc = zero_tile(BLOCK_Q, CHUNKS)
     row_ds = tl.full([BLOCK_Q], 0.0, tl.float32)
+    MAY_BE_EMPTY: tl.constexpr = start is not None or mask is not None or bias is not None
     for k0 in range(key_begin, key_end, BLOCK_K):
         j = k0 + tl.arange(0, BLOCK_K)
         there = j < key_end
         # [BLOCK_K, D], [BLOCK_K, DV]
-        k_tile = load_tile(k, row_offsets(stride_k, b, hkv, j), there, D, CHUNKS, ALIGN)
-        v_tile = load_tile(v, row_offsets(stride_v, b, hkv, j), there, DV, CHUNKS_V, ALIGN)
+        k_tile = load_tile(k, run_offsets(stride_k, b, hkv, k0, BLOCK_K), there, D, CHUNKS, ALIGN)
+        keys = run_offsets(stride_v, b, hkv, k0, BLOCK_K)
+        v_tile = load_tile(v, keys, there, DV, CHUNKS_V, ALIGN)
         # [BLOCK_Q, BLOCK_K]
         s, th = tile_scores(
             dot_nt(q_tile, k_tile, CHUNKS, PRECISION), rs, softcap, bias, bias_rows, stride_bias,
             mask, mask_rows, stride_mask, row_mask[:, None], j[None, :], Nk,
         )  # fmt: skip
-        cut = (k0 < full_begin) | (k0 + BLOCK_K > full_end)
-        if cut:
-            s = forbid_outside(s, first, last, j[None, :])
         log2_p = log2_probability(s, row_lse, row_low, bias)
+        if (k0 < full_begin) | (k0 + BLOCK_K > full_end):
+            log2_p = forbid_outside(log2_p, first, last, j[None, :])
         p = tl.exp2(log2_p)
         dp = plus_weight_gradient(
             dot_nt(dout_tile, v_tile, CHUNKS_V, PRECISION), dweights, weight_rows,
             stride_dweights, row_mask[:, None], j[None, :], Nk,
         )  # fmt: skip
         dp = kept(times(dp, p_factor), seed, b, h[:, None], i[:, None], j[None, :], threshold)
-        ds = score_gradient(p, log2_p, dp, row_lse, row_delta, dentropy, row_dentropy, mask, bias)
-        if start is not None:
-            if cut:  # infinite or NaN dp of a row without keys must not reach its dq
-                ds = forbid_outside(ds, first, last, j[None, :], 0.0)
+        ds = score_gradient(
+            p, log2_p, dp, row_lse, row_delta, dentropy, row_dentropy,
+            dk is not None and MAY_BE_EMPTY,
+        )  # fmt: skip
         if dlse is not None:
             row_ds += tl.sum(ds, 1)
         ds = through_softcap(ds, th, softcap)
@@ -219,11 +225,15 @@ def dq_kernel(
             p_t = tl.trans(p.to(dout_tile[0].dtype))
             dk_tile = dot_into(dk_tile, ds_t, q_tile, CHUNKS, PRECISION)
             dv_tile = dot_into(dv_tile, p_t, dout_tile, CHUNKS_V, PRECISION)
-            keys = row_offsets(stride_dk, b, hkv, j)
+            keys = run_offsets(stride_dk, b, hkv, k0, BLOCK_K)
             store_tile(dk, keys, there, dk_tile, D, CHUNKS, ALIGN)
-            keys = row_offsets(stride_dv, b, hkv, j)
+            keys = run_offsets(stride_dv, b, hkv, k0, BLOCK_K)
             store_tile(dv, keys, there, dv_tile, DV, CHUNKS_V, ALIGN)
 
+    if MAY_BE_EMPTY:  # rows without keys, whatever reached them
+        empty = tl.reshape(row_lse, [BLOCK_Q]) == float("inf")
+        acc = clear_rows(acc, empty, CHUNKS)
+        row_ds = tl.where(empty, 0.0, row_ds)
     if dlse is not None:
         tl.store(dlse + split * B * Hkv * GROUP * Nq + rows, -row_ds, row_mask)
     if dscale is not None:
@@ -257,13 +267,18 @@ def dkdv_kernel(
     there = j < Nk
     run_end, tile_end = split_range(0, n_tiles, split, n_splits, 1)
     run_begin = run_end
-    if start is not None:
+    used = there
+    if start is not None:  # padding may hold NaN, and 0 * NaN would reach its own dk
         bounds += b * n_tiles * 4
+        first_used, last_used = keys_reached(bounds, n_tiles)
+        used = (j >= first_used) & (j < last_used)
     # [BLOCK_K, D], [BLOCK_K, DV]
-    k_tile = load_tile(k, row_offsets(stride_k, b, hkv, j), there, D, CHUNKS, ALIGN)
-    v_tile = load_tile(v, row_offsets(stride_v, b, hkv, j), there, DV, CHUNKS_V, ALIGN)
+    k_tile = load_tile(k, run_offsets(stride_k, b, hkv, k0, BLOCK_K), used, D, CHUNKS, ALIGN)
+    v_tile = load_tile(v, run_offsets(stride_v, b, hkv, k0, BLOCK_K), used, DV, CHUNKS_V, ALIGN)
     dk_tile = zero_tile(BLOCK_K, CHUNKS)
     dv_tile = zero_tile(BLOCK_K, CHUNKS_V)
+    stride_rows = (b * 0 + Hkv * GROUP * Nq, b * 0 + Nq, 1)  # of lse [B, Hq, Nq], in int64
+    GUARD: tl.constexpr = mask is not None or bias is not None
     while run_end < tile_end:
         # runs of row tiles that all reach these keys, so that the inner loop has no branch around
         # its loads and can be pipelined; sorted intervals make one run
@@ -279,13 +294,14 @@ def dkdv_kernel(
                 cut |= tl.load(bounds + t * 4 + 1) > k0
                 cut |= tl.load(bounds + t * 4 + 2) < k0 + BLOCK_K
             # [BLOCK_Q, D], [BLOCK_Q, DV]
-            q_tile = load_tile(q, row_offsets(stride_q, b, h, i), row_mask, D, CHUNKS, ALIGN)
-            dout_tile = load_tile(
-                dout, row_offsets(stride_dout, b, h, i), row_mask, DV, CHUNKS_V, ALIGN
-            )
-            rows = (b * Hkv * GROUP + h) * Nq + i
+            rows = tile_offsets(stride_q, b, hkv, t, i, h, BLOCK_Q, GROUP)
+            q_tile = load_tile(q, rows, row_mask, D, CHUNKS, ALIGN)
+            rows = tile_offsets(stride_dout, b, hkv, t, i, h, BLOCK_Q, GROUP)
+            dout_tile = load_tile(dout, rows, row_mask, DV, CHUNKS_V, ALIGN)
+            rows = tile_offsets(stride_rows, b, hkv, t, i, h, BLOCK_Q, GROUP)
+            # where there is no row q and dout are 0, so that a p of 1 adds nothing: no select then
             row_lse, row_low, row_delta, row_dentropy = load_rows(
-                lse, lse_low, delta, dentropy, rows, row_mask, 0
+                lse, lse_low, delta, dentropy, rows, row_mask, 0, float("inf") if GUARD else 0.0
             )
             rs = row_scale(scale, scale_tensor, stride_scale, h)
             if scale_tensor is not None:
@@ -297,12 +313,12 @@ def dkdv_kernel(
                 mask, row_offsets(stride_mask, b, h, i)[None, :], stride_mask,
                 row_mask[None, :], j[:, None], Nk,
             )  # fmt: skip
+            log2_p = log2_probability(s, row_lse, row_low, bias)
             if cut:
                 first, last = column_bounds(
                     start, stop, stride_start, stride_stop, b, i, row_mask, Nk
                 )
-                s = forbid_outside(s, first, last, j[:, None])
-            log2_p = log2_probability(s, row_lse, row_low, bias)
+                log2_p = forbid_outside(log2_p, first, last, j[:, None])
             p = tl.exp2(log2_p)
             keep_p = kept(p, seed, b, h[None, :], i[None, :], j[:, None], threshold)
             dv_tile = dot_into(
@@ -314,15 +330,8 @@ def dkdv_kernel(
                 row_mask[None, :], j[:, None], Nk,
             )  # fmt: skip
             dp = kept(times(dp, p_factor), seed, b, h[None, :], i[None, :], j[:, None], threshold)
-            ds = score_gradient(
-                p, log2_p, dp, row_lse, row_delta, dentropy, row_dentropy, mask, bias
-            )
+            ds = score_gradient(p, log2_p, dp, row_lse, row_delta, dentropy, row_dentropy, GUARD)
             ds = through_softcap(ds, th, softcap)
-            if cut:  # padding may hold NaN, and 0 * NaN would reach its own dk
-                first, last = column_bounds(
-                    start, stop, stride_start, stride_stop, b, i, row_mask, Nk
-                )
-                ds = forbid_outside(ds, first, last, j[:, None], 0.0)
             if scale_tensor is not None:
                 ds *= rs
             dk_tile = dot_into(dk_tile, ds.to(q_tile[0].dtype), q_tile, CHUNKS, PRECISION)

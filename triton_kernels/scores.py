@@ -26,6 +26,23 @@ def row_offsets(stride, b, h, i):
 
 
 @triton.jit
+def run_offsets(stride, b, h, first, ROWS: tl.constexpr):
+    """The same of ROWS rows from `first` on: a number, which is all that a loop moves, plus a
+    tensor that stays."""
+    base = b * stride[0] + h * stride[1] + (tl.full([], 0, tl.int64) + first) * stride[2]
+    return base + tl.arange(0, ROWS).to(tl.int64) * stride[2]
+
+
+@triton.jit
+def tile_offsets(stride, b, hkv, tile, i, h, BLOCK_Q: tl.constexpr, GROUP: tl.constexpr):
+    """Those of the packed rows of a query tile, (i, h) of `packed_rows`."""
+    if GROUP == 1:
+        return run_offsets(stride, b, hkv, (tl.full([], 0, tl.int64) + tile) * BLOCK_Q, BLOCK_Q)
+    else:
+        return row_offsets(stride, b, h, i)
+
+
+@triton.jit
 def split_offsets(stride, split, b, h, i):
     """The same with a leading dimension of splits."""
     rows = split * stride[0] + b * stride[1] + h.to(tl.int64) * stride[2]
@@ -129,15 +146,18 @@ def plus_weight_gradient(dp, dweights, rows, stride, row_mask, j, Nk):
 
 
 @triton.jit
-def score_gradient(p, log2_p, dp, lse, delta, dentropy, row_dentropy, mask, bias):
-    """ds of the capped scores, eq. ds; delta already holds -dlse + dentropy * entropy."""
+def score_gradient(p, log2_p, dp, lse, delta, dentropy, row_dentropy, GUARD: tl.constexpr):
+    """ds of the capped scores, eq. ds; delta already holds -dlse + dentropy * entropy.
+
+    GUARD: it is summed over rows, some of which may have no key: dp may be infinite or NaN there,
+    which p = 0 does not clear.
+    """
     ds = dp - delta
     if dentropy is not None:
         # p = 0 has log2 p = -inf, and its term is 0
         ds -= row_dentropy * tl.where(p > 0, log2_p * LN2, 0.0)
     ds = p * ds
-    if mask is not None or bias is not None:
-        # a row without keys: dp may be infinite or NaN there, which p = 0 does not clear
+    if GUARD:
         ds = tl.where(lse == float("inf"), 0.0, ds)
     return ds
 

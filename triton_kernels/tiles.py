@@ -57,6 +57,15 @@ def zero_tile(ROWS: tl.constexpr, CHUNKS: tl.constexpr):
 
 
 @triton.jit
+def clear_rows(tile, rows, CHUNKS: tl.constexpr):
+    """The tile with zeros in the rows where `rows` [ROWS] is true, whatever was there."""
+    out = ()
+    for i in tl.static_range(len(CHUNKS)):
+        out = out + (tl.where(rows[:, None], 0.0, tile[i]),)
+    return out
+
+
+@triton.jit
 def scale_rows(tile, factor, CHUNKS: tl.constexpr):
     """The tile with each row times factor [ROWS]."""
     out = ()
@@ -194,12 +203,26 @@ def tiles_reach(bounds, t0, n_tiles, key_begin, key_end):
 
 
 @triton.jit
-def load_rows(lse, lse_low, delta, dentropy, rows, row_mask, AXIS: tl.constexpr):
+def keys_reached(bounds, n_tiles):
+    """The keys [first, last) from the first to the last that any of the row tiles reaches."""
+    first, last = 2147483647, 0
+    for t0 in range(0, n_tiles, 256):
+        # [256]
+        t = t0 + tl.arange(0, 256)
+        first = tl.minimum(first, tl.min(tl.load(bounds + t * 4, t < n_tiles, 2147483647)))
+        last = tl.maximum(last, tl.max(tl.load(bounds + t * 4 + 3, t < n_tiles, 0)))
+    return first, last
+
+
+@triton.jit
+def load_rows(
+    lse, lse_low, delta, dentropy, rows, row_mask, AXIS: tl.constexpr, no_row=float("inf")
+):
     """(lse, lse_low, delta, dentropy) of rows, with a dimension of one at AXIS; 0 for None.
 
-    lse is +inf for a row without keys and for no row: p = 0.
+    lse is +inf for a row without keys, so that p = 0, and `no_row` where there is no row.
     """
-    row_lse = tl.expand_dims(tl.load(lse + rows, row_mask, float("inf")), AXIS)
+    row_lse = tl.expand_dims(tl.load(lse + rows, row_mask, no_row), AXIS)
     row_low, row_delta, row_dentropy = 0.0, 0.0, 0.0
     if lse_low is not None:
         row_low = tl.expand_dims(tl.load(lse_low + rows, row_mask, 0.0), AXIS)
