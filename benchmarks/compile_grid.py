@@ -25,6 +25,8 @@ from pathlib import Path
 ARCHS = (80, 89, 90, 100, 120)
 # largest dynamic shared memory of one block, in bytes (CUDA programming guide, table of limits)
 SHARED_LIMIT = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+# cases of the workloads that every change should keep fast
+ALWAYS = ("many2048-D64-Dv64", "few64-D96-Dv96", "prefill-gqa-D128")
 FLAGS = ("mask", "bias", "scale", "softcap", "dropout", "statistics")
 TENSOR_CORE = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)")
 

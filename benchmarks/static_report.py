@@ -165,14 +165,20 @@ def report_case(task: tuple[int, Case]) -> tuple[list[compile_grid.Row], list[Ke
     return rows, reports
 
 
-def growth(old: KernelReport, new: KernelReport) -> str | None:
-    """What has become worse by more than GROWTH, in words."""
-    if new.per_1000 <= old.per_1000 * GROWTH:
-        return None
-    return (
-        f"sm_{new.arch} {new.case} {new.kernel}: {old.per_1000:g} instructions per 1,000 pairs "
-        f"became {new.per_1000:g}, {old.always} became {new.always}"
-    )
+def regressions(old: KernelReport, new: KernelReport) -> list[str]:
+    """What a change has made worse, in words."""
+    where, found = f"sm_{new.arch} {new.case} {new.kernel}", []
+    if new.spills > old.spills:
+        found.append(f"{where}: {old.spills} spilled bytes became {new.spills}")
+    before, after = (r.always.get("tensor", 0) + r.one_warp.get("tensor", 0) for r in (old, new))
+    if before and not after:
+        found.append(f"{where}: the main loop lost its {before} tensor-core instructions")
+    if new.per_1000 > old.per_1000 * GROWTH:
+        found.append(
+            f"{where}: {old.per_1000:g} instructions per 1,000 pairs became {new.per_1000:g}, "
+            f"{old.always} became {new.always}"
+        )
+    return found
 
 
 def report_file(folder: Path, triton: str) -> Path:
@@ -236,7 +242,7 @@ def main() -> int:
         path = report_file(args.out, rows[0].triton)
         old = {report.key: report for report in read(path)}
         for report in reports:
-            if report.key in old and (worse := growth(old[report.key], report)):
+            for worse in regressions(old.get(report.key, report), report):
                 print(worse)
         write(merge(list(old.values()), reports), path)
         if args.grid:
