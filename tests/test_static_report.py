@@ -8,10 +8,10 @@ import pytest
 
 triton = pytest.importorskip("triton", reason="the report needs Triton, not a GPU")
 
-from benchmarks import sass, static_report  # noqa: E402
-from benchmarks.ceilings import blocks_per_multiprocessor, bound, cycles  # noqa: E402
-from benchmarks.compile_grid import ALWAYS, ARCHS, Case, cases, faults  # noqa: E402
-from benchmarks.static_report import PRODUCTS, RESULTS, KernelReport, regressions  # noqa: E402
+from benchmarks import sass, static_report
+from benchmarks.ceilings import blocks_per_multiprocessor, bound, cycles
+from benchmarks.compile_grid import ALWAYS, ARCHS, Case, cases, faults
+from benchmarks.static_report import PRODUCTS, RESULTS, KernelReport, regressions
 
 SAMPLE = [(arch, c) for arch in ARCHS for c in cases() if c.name in ALWAYS]
 COMMITTED = {
