@@ -67,6 +67,8 @@ REPORT := $(PY) -m benchmarks.static_report --grid --jobs $(JOBS) --out benchmar
 static-report: $(INSTALLED) $(TRITON_NEWEST)/.installed
 	$(REPORT)
 	PYTHONPATH=$(TRITON_NEWEST) $(REPORT)
+	$(PY) -m benchmarks.rivals --out benchmarks/results/static
+	$(PY) -m benchmarks.static_document
 
 CUDA_SOURCES = $(shell git ls-files 'csrc/*.cuh' 'csrc/*.cu' 'csrc/*.h' 'csrc/*.cpp')
 

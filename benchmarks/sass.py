@@ -49,7 +49,6 @@ UNIT_OF = {opcode: unit for unit, opcodes in UNITS.items() for opcode in opcodes
 # multiply-adds of one warp's instruction; a warpgroup's is issued by each of its four warps
 MMA_SHAPE = re.compile(r"^[HQI]MMA\.(16)(8)(\d+)\b")
 GMMA_SHAPE = re.compile(r"^[HQI]GMMA\.(\d+)x(\d+)x(\d+)\b")
-SECTION = re.compile(r"^\s*\.section\s+(\S+?)[,\s]")
 SASS_LABEL = re.compile(r"^(\.L\w+):")
 SASS_LINE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z]\w*(?:\.\w+)*)\s*([^;&?]*)")
 SASS_TARGET = re.compile(r"(.*?)`\((\.L\w+)\)")
@@ -81,12 +80,10 @@ class Instruction:
     @property
     def macs(self) -> int:
         """Multiply-adds of one warp, 0 where the instruction does not say its shape."""
-        if found := MMA_SHAPE.match(self.opcode):
-            m, n, k = map(int, found.groups())
-            return m * n * k
-        if found := GMMA_SHAPE.match(self.opcode):
-            m, n, k = map(int, found.groups())
-            return m * n * k // 4
+        for shape, warps in ((MMA_SHAPE, 1), (GMMA_SHAPE, 4)):
+            if found := shape.match(self.opcode):
+                m, n, k = map(int, found.groups())
+                return m * n * k // warps
         return 0
 
 
@@ -264,13 +261,8 @@ def heaviest_loop(code: Code, weight: Callable[[Instruction], int]) -> Loop | No
     return max(found, key=lambda loop: (total(loop), -len(loop.body)), default=None)
 
 
-def main_loop(code: Code) -> MainLoop | None:
-    """One iteration of the main loop, None for a kernel without one."""
-    loop = heaviest_loop(code, lambda i: i.unit == "tensor") or heaviest_loop(
-        code, lambda i: i.unit in ("float", "exp")
-    )
-    if loop is None:
-        return None
+def one_iteration(code: Code, loop: Loop) -> MainLoop:
+    """What one iteration of `loop` executes."""
     way = shortest_way(code, loop)
     always, one_warp, sometimes = [], [], []
     for n in sorted(loop.body):
@@ -281,6 +273,24 @@ def main_loop(code: Code) -> MainLoop | None:
         elif n in loop.own:
             sometimes.extend(code.blocks[n])
     return MainLoop(tuple(always), tuple(one_warp), tuple(sometimes))
+
+
+def main_loop(code: Code) -> MainLoop | None:
+    """One iteration of the main loop, None for a kernel without one."""
+    loop = heaviest_loop(code, lambda i: i.unit == "tensor") or heaviest_loop(
+        code, lambda i: i.unit in ("float", "exp")
+    )
+    return None if loop is None else one_iteration(code, loop)
+
+
+def tensor_loops(code: Code) -> list[MainLoop]:
+    """One iteration of every loop whose own blocks use tensor cores, the shortest first."""
+    found = [
+        one_iteration(code, loop)
+        for loop in loops(code)
+        if any(i.unit == "tensor" for n in loop.own for i in code.blocks[n])
+    ]
+    return sorted(found, key=lambda loop: len(loop.always))
 
 
 def count_units(instructions: tuple[Instruction, ...]) -> dict[str, int]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from benchmarks.rivals import textbook
+from benchmarks import static_document
+from benchmarks.rivals import compare, textbook
+from benchmarks.static_report import PRODUCTS, RESULTS
 from numerics import assert_as_accurate
 
 TILE = dict(BLOCK_Q=32, BLOCK_K=16)
@@ -40,3 +43,22 @@ def test_textbook_is_right(causal: bool, Nk: int):
     truth = eager(*(t.double() for t in (q, k, v, dout)), causal)
     for name, *results in zip(("out", "dq", "dk", "dv"), ours, rough, truth, strict=True):
         assert_as_accurate(*results, name)
+
+
+@pytest.mark.slow
+@pytest.mark.compile
+def test_flex_attention_is_compiled_without_a_device():
+    """Its kernels are counted from torch's own source, which another torch may write otherwise."""
+    rows = {row.kernel: row for row in compare.rows_of_flex(80, 64)}
+    assert list(rows) == ["forward", "dq", "dkdv"]
+    for row in rows.values():
+        assert row.always["tensor"] * row.num_warps * 16 * 8 * 16 == (
+            sum(PRODUCTS[row.kernel]) * 64 * row.block_q * row.block_k
+        )
+        assert row.per_1000 < row.per_1000_masked
+
+
+def test_the_page_is_what_the_results_say():
+    text = static_document.PAGE.read_text()
+    (triton,) = re.findall(r"Triton\s+(\d+\.\d+\.\d+)\.", text)
+    assert static_document.page(RESULTS, triton) == text, "run python -m benchmarks.static_document"
