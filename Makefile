@@ -14,7 +14,7 @@ INTERPRETED := OMP_NUM_THREADS=1 TRITON_INTERPRET=1
 COMPILED := OMP_NUM_THREADS=1 XATTN_TRITON_ON_CPU=1
 PYTEST := $(PY) -m pytest tests -n $(JOBS) --dist worksteal
 
-.PHONY: help setup test test-fast bench gpu compile-grid style format build clean distclean
+.PHONY: help setup test test-fast bench gpu compile-grid static-report style format build clean distclean
 
 help:
 	@echo "make test          the whole suite, without a GPU"
@@ -22,6 +22,7 @@ help:
 	@echo "make bench         the main benchmark on this machine; table, JSON and plots"
 	@echo "make gpu           tests and benchmarks on a machine with a GPU, offline, with its own python3"
 	@echo "make compile-grid  every kernel configuration for every architecture, two Triton versions"
+	@echo "make static-report the same in one pass, with what is in each kernel's main loop"
 	@echo "make style         lint and formatting; make format repairs what it can"
 	@echo "make build         wheel and source distribution in dist/"
 	@echo "make clean         remove build products and caches; make distclean also the environments"
@@ -60,6 +61,14 @@ GRID := $(PY) -m benchmarks.compile_grid --jobs $(JOBS) --out benchmarks/results
 compile-grid: $(INSTALLED) $(TRITON_NEWEST)/.installed
 	$(GRID)
 	PYTHONPATH=$(TRITON_NEWEST) $(GRID)
+
+REPORT := $(PY) -m benchmarks.static_report --grid --jobs $(JOBS) --out benchmarks/results/static
+
+static-report: $(INSTALLED) $(TRITON_NEWEST)/.installed
+	$(REPORT)
+	PYTHONPATH=$(TRITON_NEWEST) $(REPORT)
+	$(PY) -m benchmarks.rivals --out benchmarks/results/static
+	$(PY) -m benchmarks.static_document
 
 CUDA_SOURCES = $(shell git ls-files 'csrc/*.cuh' 'csrc/*.cu' 'csrc/*.h' 'csrc/*.cpp')
 

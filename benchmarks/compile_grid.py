@@ -25,6 +25,8 @@ from pathlib import Path
 ARCHS = (80, 89, 90, 100, 120)
 # largest dynamic shared memory of one block, in bytes (CUDA programming guide, table of limits)
 SHARED_LIMIT = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+# cases of the workloads that every change should keep fast
+ALWAYS = ("many2048-D64-Dv64", "few64-D96-Dv96", "prefill-gqa-D128")
 FLAGS = ("mask", "bias", "scale", "softcap", "dropout", "statistics")
 TENSOR_CORE = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)")
 
@@ -193,8 +195,9 @@ def resources(log: str) -> dict[str, int]:
     return {"registers": int(registers), "spills": sum(map(int, spills))}
 
 
-def compile_case(task: tuple[int, Case]) -> list[Row]:
-    """The rows of one case on one architecture, one per distinct kernel."""
+def compile_kernels(task: tuple[int, Case]) -> tuple[list[Row], list[tuple]]:
+    """The rows of one case on one architecture, one per distinct kernel, and what they describe:
+    (name, kernel, options, the assembler's log)."""
     import triton
 
     arch, case = task
@@ -204,9 +207,8 @@ def compile_case(task: tuple[int, Case]) -> list[Row]:
         try:
             launch(case)
         except Exception as error:  # reported as a row: one failure must not hide the others
-            return [
-                Row(**common, kernel="", **nothing, error=f"{type(error).__name__}: {error}"[:300])
-            ]
+            message = f"{type(error).__name__}: {error}"[:300]
+            return [Row(**common, kernel="", **nothing, error=message)], []
     rows = []
     for name, kernel, options, log in compiled:
         rows.append(Row(
@@ -217,7 +219,12 @@ def compile_case(task: tuple[int, Case]) -> list[Row]:
             **resources(log), shared=kernel.metadata.shared,
             tensor_core=len(TENSOR_CORE.findall(kernel.asm["ptx"])),
         ))  # fmt: skip
-    return rows
+    return rows, compiled
+
+
+def compile_case(task: tuple[int, Case]) -> list[Row]:
+    """The rows of one case on one architecture, one per distinct kernel."""
+    return compile_kernels(task)[0]
 
 
 def faults(row: Row) -> list[str]:
@@ -272,7 +279,6 @@ def main() -> int:
                 )
         print(f"\r{n}/{len(tasks)}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-    rows.sort(key=lambda row: (row.arch, row.case, row.kernel, row.block_q, row.block_k))
     if args.out:
         write(rows, args.out)
     print(f"{len(rows)} kernels compiled from {len(tasks)} calls, {n_faults} with faults")
@@ -280,6 +286,7 @@ def main() -> int:
 
 
 def write(rows: list[Row], folder: Path) -> None:
+    rows = sorted(rows, key=lambda row: (row.arch, row.case, row.kernel, row.block_q, row.block_k))
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / f"compile_grid_triton{rows[0].triton}.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
