@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 
+from quick_interpreter import quick_interpreter
+
 ROOT = Path(__file__).resolve().parents[1]
 EMULATED = {"sm_80": 80, "sm_90": 90}
 COMPILED: dict[int, dict] = {80: {}, 90: {}}  # decoded kernels, shared by the tests of a process
@@ -76,7 +78,8 @@ def enter(name: str) -> Iterator[Mode]:
     if name == "interpreter":
         if not interpreting:
             pytest.skip("TRITON_INTERPRET=1 is not set, and Triton reads it when imported")
-        yield Mode(name, "cpu")
+        with quick_interpreter():
+            yield Mode(name, "cpu")
         return
     if interpreting or os.environ.get("XATTN_TRITON_ON_CPU") != "1":
         pytest.skip("emulation needs XATTN_TRITON_ON_CPU=1 and no TRITON_INTERPRET")
