@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cases import Case
 from mask_kinds import make_mask, shape_of
-from numerics import assert_as_accurate
+from numerics import FLOOR, assert_as_accurate
 from values import LAYOUTS, VALUES, Tensors
 from xattn_kernels import KeyInterval, attention_weights, cross_attention, reference
 from xattn_kernels.inputs import CrossAttentionInputs
@@ -196,13 +196,14 @@ def magnitudes(call: Call) -> dict[str, float]:
     return {name: t.max().item() if t.numel() else 0.0 for name, t in sizes.items()}
 
 
-def compute_expected(c: Case, dtype: torch.dtype, device: str = "cpu") -> Expected:
-    call = build(c, dtype, device)
+def compute_expected(call: Call) -> Expected:
     exact = call.in_double()
     return run(call, "eager"), run(exact, "eager"), magnitudes(exact)
 
 
-expected = lru_cache(None)(compute_expected)
+@lru_cache(None)
+def expected(c: Case, dtype: torch.dtype, device: str = "cpu") -> Expected:
+    return compute_expected(build(c, dtype, device))
 
 
 def assert_right(c: Case, backend: str, dtype: torch.dtype, device: str = "cpu") -> Tensors:
@@ -220,5 +221,6 @@ def assert_as_expected(ours: Tensors, reference: Expected, c: Case, dtype: torch
     eager, truth, size = reference
     assert ours.keys() == truth.keys()
     for name, t in ours.items():
-        of_terms = dict(size=size[name], rounded_to=dtype) if name in size else {}
+        coarser = max(dtype, t.dtype, key=FLOOR.get)  # of the terms and of their sum
+        of_terms = dict(size=size[name], rounded_to=coarser) if name in size else {}
         assert_as_accurate(t, eager[name], truth[name], f"{c}: {name}", **of_terms)
