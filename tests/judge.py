@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
-from calls import Call, Tensors, assert_as_expected, build, compute_expected, run
+from calls import Call, Tensors, assert_as_expected, build, compute_expected, run, written_out
 from cases import Case
 from fuzz import Drawn
 from xattn_kernels import KeyInterval
@@ -81,7 +81,11 @@ def assert_batch_is_independent(found: Tensors, call: Call, backend: str) -> Non
                 )
 
 
-def check(drawn: Drawn) -> None:
+def check_compiled(drawn: Drawn) -> None:
+    check(drawn, written_out)
+
+
+def check(drawn: Drawn, prepare: Callable[[Call], Call] = lambda call: call) -> None:
     """Raises where the backend differs from eager by more than the tolerance rule allows."""
     c, dtype = drawn.case, drawn.dtype
     call = build(c, dtype)
@@ -89,9 +93,9 @@ def check(drawn: Drawn) -> None:
         fill_padding(call, c)
     ours = build(replace(c, mask=f"dense {c.mask}"), dtype) if drawn.twist == "dense" else call
     with poisoned(), splitting(drawn.splits):
-        found = run(ours, drawn.backend)
+        found = run(prepare(ours), drawn.backend)
         if drawn.twist == "flipped":
-            assert_batch_is_independent(found, call, drawn.backend)
+            assert_batch_is_independent(found, prepare(call), drawn.backend)
     assert_as_expected(found, compute_expected(call), c, dtype)
 
 
@@ -100,17 +104,18 @@ def first_seed(wanted: str | None) -> int:
 
 
 def rounds(
-    drawn: SearchStrategy[Drawn],
+    draw_from: Callable[[int], SearchStrategy[Drawn]],
     seconds: float,
     seed: int,
     judge: Callable[[Drawn], None] = check,
 ) -> Counter[str]:
-    """Judges random calls until the time is over, a seed for each round; counts them by kind."""
+    """Judges random calls until the time is over; each round has a seed, which says from what it
+    draws. Counts the calls by kind."""
     total: Counter[str] = Counter()
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         try:
-            total += one_round(drawn, seed, judge)
+            total += one_round(draw_from(seed), seed, judge)
         except BaseException:
             print(f"fuzz: failed in the round of seed {seed}; make fuzz SEED={seed} repeats it")
             raise

@@ -174,7 +174,8 @@ def make_mask(name: str, c, g) -> KeyInterval | Tensor:
     """A key of MASKS; "bool_" and the letters of any shape; several intervals with " & " between;
     with "dense " before it an interval as a bool tensor."""
     if name.startswith("dense "):
-        return make_mask(name.removeprefix("dense "), c, g).dense(c.Nk)[..., None, :, :]
+        interval = make_mask(name.removeprefix("dense "), c, g)
+        return KeyInterval(*interval.expand(c.B, c.Nq)).dense(c.Nk)[:, None]
     first, *others = (
         MASKS.get(n) or random_bool(n.removeprefix("bool_")) for n in name.split(" & ")
     )
