@@ -19,6 +19,7 @@ from torch import Tensor
 from calls import Call, Tensors, assert_as_expected, build, compute_expected, run, written_out
 from cases import Case
 from fuzz import Drawn
+from fuzz_module import ModuleCase
 from xattn_kernels import KeyInterval
 
 CALLS_PER_ROUND = 50
@@ -85,8 +86,11 @@ def check_compiled(drawn: Drawn) -> None:
     check(drawn, written_out)
 
 
-def check(drawn: Drawn, prepare: Callable[[Call], Call] = lambda call: call) -> None:
+def check(drawn: Drawn | ModuleCase, prepare: Callable[[Call], Call] = lambda call: call) -> None:
     """Raises where the backend differs from eager by more than the tolerance rule allows."""
+    if isinstance(drawn, ModuleCase):
+        with poisoned():
+            return drawn.check()
     c, dtype = drawn.case, drawn.dtype
     call = build(c, dtype)
     if drawn.twist == "garbage":
@@ -135,7 +139,7 @@ def one_round(drawn: SearchStrategy[Drawn], seed: int, judge) -> Counter[str]:
     @given(drawn)
     def each(d: Drawn) -> None:
         judge(d)
-        count[f"{d.backend} {d.case.op} {str(d.dtype)[6:]}"] += 1
+        count[d.kind] += 1
 
     each()
     return count
