@@ -158,6 +158,11 @@ VALUED = [
         for v in ("nan_q", "nan_k", "nan_v", "nan_bias", "infinite_q", "infinite_k", "infinite_v")
         for length, n in (("short", 5), ("long", 67))
     ],
+    *[
+        Case(f"softcap_{v}_{length}", values=v, softcap=50.0, Nq=n, B=1, Hq=2, Hkv=1)
+        for v in ("infinite_q", "infinite_k")
+        for length, n in (("short", 5), ("long", 35))
+    ],
 ]
 
 FLAGS = {
