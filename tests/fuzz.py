@@ -40,7 +40,7 @@ class Drawn:
     dtype: torch.dtype
     splits: int | None = None
     twist: str | None = None
-    kind = property(lambda self: f"{self.backend} {self.case.op} {str(self.dtype)[6:]}")
+    kind = property(lambda self: f"{self.case.op} {str(self.dtype)[6:]}")
 
     def __repr__(self) -> str:
         said = [

@@ -35,7 +35,7 @@ class ModuleCase:
     attn_mask: str | None = None  # the same, with "_3d" one for each head
     mask: str | None = None  # an interval of MASKS
     weights: str | None = "mean"  # or "heads", None
-    kind = property(lambda self: f"{self.backend} MultiheadAttention {str(self.dtype)[6:]}")
+    kind = property(lambda self: f"MultiheadAttention {str(self.dtype)[6:]}")
 
     def build(self) -> tuple[MultiheadAttention, dict[str, Tensor], dict]:
         """(module, float tensors, the rest of its call); the numbers are exact in the dtype."""

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
-from calls import Call, Tensors, assert_as_expected, build, compute_expected, run, written_out
+from calls import Call, Tensors, assert_as_expected, build, compute_expected, run
 from cases import Case
 from fuzz import Drawn
 from fuzz_module import ModuleCase
@@ -72,30 +72,30 @@ def flipped(call: Call) -> Call:
 
 def assert_batch_is_independent(found: Tensors, call: Call, backend: str) -> None:
     """Bitwise, but for gradients that are summed over the batch."""
-    B = call.leaves["q"].shape[0]
     for name, t in run(flipped(call), backend).items():
-        if name != "dscale" and t.dim() > 2 and t.shape[0] == B:
-            whole = name != "dbias" or t.dim() == 4
-            if whole:
-                torch.testing.assert_close(
-                    t.flip(0), found[name], rtol=0, atol=0, equal_nan=True, msg=f"flipped {name}"
-                )
+        summed = name == "dscale" or name == "dbias" and (t.dim() < 4 or t.shape[0] == 1)
+        if not summed:
+            torch.testing.assert_close(
+                t.flip(0), found[name], rtol=0, atol=0, equal_nan=True, msg=f"flipped: {name}"
+            )
 
 
-def check_compiled(drawn: Drawn) -> None:
-    check(drawn, written_out)
-
-
-def check(drawn: Drawn | ModuleCase, prepare: Callable[[Call], Call] = lambda call: call) -> None:
+def check(
+    drawn: Drawn | ModuleCase,
+    prepare: Callable[[Call], Call] = lambda call: call,
+    device: str = "cpu",
+) -> None:
     """Raises where the backend differs from eager by more than the tolerance rule allows."""
     if isinstance(drawn, ModuleCase):
         with poisoned():
             return drawn.check()
     c, dtype = drawn.case, drawn.dtype
-    call = build(c, dtype)
+    call = build(c, dtype, device)
     if drawn.twist == "garbage":
         fill_padding(call, c)
-    ours = build(replace(c, mask=f"dense {c.mask}"), dtype) if drawn.twist == "dense" else call
+    ours = (
+        build(replace(c, mask=f"dense {c.mask}"), dtype, device) if drawn.twist == "dense" else call
+    )
     with poisoned(), splitting(drawn.splits):
         found = run(prepare(ours), drawn.backend)
         if drawn.twist == "flipped":
@@ -108,24 +108,26 @@ def first_seed(wanted: str | None) -> int:
 
 
 def rounds(
-    draw_from: Callable[[int], SearchStrategy[Drawn]],
+    where: str,
+    draw_from: Callable[[int], SearchStrategy[Drawn | ModuleCase]],
     seconds: float,
     seed: int,
-    judge: Callable[[Drawn], None] = check,
-) -> Counter[str]:
+    judge: Callable[[Drawn | ModuleCase], None] = check,
+) -> None:
     """Judges random calls until the time is over; each round has a seed, which says from what it
-    draws. Counts the calls by kind."""
+    draws. Prints what was judged, and `where`."""
     total: Counter[str] = Counter()
     end = time.monotonic() + seconds
-    while time.monotonic() < end:
+    while not total or time.monotonic() < end:
         try:
-            total += one_round(draw_from(seed), seed, judge)
+            count = one_round(draw_from(seed), seed, judge)
         except BaseException:
             print(f"fuzz: failed in the round of seed {seed}; make fuzz SEED={seed} repeats it")
             raise
-        print(f"fuzz: seed {seed}, {total.total()} calls: {describe(total)}", flush=True)
+        print(f"fuzz: {where}, seed {seed}: {describe(count)}", flush=True)
+        total += count
         seed += 1
-    return total
+    print(f"fuzz: {where}, total: {describe(total)}", flush=True)
 
 
 def one_round(drawn: SearchStrategy[Drawn], seed: int, judge) -> Counter[str]:
@@ -146,4 +148,5 @@ def one_round(drawn: SearchStrategy[Drawn], seed: int, judge) -> Counter[str]:
 
 
 def describe(count: Counter[str]) -> str:
-    return ", ".join(f"{kind} {n}" for kind, n in sorted(count.items()))
+    kinds = ", ".join(f"{kind} {n}" for kind, n in sorted(count.items()))
+    return f"{count.total()} calls, {kinds}"

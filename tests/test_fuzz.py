@@ -6,16 +6,18 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 
 import pytest
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
+from calls import written_out
 from conftest import modes
 from fuzz import INTERPRETED, SDPA, Drawn, Reach, calls
 from fuzz_compiled import family_of
 from fuzz_module import ModuleCase, module_calls
-from judge import check_compiled, first_seed, rounds
+from judge import check, first_seed, rounds
 from xattn_kernels import sdpa
 
 pytestmark = pytest.mark.slow
@@ -31,17 +33,18 @@ def anything(reach: Reach) -> SearchStrategy[Drawn | ModuleCase]:
 
 
 def test_sdpa():
-    assert rounds(lambda seed: anything(SDPA), SECONDS / 3, first_seed(SEED))
+    rounds("sdpa", lambda seed: anything(SDPA), SECONDS / 3, first_seed(SEED))
 
 
 @pytest.mark.parametrize("mode", modes("interpreter"), indirect=True)
 def test_triton(mode):
-    assert rounds(lambda seed: anything(INTERPRETED), SECONDS * 2 / 3, first_seed(SEED))
+    rounds("interpreter", lambda seed: anything(INTERPRETED), SECONDS * 2 / 3, first_seed(SEED))
 
 
-@pytest.mark.parametrize("mode", modes("sm_80", "sm_90"), indirect=True)
+@pytest.mark.parametrize("mode", modes("sm_80", "sm_90", "gpu"), indirect=True)
 def test_compiled(mode):
-    assert rounds(family_of, SECONDS / 2, first_seed(SEED), check_compiled)
+    judge = partial(check, prepare=written_out, device=mode.device)
+    rounds(mode.name, family_of, SECONDS / 2, first_seed(SEED), judge)
 
 
 def test_what_is_wrong_is_found_and_said(monkeypatch, capsys):
@@ -55,6 +58,6 @@ def test_what_is_wrong_is_found_and_said(monkeypatch, capsys):
 
     monkeypatch.setattr(sdpa, "attend", forgetful)
     with pytest.raises(AssertionError) as failure:
-        rounds(lambda seed: calls(SDPA), 60, 1)
+        rounds("sdpa", lambda seed: calls(SDPA), 60, 1)
     said = capsys.readouterr().out + "".join(getattr(failure.value, "__notes__", []))
     assert "make fuzz SEED=" in said and 'Case("fuzz_' in said and "Nk=17" in said
