@@ -14,11 +14,13 @@ INTERPRETED := OMP_NUM_THREADS=1 TRITON_INTERPRET=1
 COMPILED := OMP_NUM_THREADS=1 XATTN_TRITON_ON_CPU=1
 PYTEST := $(PY) -m pytest tests -n $(JOBS) --dist worksteal
 
-.PHONY: help setup test test-fast bench gpu compile-grid static-report style format build clean distclean
+.PHONY: help setup test test-fast fuzz mutants bench gpu compile-grid static-report style format \
+	build clean distclean
 
 help:
 	@echo "make test          the whole suite, without a GPU"
 	@echo "make test-fast     the suite without slow tests, emulation and compile grid"
+	@echo "make fuzz          random calls for SECONDS=60 each in the interpreter and emulated; SEED=n repeats"
 	@echo "make bench         the main benchmark on this machine; table, JSON and plots"
 	@echo "make gpu           tests and benchmarks on a machine with a GPU, offline, with its own python3"
 	@echo "make compile-grid  every kernel configuration for every architecture, two Triton versions"
@@ -48,6 +50,14 @@ test: $(INSTALLED)
 
 test-fast: $(INSTALLED)
 	$(INTERPRETED) $(PYTEST) -m "not slow and not emulated and not compile and not gpu"
+
+SECONDS := 60
+SEED :=
+FUZZ := FUZZ_SECONDS=$(SECONDS) FUZZ_SEED=$(SEED)
+
+fuzz: $(INSTALLED)
+	$(FUZZ) $(INTERPRETED) $(PY) -m pytest tests/test_fuzz.py -q -s -m "not emulated"
+	$(FUZZ) $(COMPILED) $(PY) -m pytest tests/test_fuzz.py -q -s -m emulated
 
 bench: $(INSTALLED)
 	OMP_WAIT_POLICY=passive $(PY) -m benchmarks main

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,24 +12,25 @@ import torch
 from torch import Tensor
 
 from cases import Case
-from mask_kinds import MASKS, shape_of
-from numerics import assert_as_accurate
-from xattn_kernels import KeyInterval, cross_attention, reference
+from mask_kinds import make_mask, shape_of
+from numerics import FLOOR, assert_as_accurate
+from values import LAYOUTS, VALUES, Tensors
+from xattn_kernels import KeyInterval, attention_weights, cross_attention, reference
 from xattn_kernels.inputs import CrossAttentionInputs
-
-Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Call:
-    """`leaves` are the arguments that require grad: q, k, v and, where there are, bias, scale."""
+    """`leaves` are the arguments that may require grad: q, k, v and, where there are, bias, scale
+    and the lse of `attention_weights`."""
 
     leaves: Tensors
     options: dict[str, Any]
-    upstream: Tensors  # the gradients of out, lse, entropy, as far as asked for
+    upstream: Tensors  # the gradients of out, lse, entropy as far as asked for, or of the weights
+    op: Callable = cross_attention
 
     def inputs(self) -> CrossAttentionInputs:
-        return cross_attention.check(**self.leaves, **self.options)
+        return self.op.check(**self.leaves, **self.options)
 
     def in_double(self) -> Call:
         """The same numbers in float64, laid out plainly."""
@@ -41,125 +41,13 @@ class Call:
             }
             for d in (self.leaves, self.upstream)
         )
-        return Call({n: t.requires_grad_() for n, t in leaves.items()}, self.options, upstream)
+        leaves = {n: t.requires_grad_(self.leaves[n].requires_grad) for n, t in leaves.items()}
+        return replace(self, leaves=leaves, upstream=upstream)
 
 
-def reserve(shape: tuple[int, ...], strides: tuple[int, ...], like: Tensor) -> Tensor:
-    """Zeros of any strides: on a CPU address space, of which only touched pages cost memory."""
-    elements = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
-    if not like.is_cpu:
-        return like.new_zeros(elements).as_strided(shape, strides)
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
-    memory = mmap.mmap(-1, elements * like.element_size(), flags=flags)
-    return torch.frombuffer(memory, dtype=like.dtype).as_strided(shape, strides)
-
-
-def far_apart(t: Tensor) -> Tensor:
-    """The last row of a head, the next head and the next batch are each 2^31 elements away."""
-    B, H, N, width = t.shape
-    row = (2**31 // max(N - 1, 1) + 16) // 16 * 16
-    return reserve(t.shape, (row * N * H, row * N, row, 1), t).copy_(t)
-
-
-def sliced(t: Tensor) -> Tensor:
-    """Inside a larger tensor, at an offset and with strides that nothing divides."""
-    B, H, N, width = t.shape
-    return t.new_zeros(B, H, N + 2, width + 3)[:, :, 1:-1, 1:-2].copy_(t)
-
-
-def one_of_two(t: Tensor) -> Tensor:
-    """Half of a joint projection [B, N, 2, H, width]."""
-    return torch.stack([t, -t]).permute(1, 3, 0, 2, 4).contiguous()[:, :, 0].transpose(1, 2)
-
-
-# How a tensor [B, H, N, width] lies in memory.
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "BHND": lambda t: t,
-    "BNHD": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
-    "NBHD": lambda t: t.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3),
-    "BN2HD": one_of_two,
-    "sliced": sliced,
-    "expanded_batch": lambda t: t[:1].expand_as(t),
-    "expanded_heads": lambda t: t[:, :1].expand_as(t),
-    "far_apart": far_apart,
-}
-
-
-def ties(t: Tensors) -> None:
-    """Small whole numbers: many scores are equal, the largest too."""
-    t["q"], t["k"] = (t[name].round().clamp(-1, 1) for name in "qk")
-
-
-def equal_keys(t: Tensors) -> None:
-    t["k"] = t["k"][:, :, :1].expand_as(t["k"]).clone()
-
-
-def overflow(t: Tensors) -> None:
-    """q k^T exceeds what float16 holds; the case's scale brings it back."""
-    t["q"], t["k"] = 120 * t["q"], 120 * t["k"]
-
-
-def peaked(t: Tensors) -> None:
-    """One key takes nearly everything."""
-    t["q"] = 20 * t["q"]
-
-
-def tiny(t: Tensors) -> None:
-    """Values that are subnormal in float16."""
-    t["v"] = 1e-6 * t["v"]
-
-
-def bias_infinite(t: Tensors) -> None:
-    """-inf here and there, and in whole rows."""
-    t["bias"][..., 1::3] = -torch.inf
-    t["bias"][:, :, ::2] = -torch.inf
-
-
-def bias_lowest(t: Tensors) -> None:
-    """Float16's most negative number, as many libraries write a mask, in a part of the rows."""
-    t["bias"][..., 1::2, 2:] = torch.finfo(torch.float16).min
-
-
-def bias_lowest_rows(t: Tensors) -> None:
-    """The same in whole rows, where nothing of log(sum) is left in a float32 lse."""
-    t["bias"][..., 1::2, :] = torch.finfo(torch.float16).min
-
-
-def bias_minus_1e9(t: Tensors) -> None:
-    """float32's way of writing a mask (-inf in float16), in whole rows; added to the lowest it is
-    float32's lowest number."""
-    t["bias"][..., ::2, :] = -1e9
-    t["bias"][..., 1::4, :] = torch.finfo(torch.float32).min
-
-
-def bias_lowest_keys(t: Tensors) -> None:
-    """float32's lowest number before the first keys that count, over more than a tile."""
-    t["bias"][..., :100] = torch.finfo(torch.float32).min
-
-
-def bias_by_key(t: Tensors) -> None:
-    """The same numbers with the last dimension not contiguous."""
-    t["bias"] = t["bias"].transpose(2, 3).contiguous().transpose(2, 3)
-
-
-def put(name: str, value: float) -> Callable[[Tensors], None]:
-    """One number of one row of one tensor."""
-
-    def change(t: Tensors) -> None:
-        t[name][0, 0, 1, 2] = value
-
-    return change
-
-
-VALUES: dict[str, Callable[[Tensors], None]] = {"normal": lambda t: None} | {
-    f.__name__: f
-    for f in (
-        ties, equal_keys, overflow, peaked, tiny, bias_infinite, bias_lowest, bias_lowest_rows,
-        bias_lowest_keys, bias_minus_1e9, bias_by_key,
-    )
-}  # fmt: skip
-VALUES |= {f"nan_{name}": put(name, torch.nan) for name in ("q", "k", "v", "bias")}
-VALUES |= {f"infinite_{name}": put(name, torch.inf) for name in ("q", "k", "v")}
+OPS = {"cross_attention": cross_attention, "attention_weights": attention_weights}
+# (eager in a dtype, eager in float64, magnitudes)
+Expected = tuple[Tensors, Tensors, dict[str, float]]
 UPSTREAM = {"out": ["out"], "lse": ["out", "lse"], "statistics": ["out", "lse", "entropy"]}
 
 
@@ -178,27 +66,53 @@ def build(c: Case, dtype: torch.dtype, device: str = "cpu") -> Call:
     }
     if c.bias is not None:
         drawn["bias"] = normal(*shape_of(c.bias, c))
-    VALUES[c.values](drawn)
+    for family in c.values.split():
+        VALUES[family](drawn)
     rows = {"out": (c.B, c.Hq, c.Nq, Dv), "lse": (c.B, c.Hq, c.Nq), "entropy": (c.B, c.Hq, c.Nq)}
     upstream = {name: normal(*rows[name]) for name in UPSTREAM[c.returns]}
 
-    place = LAYOUTS[c.layout]
-    leaves = {name: place(drawn[name].to(device, dtype)) for name in "qkv"}
+    names = c.layout.split()
+    layouts = dict(zip(("q", "k", "v", "out"), names * (4 // len(names)), strict=True))
+    leaves = {name: LAYOUTS[layouts[name]](drawn[name].to(device, dtype)) for name in "qkv"}
     if c.bias is not None:
         leaves["bias"] = drawn["bias"].to(device, c.bias_dtype or dtype)
-    options = dict(softcap=c.softcap, dropout_p=c.dropout_p, seed=2**40 + 123)
+    options = dict(softcap=c.softcap, dropout_p=c.dropout_p, seed=c.seed)
     options |= dict(return_lse=c.returns == "lse", return_statistics=c.returns == "statistics")
     if isinstance(c.scale, tuple):
         leaves["scale"] = torch.tensor(c.scale, device=device)
     else:
         options["scale"] = c.scale
     if c.mask is not None:
-        options["mask"] = MASKS[c.mask](c, g).to(device)
+        options["mask"] = make_mask(c.mask, c, g).to(device)
+    statistics = torch.promote_types(dtype, torch.float32)
     upstream = {
-        name: place(t.to(device, dtype)) if name == "out" else t.float().to(device)
+        name: LAYOUTS[layouts[name]](t.to(device, dtype))
+        if name == "out"
+        else t.to(device, statistics)
         for name, t in upstream.items()
+        if c.used is None or name in c.used.split()
     }
-    return Call({n: t.detach().requires_grad_() for n, t in leaves.items()}, options, upstream)
+    call = Call({n: t.detach() for n, t in leaves.items()}, options, upstream)
+    if c.op == "attention_weights":
+        call = weights_call(call, c, normal)
+    for name, t in call.leaves.items():
+        t.requires_grad_(c.needs is None or name in c.needs.split())
+    return call
+
+
+def weights_call(call: Call, c: Case, normal) -> Call:
+    """The same scores for `attention_weights`."""
+    q, dtype = call.leaves["q"], torch.promote_types(call.leaves["q"].dtype, torch.float32)
+    leaves = {n: t for n, t in call.leaves.items() if n != "v"}
+    options = {n: t for n, t in call.options.items() if not n.startswith("return_")}
+    if c.given_lse:
+        # not quite that of the scores, so that a gradient lost in it would show
+        x = cross_attention.check(**call.in_double().leaves, **call.options | {"return_lse": True})
+        lse = reference.cross_attention(x).lse.detach()
+        leaves["lse"] = (lse + 0.1 * normal(*lse.shape).to(q.device)).to(dtype)
+    shape = (c.B, c.Nq, c.Nk) if c.average_heads else (c.B, c.Hq, c.Nq, c.Nk)
+    upstream = {"weights": normal(*shape).to(q)}
+    return Call(leaves, options | {"average_heads": c.average_heads}, upstream, attention_weights)
 
 
 def written_out(call: Call) -> Call:
@@ -215,18 +129,28 @@ def written_out(call: Call) -> Call:
 
 
 def run(call: Call, backend: str) -> Tensors:
-    """out, lse, entropy, max_probability as far as asked for, then "d" + name for each leaf."""
-    result = cross_attention(**call.leaves, **call.options, backend=backend)
-    found = {"out": result} if isinstance(result, Tensor) else result._asdict()
+    """out, lse, entropy, max_probability as far as asked for, or the weights; then "d" + name for
+    each leaf that requires grad."""
+    result = call.op(**call.leaves, **call.options, backend=backend)
+    first = "weights" if call.op is attention_weights else "out"
+    found = {first: result} if isinstance(result, Tensor) else result._asdict()
     found = {name: t for name, t in found.items() if t is not None}
     if "max_probability" in found:
         assert not found["max_probability"].requires_grad
+    needed = {n: t for n, t in call.leaves.items() if t.requires_grad}
+    if not needed:
+        assert not any(t.requires_grad for t in found.values())
+        return found
+    outputs = [name for name in call.upstream if found[name].requires_grad]
+    if not outputs:  # lse alone, which does not depend on v
+        return found | {f"d{n}": torch.zeros_like(t) for n, t in needed.items()}
     grads = torch.autograd.grad(
-        [found[name] for name in call.upstream],
-        list(call.leaves.values()),
-        list(call.upstream.values()),
+        [found[name] for name in outputs],
+        list(needed.values()),
+        [call.upstream[name] for name in outputs],
+        materialize_grads=first not in call.upstream,
     )
-    return found | {f"d{n}": g for n, g in zip(call.leaves, grads, strict=True)}
+    return found | {f"d{n}": g for n, g in zip(needed, grads, strict=True)}
 
 
 @torch.no_grad()
@@ -239,11 +163,18 @@ def magnitudes(call: Call) -> dict[str, float]:
     x = call.inputs()
     s = reference.scores(x)
     p, lse, entropy, _ = reference.softmax(s)
+    if call.leaves.get("lse") is not None:
+        p = (s - x.lse.masked_fill(x.lse == -torch.inf, torch.inf)[..., None]).exp()
     v, k = (t.repeat_interleave(x.Hq // x.Hkv, 1) for t in (x.v, x.k))
-    dout = call.upstream["out"]
-    dp = dout @ v.mT
     kept = reference.drop(p, x)
-    terms = kept * dp.abs() + p * (kept * dp.abs()).sum(-1, keepdim=True)
+    if "weights" in call.upstream:
+        dp, dout = call.upstream["weights"], torch.zeros_like(x.q)
+        dp = dp[:, None] / x.Hq if x.average_heads else dp
+    else:
+        dout = call.upstream.get("out", x.q.new_zeros(*x.q.shape[:3], x.Dv))
+        dp = dout @ v.mT
+    sums = (kept * dp.abs()).sum(-1, keepdim=True)
+    terms = kept * dp.abs() + (0 if "lse" in call.leaves else p * sums)
     for name, row in (
         ("lse", torch.ones_like(s)),
         ("entropy", (s - lse[..., None]).abs() + entropy[..., None]),
@@ -259,17 +190,20 @@ def magnitudes(call: Call) -> dict[str, float]:
         "dv": (kept.square().mT @ dout.square()).sqrt(),
         "dbias": terms.square().sum(over).sqrt(),
         "dscale": (terms * qk.abs()).sum(-1).square().sum((0, 2)).sqrt(),
+        "dlse": sums,
     }
     sizes = {name: t[t.isfinite()].abs() for name, t in sizes.items()}
     return {name: t.max().item() if t.numel() else 0.0 for name, t in sizes.items()}
 
 
-@lru_cache(None)
-def expected(c: Case, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensors, Tensors, dict]:
-    """(eager in `dtype`, eager in float64, magnitudes)."""
-    call = build(c, dtype, device)
+def compute_expected(call: Call) -> Expected:
     exact = call.in_double()
     return run(call, "eager"), run(exact, "eager"), magnitudes(exact)
+
+
+@lru_cache(None)
+def expected(c: Case, dtype: torch.dtype, device: str = "cpu") -> Expected:
+    return compute_expected(build(c, dtype, device))
 
 
 def assert_right(c: Case, backend: str, dtype: torch.dtype, device: str = "cpu") -> Tensors:
@@ -280,8 +214,13 @@ def assert_right(c: Case, backend: str, dtype: torch.dtype, device: str = "cpu")
 
 
 def assert_agrees(ours: Tensors, c: Case, dtype: torch.dtype, device: str = "cpu") -> None:
-    eager, truth, size = expected(c, dtype, device)
+    assert_as_expected(ours, expected(c, dtype, device), c, dtype)
+
+
+def assert_as_expected(ours: Tensors, reference: Expected, c: Case, dtype: torch.dtype) -> None:
+    eager, truth, size = reference
     assert ours.keys() == truth.keys()
     for name, t in ours.items():
-        of_terms = dict(size=size[name], rounded_to=dtype) if name in size else {}
+        coarser = max(dtype, t.dtype, key=FLOOR.get)  # of the terms and of their sum
+        of_terms = dict(size=size[name], rounded_to=coarser) if name in size else {}
         assert_as_accurate(t, eager[name], truth[name], f"{c}: {name}", **of_terms)

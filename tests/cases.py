@@ -15,7 +15,8 @@ from mask_kinds import MASKS
 
 @dataclass(frozen=True)
 class Case:
-    """One call. `layout` and `values` are keys of LAYOUTS and VALUES in `calls.py`."""
+    """One call. `layout` and `values` are keys of LAYOUTS and VALUES in `values.py`, or several
+    with spaces between: layouts of q, k, v and dout, values one after the other."""
 
     name: str
     B: int = 2
@@ -25,15 +26,21 @@ class Case:
     Nk: int = 40
     D: int = 16
     Dv: int | None = None  # D
-    layout: str = "BHND"  # of q, k, v and dout
-    mask: str | None = None  # a key of MASKS in `mask_kinds.py`
+    layout: str = "BHND"
+    mask: str | None = None  # see `make_mask` in `mask_kinds.py`
     bias: str | None = None  # its shape in letters, such as "B1QK" or "K"
     bias_dtype: torch.dtype | None = None  # that of q
     scale: tuple[float, ...] | float | None = None  # a tuple is a tensor of one or Hq values
     softcap: float | None = None
     dropout_p: float = 0.0
+    seed: int = 2**40 + 123
     returns: str = "statistics"  # or "lse", "out"
+    used: str | None = None  # the outputs that get a gradient, such as "out lse"; all
+    needs: str | None = None  # the inputs that require one, such as "q bias"; all
     values: str = "normal"
+    op: str = "cross_attention"  # or "attention_weights", with the following
+    average_heads: bool = True
+    given_lse: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -150,6 +157,11 @@ VALUED = [
         Case(f"{v}_{length}", values=v, bias="BHQK" if v == "nan_bias" else None, Nq=n, B=1, Hq=2)
         for v in ("nan_q", "nan_k", "nan_v", "nan_bias", "infinite_q", "infinite_k", "infinite_v")
         for length, n in (("short", 5), ("long", 67))
+    ],
+    *[
+        Case(f"softcap_{v}_{length}", values=v, softcap=50.0, Nq=n, B=1, Hq=2, Hkv=1)
+        for v in ("infinite_q", "infinite_k")
+        for length, n in (("short", 5), ("long", 35))
     ],
 ]
 

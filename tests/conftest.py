@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import launches
+from quick_interpreter import quick_interpreter
 
 ROOT = Path(__file__).resolve().parents[1]
 EMULATED = {"sm_80": 80, "sm_89": 89, "sm_90": 90}
@@ -80,7 +81,7 @@ def enter(name: str) -> Iterator[Mode]:
     if name == "interpreter":
         if not interpreting:
             pytest.skip("TRITON_INTERPRET=1 is not set, and Triton reads it when imported")
-        with launches.noted(name):
+        with quick_interpreter(), launches.noted(name):
             yield Mode(name, "cpu")
         return
     if interpreting or os.environ.get("XATTN_TRITON_ON_CPU") != "1":

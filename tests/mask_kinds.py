@@ -100,6 +100,23 @@ def empty_batch(c, g) -> KeyInterval:
     return KeyInterval(torch.zeros((), dtype=torch.int32), stop)
 
 
+def mixed(c, g) -> KeyInterval:
+    """Rows with every key, no key, one key and any interval, in no order."""
+    kind = integers(g, 3, c.B, c.Nq)
+    start, stop = integers(g, c.Nk, 2, c.B, c.Nq).sort(0).values
+    start = start.masked_fill(kind == 0, 0)
+    stop = stop.masked_fill(kind == 0, c.Nk)
+    stop = torch.where(kind == 1, start, stop)
+    stop = torch.where(kind == 2, (start + 1).clamp(max=c.Nk), stop)
+    return KeyInterval(start, stop)
+
+
+def by_row(c, g) -> KeyInterval:
+    """Bounds whose memory order is [Nq, B, 2]."""
+    bounds = integers(g, c.Nk, c.Nq, c.B, 2).sort(-1).values.transpose(0, 1)
+    return KeyInterval(bounds[..., 0], bounds[..., 1])
+
+
 def bool_empty_rows(c, g) -> Tensor:
     allowed = random_bool("BHQK")(c, g)
     allowed[:, :, ::2] = False
@@ -131,6 +148,8 @@ MASKS = {
     "empty_rows": empty_rows,
     "all_empty": lambda c, g: KeyInterval(int32(c.Nk), int32(0)),
     "empty_batch": empty_batch,
+    "mixed": mixed,
+    "by_row": by_row,
     "blocks": blocks,
     "one_key": one_key,
     "both_ends": both_ends,
@@ -149,3 +168,27 @@ MASKS = {
     "bool_by_key": lambda c, g: random_bool("BHKQ")(c, g).transpose(2, 3),
     "bool_expanded": lambda c, g: random_bool("B11K")(c, g).expand(-1, c.Hq, c.Nq, -1),
 }
+
+
+def make_mask(name: str, c, g) -> KeyInterval | Tensor:
+    """A key of MASKS; "bool_" and the letters of any shape; several intervals with " & " between;
+    with "dense " before it an interval as a bool tensor."""
+    if name.startswith("dense "):
+        interval = make_mask(name.removeprefix("dense "), c, g)
+        return KeyInterval(*interval.expand(c.B, c.Nq)).dense(c.Nk)[:, None]
+    first, *others = (
+        MASKS.get(n) or random_bool(n.removeprefix("bool_")) for n in name.split(" & ")
+    )
+    mask = first(c, g)
+    for other in others:
+        mask = mask & other(c, g)
+    return mask
+
+
+def possible(name: str, c) -> bool:
+    """Whether the case's sizes allow the mask."""
+    least = {"nonempty": c.Nk, "one_key": c.Nk, "both_ends": c.Nk - 2, "packed": c.Nq,
+             "empty_batch": c.B}  # fmt: skip
+    if name.startswith("qformer"):
+        return c.Nk >= c.Nq
+    return least.get(name, 1) > 0

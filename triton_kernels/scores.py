@@ -62,6 +62,8 @@ def tile_scores(
     unit = LOG2E if bias is None else 1.0
     th = 0.0
     if softcap is not None:
+        # an infinite row beside the zeros of no key is NaN, and so is its tanh, which ds = 0 keeps
+        qk = tl.where(row_mask & (j < Nk), qk, 0.0)
         th = tanh(qk * (scale / softcap))
         s = th * (softcap * unit)
     elif scale is not None:

@@ -1,0 +1,63 @@
+"""Random calls for as long as $FUZZ_SECONDS says, see `fuzz.py` and `judge.py`.
+
+`make fuzz SECONDS=n` runs this alone and prints what it did; SEED repeats a run.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+
+import pytest
+from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
+
+from calls import written_out
+from conftest import modes
+from fuzz import INTERPRETED, SDPA, Drawn, Reach, calls
+from fuzz_compiled import family_of
+from fuzz_module import ModuleCase, module_calls
+from judge import check, first_seed, rounds
+from xattn_kernels import sdpa
+
+pytestmark = pytest.mark.slow
+
+SECONDS = float(os.environ.get("FUZZ_SECONDS", 30))  # of each process
+SEED = os.environ.get("FUZZ_SEED")
+
+
+def anything(reach: Reach) -> SearchStrategy[Drawn | ModuleCase]:
+    """Calls of the op most of all, then of its weights, then of the module."""
+    kinds = calls(reach), calls(reach, "attention_weights"), module_calls(reach)
+    return st.sampled_from([0, 0, 0, 0, 1, 1, 2]).flatmap(lambda n: kinds[n])
+
+
+def test_sdpa():
+    rounds("sdpa", lambda seed: anything(SDPA), SECONDS / 3, first_seed(SEED))
+
+
+@pytest.mark.parametrize("mode", modes("interpreter"), indirect=True)
+def test_triton(mode):
+    rounds("interpreter", lambda seed: anything(INTERPRETED), SECONDS * 2 / 3, first_seed(SEED))
+
+
+@pytest.mark.parametrize("mode", modes("sm_80", "sm_90", "gpu"), indirect=True)
+def test_compiled(mode):
+    judge = partial(check, prepare=written_out, device=mode.device)
+    rounds(mode.name, family_of, SECONDS / 2, first_seed(SEED), judge)
+
+
+def test_what_is_wrong_is_found_and_said(monkeypatch, capsys):
+    """The last key of a call with 17 keys or more is dropped: found, and shrunk to 17 keys."""
+    attend = sdpa.attend
+
+    def forgetful(scale, q, k, v, bias, mask, *bounds):
+        if k.shape[2] > 16 and mask is None and bias is None:
+            k, v = k[:, :, :-1], v[:, :, :-1]
+        return attend(scale, q, k, v, bias, mask, *bounds)
+
+    monkeypatch.setattr(sdpa, "attend", forgetful)
+    with pytest.raises(AssertionError) as failure:
+        rounds("sdpa", lambda seed: calls(SDPA), 60, 1)
+    said = capsys.readouterr().out + "".join(getattr(failure.value, "__notes__", []))
+    assert "make fuzz SEED=" in said and 'Case("fuzz_' in said and "Nk=17" in said
