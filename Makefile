@@ -14,11 +14,12 @@ INTERPRETED := OMP_NUM_THREADS=1 TRITON_INTERPRET=1
 COMPILED := OMP_NUM_THREADS=1 XATTN_TRITON_ON_CPU=1
 PYTEST := $(PY) -m pytest tests -n $(JOBS) --dist worksteal
 
-.PHONY: help setup test test-fast bench gpu compile-grid style format build clean distclean
+.PHONY: help setup test test-fast mutants bench gpu compile-grid style format build clean distclean
 
 help:
 	@echo "make test          the whole suite, without a GPU"
 	@echo "make test-fast     the suite without slow tests, emulation and compile grid"
+	@echo "make mutants       mutations of the kernels, each of which must turn a test red"
 	@echo "make bench         the main benchmark on this machine; table, JSON and plots"
 	@echo "make gpu           tests and benchmarks on a machine with a GPU, offline, with its own python3"
 	@echo "make compile-grid  every kernel configuration for every architecture, two Triton versions"
@@ -47,6 +48,9 @@ test: $(INSTALLED)
 
 test-fast: $(INSTALLED)
 	$(INTERPRETED) $(PYTEST) -m "not slow and not emulated and not compile and not gpu"
+
+mutants: $(INSTALLED)
+	$(PY) tests/mutate.py --jobs $(JOBS) --table docs/mutants.md
 
 bench: $(INSTALLED)
 	OMP_WAIT_POLICY=passive $(PY) -m benchmarks main
