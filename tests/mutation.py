@@ -7,9 +7,18 @@ from __future__ import annotations
 
 import ast
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+
+parsed = lru_cache(16)(ast.parse)
+
+
+def find(name: str, module: ast.Module) -> ast.stmt:
+    """The function or class of that name at the top of a module."""
+    (node,) = (n for n in module.body if getattr(n, "name", "") == name)
+    return node
 
 
 @dataclass(frozen=True)
@@ -37,10 +46,8 @@ class Mutant:
     def apply(self, source: str) -> str:
         """The mutated source; raises where the snippet is not there exactly once."""
         lines = source.splitlines(keepends=True)
-        nodes = [n for n in ast.parse(source).body if getattr(n, "name", "") == self.function]
-        if len(nodes) != 1:
-            raise ValueError(f"{self.name}: {len(nodes)} times {self.function} in {self.file}.py")
-        first, last = nodes[0].lineno - 1, nodes[0].end_lineno
+        node = find(self.function, parsed(source))
+        first, last = node.lineno - 1, node.end_lineno
         body = "".join(lines[first:last])
         if body.count(self.before) != 1:
             raise ValueError(
