@@ -21,6 +21,7 @@ help:
 	@echo "make test          the whole suite, without a GPU"
 	@echo "make test-fast     the suite without slow tests, emulation and compile grid"
 	@echo "make fuzz          random calls for SECONDS=60 each in the interpreter and emulated; SEED=n repeats"
+	@echo "make mutants       mutations of the kernels, each of which must turn a test red"
 	@echo "make bench         the main benchmark on this machine; table, JSON and plots"
 	@echo "make gpu           tests and benchmarks on a machine with a GPU, offline, with its own python3"
 	@echo "make compile-grid  every kernel configuration for every architecture, two Triton versions"
@@ -58,6 +59,9 @@ FUZZ := FUZZ_SECONDS=$(SECONDS) FUZZ_SEED=$(SEED)
 fuzz: $(INSTALLED)
 	$(FUZZ) $(INTERPRETED) $(PY) -m pytest tests/test_fuzz.py -q -s -m "not emulated"
 	$(FUZZ) $(COMPILED) $(PY) -m pytest tests/test_fuzz.py -q -s -m emulated
+
+mutants: $(INSTALLED)
+	$(PY) tests/mutate.py --jobs $(JOBS) --table docs/mutants.md
 
 bench: $(INSTALLED)
 	OMP_WAIT_POLICY=passive $(PY) -m benchmarks main

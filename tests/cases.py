@@ -92,6 +92,7 @@ PLACED = [
         for layout in ("BNHD", "sliced", "far_apart")
     ],
     Case("layout_far_apart", layout="far_apart", mask="nonempty"),
+    Case("layout_far_batches", layout="far_batches", B=3, returns="out"),
 ]
 
 MASKED = [
@@ -121,6 +122,7 @@ BIASED = [
     Case("bias_lowest_keys", bias="B11K", Nk=150, values="bias_lowest_keys"),
     Case("bias_lowest_keys_long", bias="K", values="bias_lowest_keys", **LONG | dict(Nk=150)),
     Case("bias_masked", bias="H1K", mask="empty_rows", Nq=16),
+    Case("bias_across_tiles", bias="BHQK", mask="across_tiles"),
     Case("bias_by_key", bias="BHQK", values="bias_by_key"),
 ]
 

@@ -154,6 +154,7 @@ MASKS = {
     "one_key": one_key,
     "both_ends": both_ends,
     "same_for_all": lambda c, g: KeyInterval(int32(3), int32(c.Nk - 2)),
+    "across_tiles": lambda c, g: KeyInterval(int32(31), int32(33)),
     "per_batch": lambda c, g: KeyInterval(int32(1), integers(g, c.Nk, c.B, 1)),
     "per_row": lambda c, g: KeyInterval(integers(g, c.Nk // 2, 1, c.Nq), int32(c.Nk)),
     "bool_BHQK": random_bool("BHQK"),

@@ -76,7 +76,7 @@ def run(tensors, options, backend, dtype):
 
     named = {name: leaf(t) for name, t in (tensors | options).items()}
     if "lse" in named and dtype != torch.float64:
-        named["lse"] = tensors["lse"].float().requires_grad_()
+        named["lse"] = tensors["lse"].detach().float().requires_grad_()
     weights = attention_weights(**named, backend=backend)
     torch.manual_seed(1)
     weights.backward(torch.randn(weights.shape).to(dtype))

@@ -11,7 +11,7 @@ import torch
 from calls import build, run, written_out
 from cases import Case
 from conftest import modes
-from xattn_kernels import cross_attention
+from xattn_kernels import KeyInterval, cross_attention
 from xattn_kernels.reference import philox_keep
 
 BASE = dict(B=2, Hq=2, Hkv=2, Nk=75, D=32)
@@ -83,6 +83,22 @@ def assert_garbage_stays_out(c: Case, backend: str, dtype: torch.dtype, device: 
 def test_padding_may_hold_anything(mode, mask, value, bias, Nq):
     c = Case(f"garbage_{mask}", mask=mask, bias=bias, Nq=Nq, **mode.sizes)
     assert_garbage_stays_out(c, "triton", mode.dtypes[0], mode.device, value)
+
+
+@pytest.mark.parametrize("mode", modes("interpreter", "gpu"), indirect=True)
+@each_length
+def test_intervals_beyond_the_keys_are_clamped(mode, Nq, monkeypatch):
+    """By the kernels: tensors on a GPU are not looked at before."""
+    monkeypatch.setattr(KeyInterval, "check", lambda self, Nk: None)
+    c = Case("beyond", mask="same_for_all", Nq=Nq, **mode.sizes)
+    call = build(c, mode.dtypes[1], mode.device)
+    found = []
+    for start, stop in ((0, c.Nk), (-3, c.Nk + 5)):
+        bounds = torch.tensor([start, stop], dtype=torch.int32, device=mode.device)
+        call.options["mask"] = KeyInterval(*bounds)
+        found.append(run(written_out(call), "triton"))
+    for name, t in found[0].items():
+        assert torch.equal(t, found[1][name]), name
 
 
 @each_length

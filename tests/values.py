@@ -30,10 +30,21 @@ def far_apart(t: Tensor) -> Tensor:
     return reserve(t.shape, (row * N * H, row * N, row, 1), t).copy_(t)
 
 
+def far_batches(t: Tensor) -> Tensor:
+    """Batches lie 2^30 elements apart: the stride fits 32 bits, the third one's offset does not."""
+    B, H, N, width = t.shape
+    return reserve(t.shape, (2**30, N * width, width, 1), t).copy_(t)
+
+
 def sliced(t: Tensor) -> Tensor:
     """Inside a larger tensor, at an offset and with strides that nothing divides."""
     B, H, N, width = t.shape
     return t.new_zeros(B, H, N + 2, width + 3)[:, :, 1:-1, 1:-2].copy_(t)
+
+
+def padded(t: Tensor) -> Tensor:
+    """Aligned where it begins, and in no other row."""
+    return torch.cat([t, t[..., :3]], 3)[..., :-3]
 
 
 def one_of_two(t: Tensor) -> Tensor:
@@ -48,9 +59,11 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "NBHD": lambda t: t.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3),
     "BN2HD": one_of_two,
     "sliced": sliced,
+    "padded": padded,
     "expanded_batch": lambda t: t[:1].expand_as(t),
     "expanded_heads": lambda t: t[:, :1].expand_as(t),
     "far_apart": far_apart,
+    "far_batches": far_batches,
 }
 
 

@@ -1,0 +1,89 @@
+"""A mutation of the kernels' source that the tests must notice; `mutate.py` runs the list.
+
+A mutation that changes no result for any input says why in `equivalent`, and must survive.
+"""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+parsed = lru_cache(16)(ast.parse)
+
+
+def find(name: str, module: ast.Module) -> ast.stmt:
+    """The function or class of that name at the top of a module."""
+    (node,) = (n for n in module.body if getattr(n, "name", "") == name)
+    return node
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`before`, which occurs once in `function` of triton_kernels/`file`.py, becomes `after`.
+
+    `seen_by`: the tests to run first. A word is a case of `test_cross_attention.py::test_triton`,
+    in float32 unless "-float16" follows; what holds "::" is a test without the words "test_".
+    """
+
+    name: str
+    file: str
+    function: str
+    before: str
+    after: str
+    breaks: str
+    seen_by: tuple[str, ...]
+    mode: str = "interpreter"  # or "emulated": only compiled code shows it
+    equivalent: str = ""
+
+    @property
+    def path(self) -> Path:
+        return ROOT / "triton_kernels" / f"{self.file}.py"
+
+    def apply(self, source: str) -> str:
+        """The mutated source; raises where the snippet is not there exactly once."""
+        lines = source.splitlines(keepends=True)
+        node = find(self.function, parsed(source))
+        first, last = node.lineno - 1, node.end_lineno
+        body = "".join(lines[first:last])
+        if body.count(self.before) != 1:
+            raise ValueError(
+                f"{self.name}: {self.before!r} is {body.count(self.before)} times in "
+                f"{self.function} of {self.file}.py, not once"
+            )
+        return "".join([*lines[:first], body.replace(self.before, self.after), *lines[last:]])
+
+    def selected(self) -> list[str]:
+        """`seen_by` as pytest names them."""
+        found = []
+        for test in self.seen_by:
+            if "::" in test:
+                file, name = test.split("::")
+                found.append(f"tests/test_{file}.py::test_{name}")
+            else:
+                case, _, dtype = test.partition("-")
+                case = f"interpreter-{case}-{dtype or 'float32'}"
+                found.append(f"tests/test_cross_attention.py::test_triton[{case}]")
+        return found
+
+
+def mutants(file: str, function: str, *table: tuple, **fields) -> list[Mutant]:
+    """Columns: name, before, after, what it breaks, the cases or tests that should see it."""
+    return [
+        Mutant(name, file, function, before, after, breaks, tuple(seen_by.split()), **fields)
+        for name, before, after, breaks, seen_by in table
+    ]
+
+
+# tests of triton_kernels that mutants name
+VALUES, AUTOGRAD = "cross_attention_values::", "cross_attention_autograd::"
+PADDING = VALUES + "padding_may_hold_anything"
+EMPTY_ROWS = VALUES + "what_is_not_finite_stays_out_of_rows_without_keys"
+SHARED = AUTOGRAD + "loops_shared_by_several_programs"
+SPLIT = SHARED + "[interpreter-3-mask0-short]"
+SPLIT_LOW = SHARED + "[interpreter-3-bias-values-softcap-short]"
+SPLIT_SCALE = SHARED + "[interpreter-4-layout-Hq-Hkv-scale-mask-short]"
+FLAG, WEIGHTS = "cross_attention_emulated::flag", "attention_weights::"
