@@ -130,6 +130,8 @@ SCALED = [
     Case("scale_number", scale=0.7),
     Case("scale_zero", scale=0.0),
     Case("scale_negative", scale=-0.3),
+    Case("scale_negative_lse", scale=-0.3, returns="lse"),
+    Case("scale_zero_lse", scale=0.0, returns="lse"),
     Case("scale_tensor", scale=(0.4,)),
     Case("scale_heads", scale=(0.4, 0.1)),
     Case("scale_heads_signs", Hq=3, Hkv=1, scale=(-0.4, 0.0, 0.2)),
