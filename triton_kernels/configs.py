@@ -140,7 +140,7 @@ TABLE = {
         *_rows(ALL, HALF, False, True, (128, ANY, (32, 16, 4, 1))),
         *_rows(ALL, HALF, False, None, (64, ANY, (32, 32, 8, 1)), (128, ANY, (64, 32, 8, 1)),
                (256, ANY, (32, 16, 8, 1))),
-        *_rows(ALL, FLOAT32, False, False, (64, ANY, (32, 32, 8, 1))),
+        *_rows(ALL, FLOAT32, False, False, (64, ANY, (16, 32, 8, 1))),
         *_rows(ALL, FLOAT32, True, True, (128, ANY, (16, 16, 4, 1))),
         *_rows(ALL, FLOAT32, None, None, (64, ANY, (32, 32, 4, 1)), (128, ANY, (16, 32, 8, 1))),
         *_rows(ALL, FLOAT32, False, None, (256, ANY, (16, 16, 16, 1))),

@@ -279,6 +279,7 @@ def dkdv_kernel(
     dv_tile = zero_tile(BLOCK_K, CHUNKS_V)
     stride_rows = (b * 0 + Hkv * GROUP * Nq, b * 0 + Nq, 1)  # of lse [B, Hq, Nq], in int64
     GUARD: tl.constexpr = mask is not None or bias is not None
+    RUN: tl.constexpr = GROUP == 1 and q.dtype.element_ty != tl.float32
     while run_end < tile_end:
         # runs of row tiles that all reach these keys, so that the inner loop has no branch around
         # its loads and can be pipelined; sorted intervals make one run
@@ -294,11 +295,11 @@ def dkdv_kernel(
                 cut |= tl.load(bounds + t * 4 + 1) > k0
                 cut |= tl.load(bounds + t * 4 + 2) < k0 + BLOCK_K
             # [BLOCK_Q, D], [BLOCK_Q, DV]
-            rows = tile_offsets(stride_q, b, hkv, t, i, h, BLOCK_Q, GROUP)
+            rows = tile_offsets(stride_q, b, hkv, t, i, h, BLOCK_Q, RUN)
             q_tile = load_tile(q, rows, row_mask, D, CHUNKS, ALIGN)
-            rows = tile_offsets(stride_dout, b, hkv, t, i, h, BLOCK_Q, GROUP)
+            rows = tile_offsets(stride_dout, b, hkv, t, i, h, BLOCK_Q, RUN)
             dout_tile = load_tile(dout, rows, row_mask, DV, CHUNKS_V, ALIGN)
-            rows = tile_offsets(stride_rows, b, hkv, t, i, h, BLOCK_Q, GROUP)
+            rows = tile_offsets(stride_rows, b, hkv, t, i, h, BLOCK_Q, RUN)
             # where there is no row q and dout are 0, so that a p of 1 adds nothing: no select then
             row_lse, row_low, row_delta, row_dentropy = load_rows(
                 lse, lse_low, delta, dentropy, rows, row_mask, 0, float("inf") if GUARD else 0.0

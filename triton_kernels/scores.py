@@ -34,9 +34,10 @@ def run_offsets(stride, b, h, first, ROWS: tl.constexpr):
 
 
 @triton.jit
-def tile_offsets(stride, b, hkv, tile, i, h, BLOCK_Q: tl.constexpr, GROUP: tl.constexpr):
-    """Those of the packed rows of a query tile, (i, h) of `packed_rows`."""
-    if GROUP == 1:
+def tile_offsets(stride, b, hkv, tile, i, h, BLOCK_Q: tl.constexpr, RUN: tl.constexpr):
+    """Those of the packed rows of a query tile, (i, h) of `packed_rows`; RUN: of a group of one,
+    where registers are left for what stays."""
+    if RUN:
         return run_offsets(stride, b, hkv, (tl.full([], 0, tl.int64) + tile) * BLOCK_Q, BLOCK_Q)
     else:
         return row_offsets(stride, b, h, i)
