@@ -142,7 +142,7 @@ TABLE = {
                (256, ANY, (32, 16, 8, 1))),
         *_rows(ALL, FLOAT32, False, False, (64, ANY, (16, 32, 8, 1))),
         *_rows(ALL, FLOAT32, True, True, (128, ANY, (16, 16, 4, 1))),
-        *_rows(ALL, FLOAT32, None, None, (64, ANY, (32, 32, 4, 1)), (128, ANY, (16, 32, 8, 1))),
+        *_rows(ALL, FLOAT32, None, None, (64, ANY, (32, 32, 8, 1)), (128, ANY, (16, 32, 8, 1))),
         *_rows(ALL, FLOAT32, False, None, (256, ANY, (16, 16, 16, 1))),
         *_rows(ALL, FLOAT32, True, True, (256, ANY, (16, 32, 8, 1))),
         *_rows(SMALL, FLOAT32, True, False, (256, ANY, (16, 16, 8, 1))),
@@ -154,7 +154,7 @@ TABLE = {
                (128, ANY, (128, 64, 8, 2)), (256, ANY, (64, 32, 8, 2))),
         *_rows(ALL, HALF, False, None, (128, 16, (16, 64, 4, 1)), (256, ANY, (64, 32, 8, 1))),
         *_rows(ALL, FLOAT32, None, None, (64, ANY, (32, 32, 4, 1)), (128, ANY, (32, 32, 8, 1)),
-               (256, ANY, (16, 32, 8, 1))),
+               (256, ANY, (16, 16, 8, 1))),
     ],
     # one tile of the bias walks what is summed into it
     "dbias": [
