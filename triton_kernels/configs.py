@@ -113,9 +113,7 @@ TABLE = {
         *_rows(WGMMA, HALF, True, None, (64, 16, (16, 64, 4, 3)), (64, 32, (32, 64, 4, 2))),
         *_rows(ALL, HALF, True, None, (128, 16, (16, 32, 4, 2)), (128, 32, (32, 32, 4, 2))),
         *_rows(WGMMA, HALF, True, None, (64, 64, (64, 64, 4, 2))),
-        *_rows(ALL, HALF, True, None, (128, ANY, (64, 32, 8, 1))),
-        *_rows(SMALL, HALF, True, None, (256, ANY, (16, 32, 8, 1))),
-        *_rows(NOT_SMALL, HALF, True, None, (256, ANY, (16, 32, 4, 2))),
+        *_rows(ALL, HALF, True, None, (128, ANY, (64, 32, 8, 1)), (256, ANY, (16, 32, 8, 1))),
         *_rows(ALL, HALF, False, True, (128, 16, (16, 16, 4, 1))),
         *_rows(ALL, HALF, False, None, (128, 16, (16, 32, 4, 1)), (128, ANY, (32, 16, 4, 1)),
                (256, ANY, (16, 16, 4, 1))),
@@ -153,8 +151,7 @@ TABLE = {
         *_rows(ALL, HALF, True, None, (128, 16, (16, 64, 4, 3)), (128, 64, (64, 64, 4, 2)),
                (128, ANY, (128, 64, 8, 2)), (256, ANY, (64, 32, 8, 2))),
         *_rows(ALL, HALF, False, None, (128, 16, (16, 64, 4, 1)), (256, ANY, (64, 32, 8, 1))),
-        *_rows(ALL, FLOAT32, None, None, (64, ANY, (32, 32, 4, 1)), (128, ANY, (32, 32, 8, 1)),
-               (256, ANY, (16, 16, 8, 1))),
+        *_rows(ALL, FLOAT32, None, None, (128, ANY, (16, 32, 8, 1)), (256, ANY, (16, 16, 8, 1))),
     ],
     # one tile of the bias walks what is summed into it
     "dbias": [
