@@ -108,6 +108,7 @@ TABLE = {
     ],
     # the same with dk and dv written as it goes: used while all rows fit one tile; None: never
     "fused": [
+        *_rows(BLACKWELL, HALF, True, True, (128, 16, (16, 16, 4, 1)), (128, 32, (32, 16, 8, 1))),
         *_rows(ALL, HALF, True, True, (128, 16, (16, 16, 4, 1)), (128, 32, (32, 16, 4, 1)),
                (128, ANY, (64, 16, 8, 1)), (256, ANY, (16, 16, 4, 1))),
         *_rows(WGMMA, HALF, True, None, (64, 16, (16, 64, 4, 3)), (64, 32, (32, 64, 4, 2))),
