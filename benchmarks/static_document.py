@@ -29,7 +29,7 @@ ran on a GPU.
 The unit is **warp instructions per 1,000 query-key pairs**: one iteration of a kernel's main
 loop, all warps of a block, over the pairs that the iteration covers. It compares tiles of
 different sizes. The first number is a tile that no interval cuts; the second, after the slash,
-one that is masked. A kernel whose two numbers agree masks every tile.
+one that is masked. A kernel whose two numbers nearly agree masks every tile.
 
 What counts as the main loop is defined in `benchmarks/sass.py`, the bound in
 `benchmarks/ceilings.py`. The bound is the fraction of the tensor cores' peak that the loop cannot
@@ -48,7 +48,8 @@ The same counting for three implementations at {shape}:
 - **ours**: the grid's `many2048` case, which has key intervals, any strides, and bounds on every
   row;
 - **textbook**: `benchmarks/rivals/textbook.py`, flash attention with nothing around it, lengths
-  divisible by the tile, the best of a short list of tiles; its masked loop is the causal one;
+  divisible by the tile, the best of a short list of tiles; its masked loop is the causal one (a
+  dash where that is a single tile, hence no loop);
 - **flex**: what `torch.compile` (torch {torch}) makes of FlexAttention with a "last image" mask,
   in torch's default configuration for that device. It knows sizes and strides at compile time.
   Its backward is one kernel, so dq and dkdv share its registers and spills.
@@ -109,7 +110,7 @@ def mix_table(rows: list, names: Iterable[str], name_of) -> str:
 
 def rival_tables(rows: list[compare.RivalRow], torch: str) -> str:
     widths = " and ".join(str(D) for D in sorted({row.D for row in rows}))
-    shape = f"2,048 queries, 4,096 keys, bfloat16, head widths {widths}"
+    shape = f"2,048 queries, 4,096 keys, bfloat16, head width {widths}"
     text = RIVALS.format(shape=shape, torch=torch) + "\n"
     head = ["arch", "D", "kernel", "provider", "tile, warps, stages", "full / masked", "registers",
             "spilled bytes", "bound"]  # fmt: skip

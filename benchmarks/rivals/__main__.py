@@ -1,4 +1,4 @@
-"""Compiles ours and the rivals and writes the comparison."""
+"""Compiles the rivals, takes ours from the static report, and writes the comparison."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from .compare import compare, rivals_file, write
+from .compare import WIDTHS, compare, merge, read, rivals_file, write
 
 
 def main() -> int:
@@ -15,19 +15,22 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(prog="benchmarks.rivals", description=__doc__)
     parser.add_argument("--arch", type=int, nargs="*", default=[80, 90], choices=(80, 90))
-    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--width", type=int, nargs="*", default=list(WIDTHS), choices=WIDTHS)
     parser.add_argument("--out", type=Path, help="folder for rivals_triton<version>.json")
     args = parser.parse_args()
-    rows = compare(args.arch, args.jobs)
-    for r in rows:
-        tile = f"{r.block_q}x{r.block_k}, {r.num_warps} warps, {r.num_stages} stages"
-        print(
-            f"sm_{r.arch} D={r.D} {r.kernel} {r.provider} ({tile}): {r.per_1000:g} per 1,000 pairs,"
-            f" {r.per_1000_masked:g} masked, {r.registers} registers, {r.spills} spilled"
-        )
-    if args.out:
-        versions = {"torch": torch.__version__, "triton": triton.__version__}
-        write(rows, versions, rivals_file(args.out, triton.__version__))
+    versions = {"torch": torch.__version__, "triton": triton.__version__}
+    for rows in compare(args.arch, args.width):
+        for r in rows:
+            tile = f"{r.block_q}x{r.block_k}, {r.num_warps} warps, {r.num_stages} stages"
+            print(
+                f"sm_{r.arch} D={r.D} {r.kernel} {r.provider} ({tile}): {r.per_1000:g} per 1,000"
+                f" pairs, {r.per_1000_masked:g} masked, {r.registers} registers,"
+                f" {r.spills} bytes spilled",
+                flush=True,
+            )
+        if args.out:
+            path = rivals_file(args.out, triton.__version__)
+            write(merge(read(path)[0], rows), versions, path)
     return 0
 
 

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import multiprocessing
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from ..compile_grid import SHARED_LIMIT, cases, compile_only, resources
+from ..compile_grid import SHARED_LIMIT, compile_only, resources
 from ..sass import disassemble, parse_sass, tensor_loops
-from ..static_report import PRODUCTS, loop_fields, report_case
+from ..static_report import PRODUCTS, RESULTS, loop_fields, report_file
+from ..static_report import read as read_report
 
 # Tiles of the textbook's kernels: (block_q, block_k, num_warps, num_stages). The one with the
 # fewest instructions per pair that neither spills nor exceeds shared memory stands for it.
 TILES = {
-    "forward": ((128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3)),
+    "forward": ((128, 64, 8, 3), (128, 64, 4, 3)),
     "dq": ((128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2)),
-    "dkdv": ((64, 128, 8, 2), (32, 128, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2), (32, 32, 4, 2)),
+    "dkdv": ((64, 128, 8, 2), (64, 64, 8, 2), (32, 64, 4, 2)),
 }
 WIDTHS = (64, 128)
+OURS = "many2048-D{D}-Dv{D}"
 
 
 @dataclass(frozen=True)
@@ -44,14 +46,13 @@ class RivalRow:
 
 
 def rows_of_ours(arch: int, D: int) -> Iterator[RivalRow]:
-    """The grid's case of many queries with intervals; a tile that is cut is a masked one."""
-    (case,) = (c for c in cases() if c.name == f"many2048-D{D}-Dv{D}")
-    for report in report_case((arch, case))[1]:
-        if report.kernel in TILES:
+    """The report's case of many queries with intervals; a tile that is cut is a masked one."""
+    import triton
+
+    for report in read_report(report_file(RESULTS, triton.__version__)):
+        if report.kernel in TILES and (report.arch, report.case) == (arch, OURS.format(D=D)):
             fields = {k: v for k, v in asdict(report).items() if k in RivalRow.__annotations__}
-            yield RivalRow(
-                **fields, D=D, provider="ours", per_1000_masked=report.per_1000_cut
-            )  # fmt: skip
+            yield RivalRow(**fields, D=D, provider="ours", per_1000_masked=report.per_1000_cut)
 
 
 def row_of_loops(arch: int, D: int, kernel: str, provider: str, compiled, tile: tuple, log: str):
@@ -126,19 +127,17 @@ def rows_of_flex(arch: int, D: int) -> Iterator[RivalRow]:
 PROVIDERS = {"ours": rows_of_ours, "textbook": rows_of_textbook, "flex": rows_of_flex}
 
 
-def rows_of(task: tuple[str, int, int]) -> list[RivalRow]:
-    provider, arch, D = task
-    return list(PROVIDERS[provider](arch, D))
+def compare(archs: list[int], widths: list[int]) -> Iterator[list[RivalRow]]:
+    """The rows of one provider, architecture and width at a time."""
+    for D, arch, provider in itertools.product(widths, archs, PROVIDERS):
+        yield list(PROVIDERS[provider](arch, D))
 
 
-def compare(archs: list[int], jobs: int) -> list[RivalRow]:
-    """The rows of every provider, each compiled in a process of its own."""
-    tasks = [(provider, arch, D) for arch in archs for D in WIDTHS for provider in PROVIDERS]
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(jobs, maxtasksperchild=1) as pool:
-        found = [row for rows in pool.imap(rows_of, tasks, chunksize=1) for row in rows]
+def merge(old: list[RivalRow], new: list[RivalRow]) -> list[RivalRow]:
+    """`new` and the other rows of `old`, in the order of the tables."""
     order = {name: n for n, name in enumerate([*TILES, *PROVIDERS])}
-    return sorted(found, key=lambda r: (r.arch, r.D, order[r.kernel], order[r.provider]))
+    found = {(r.arch, r.D, order[r.kernel], order[r.provider]): r for r in [*old, *new]}
+    return [found[key] for key in sorted(found)]
 
 
 def rivals_file(folder: Path, triton: str) -> Path:
@@ -146,8 +145,8 @@ def rivals_file(folder: Path, triton: str) -> Path:
 
 
 def read(path: Path) -> tuple[list[RivalRow], dict[str, str]]:
-    """The rows, and the versions of torch and Triton that made them."""
-    found = json.loads(path.read_text())
+    """The rows, and the versions of torch and Triton that made them; empty without a file."""
+    found = json.loads(path.read_text()) if path.exists() else {"rows": [], "versions": {}}
     return [RivalRow(**row) for row in found["rows"]], found["versions"]
 
 

@@ -55,6 +55,7 @@ def training_graphs(D: int) -> list[fx.GraphModule]:
         backend = aot_autograd(
             fw_compiler=keep, bw_compiler=keep, decompositions=select_decomp_table()
         )
+        torch._dynamo.reset()
         attention = torch.compile(flex.flex_attention, backend=backend, dynamic=False)
         # a CPU's FlexAttention has no backward; none of it runs here
         with mock.patch.object(flex, "_validate_device", lambda *_: None):
