@@ -24,7 +24,7 @@ ROWS = [
          "delta without dentropy * entropy", "ties many_tiles"),
         ("delta-empty", "tl.where(empty, 0.0, total)", "total",
          "NaN that arrives at a row without keys",
-         EMPTY_ROWS),
+         VALUES + "a_row_whose_scores_are_all_minus_infinity_has_no_gradient"),
         ("delta-unit", "row_lse *= LOG2E", "row_lse *= 1.0", "natural lse beside log2 scores",
          "lse_only"),
         ("delta-empty-lse", 'tl.where(empty, float("inf"), row_lse)', "row_lse",

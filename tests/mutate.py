@@ -138,21 +138,25 @@ def check_unmutated(mutants: list[Mutant], options: argparse.Namespace) -> str:
 def table(results: list[Result]) -> str:
     """The page docs/mutants.md."""
     killed = sum(bool(r.killed_by) for r in results)
+    unexpected = sum(not r.expected for r in results)
     lines = [
         "# Mutants",
         "",
         "Small mutations of the kernels and their launchers, and the test that turns red. Written "
         "by `make mutants`",
-        "from `tests/mutants.py`; it fails when a mutant survives that is not proved equivalent.",
+        "from `tests/mutants.py`; it fails when a mutant survives that is not proved equivalent, "
+        "or the other way round.",
         "",
-        f"{len(results)} mutants: {killed} killed, {len(results) - killed} equivalent.",
+        f"{len(results)} mutants: {killed} killed, {len(results) - killed} not, "
+        f"{unexpected} of all unexpectedly.",
         "",
         "| mutant | in | what it breaks | killed by |",
         "| --- | --- | --- | --- |",
     ]
     for r in results:
         m = r.mutant
-        fate = f"`{r.killed_by}`" if r.killed_by else f"equivalent: {m.equivalent or 'NOT PROVED'}"
+        proof = f"equivalent: {m.equivalent}" if m.equivalent else "**nothing**"
+        fate = f"`{r.killed_by}`" if r.killed_by else proof
         lines.append(f"| {m.name} | `{m.file}.{m.function}` | {m.breaks} | {fate} |")
     return "\n".join(lines) + "\n"
 

@@ -130,6 +130,20 @@ def test_what_is_not_finite_stays_out_of_rows_without_keys(mode, mask, where, Nq
         assert torch.equal(ours[name].isnan(), eager[name].isnan()), name
 
 
+@pytest.mark.parametrize("mode", modes("interpreter", "gpu"), indirect=True)
+@each_length
+def test_a_row_whose_scores_are_all_minus_infinity_has_no_gradient(mode, Nq):
+    """No mask says so, and its infinite lse hands a NaN back."""
+    c = Case("minus_infinity", Nq=Nq, returns="lse", **mode.sizes)
+    call = build(c, mode.dtypes[1], mode.device)
+    with torch.no_grad():
+        call.leaves["q"][:, :, 2, 0], call.leaves["k"][..., 0] = math.inf, -1.0
+        call.upstream["lse"][:, :, 2] = math.nan
+    ours = run(call, "triton")
+    assert (ours["out"][:, :, 2] == 0).all() and (ours["lse"][:, :, 2] == -math.inf).all()
+    assert (ours["dq"][:, :, 2] == 0).all()
+
+
 @pytest.fixture
 def poison():
     """torch.empty and its kin give NaN, and integers their largest value."""
