@@ -29,7 +29,7 @@ def everywhere() -> list:
         found.append((arch, case, DTYPES[1 + n // 2 % 2], [pytest.mark.emulated]))
         found += [("gpu", case, dtype, [pytest.mark.gpu]) for dtype in DTYPES]
     return [
-        pytest.param(mode, case, dtype, id=f"{case}-{str(dtype)[6:]}-{mode}", marks=marks)
+        pytest.param(mode, case, dtype, id=f"{mode}-{case}-{str(dtype)[6:]}", marks=marks)
         for mode, case, dtype, marks in found
     ]
 

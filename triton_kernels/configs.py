@@ -60,11 +60,13 @@ def _rows(families, itemsize, plain, chunked, *table) -> list[Row]:
     leaves room for more blocks of them."""
     bound = not (itemsize == HALF and plain)
     return [
-        Row(families, itemsize, plain, chunked, width, rows,
-            tile and Config(*tile, register_bound(tile[2]) if bound else None))
+        Row(families, itemsize, plain, chunked, width, rows, tile and Config(
+            *tile[:4], register_bound(tile[2]) if bound or len(tile) > 4 else None))
         for width, rows, tile in table
     ]  # fmt: skip
 
+
+BOUND = (True,)  # behind a tile of a plain 16-bit kernel that does spill to fit the guess
 
 # columns: widest head, most query rows, (block_q, block_k, num_warps, num_stages)
 TABLE = {
@@ -92,6 +94,7 @@ TABLE = {
     "dq": [
         *_rows(SMALL, HALF, True, True, (64, ANY, (64, 32, 4, 1))),
         *_rows(MMA, HALF, True, True, (128, ANY, (64, 32, 8, 1)), (256, ANY, (32, 32, 8, 1))),
+        *_rows(BLACKWELL, HALF, True, None, (128, ANY, (128, 64, 8, 2, *BOUND))),
         *_rows(WGMMA, HALF, True, None, (128, ANY, (128, 64, 8, 2)), (256, ANY, (128, 32, 8, 2))),
         *_rows(MMA, HALF, True, None, (64, ANY, (64, 32, 4, 2)), (128, ANY, (64, 64, 8, 2)),
                (256, ANY, (64, 32, 8, 1))),

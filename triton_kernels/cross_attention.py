@@ -279,7 +279,8 @@ def dkdv_kernel(
     dv_tile = zero_tile(BLOCK_K, CHUNKS_V)
     stride_rows = (b * 0 + Hkv * GROUP * Nq, b * 0 + Nq, 1)  # of lse [B, Hq, Nq], in int64
     GUARD: tl.constexpr = mask is not None or bias is not None
-    RUN: tl.constexpr = GROUP == 1 and q.dtype.element_ty != tl.float32
+    NARROW: tl.constexpr = D <= 64 and DV <= 64 and q.dtype.element_ty != tl.float32
+    RUN: tl.constexpr = GROUP == 1 and NARROW and scale_tensor is None
     while run_end < tile_end:
         # runs of row tiles that all reach these keys, so that the inner loop has no branch around
         # its loads and can be pipelined; sorted intervals make one run
