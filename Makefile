@@ -14,7 +14,7 @@ INTERPRETED := OMP_NUM_THREADS=1 TRITON_INTERPRET=1
 COMPILED := OMP_NUM_THREADS=1 XATTN_TRITON_ON_CPU=1
 PYTEST := $(PY) -m pytest tests -n $(JOBS) --dist worksteal
 
-.PHONY: help setup test test-fast fuzz mutants bench gpu compile-grid static-report style format \
+.PHONY: help setup test test-fast fuzz mutants bench gpu compile-grid static-report evidence style format \
 	build clean distclean
 
 help:
@@ -26,6 +26,7 @@ help:
 	@echo "make gpu           tests and benchmarks on a machine with a GPU, offline, with its own python3"
 	@echo "make compile-grid  every kernel configuration for every architecture, two Triton versions"
 	@echo "make static-report the same in one pass, with what is in each kernel's main loop"
+	@echo "make evidence      the whole suite, and the README's table of what it proved"
 	@echo "make style         lint and formatting; make format repairs what it can"
 	@echo "make build         wheel and source distribution in dist/"
 	@echo "make clean         remove build products and caches; make distclean also the environments"
@@ -83,6 +84,14 @@ static-report: $(INSTALLED) $(TRITON_NEWEST)/.installed
 	PYTHONPATH=$(TRITON_NEWEST) $(REPORT)
 	$(PY) -m benchmarks.rivals --out benchmarks/results/static
 	$(PY) -m benchmarks.static_document
+
+EVIDENCE := build/evidence
+
+# build/evidence is emptied first: what an older suite launched proves nothing of these kernels
+evidence: $(INSTALLED)
+	rm -rf $(EVIDENCE)
+	XATTN_EVIDENCE=$(CURDIR)/$(EVIDENCE) $(MAKE) test
+	$(PY) -m benchmarks.evidence collect $(EVIDENCE)
 
 CUDA_SOURCES = $(shell git ls-files 'csrc/*.cuh' 'csrc/*.cu' 'csrc/*.h' 'csrc/*.cpp')
 

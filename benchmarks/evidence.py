@@ -1,8 +1,10 @@
 """The README's evidence table, made of what ran: what the tests launched, what the grid compiled.
 
-XATTN_EVIDENCE=build/evidence make test      # each test process leaves a file there
-python -m benchmarks.evidence collect build/evidence    # results/evidence/<device>.json
-python -m benchmarks.evidence table                     # between the README's markers
+`make evidence` runs the suite with XATTN_EVIDENCE naming a folder, in which each test process
+leaves a file (`tests/launches.py`), and then
+
+    python -m benchmarks.evidence collect FOLDER    # into results/evidence/<device>.json
+    python -m benchmarks.evidence table             # that and the grid's tables, into the README
 """
 
 from __future__ import annotations
