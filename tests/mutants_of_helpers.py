@@ -127,7 +127,7 @@ TILES = [
          PADDING + "[interpreter-padding_left-nan-None-short]"),
     ),
     *mutants("tiles", "tanh",
-        ("tanh-polynomial", "2.079598e-2", "2.079598e-3", "tanh of small numbers", "softcap_wide"),
+        ("tanh-polynomial", "2.079598e-2", "2.079598e-3", "tanh of small numbers", "softcap"),
     ),
     *mutants("tiles", "tanh",
         ("tanh-nan", "tl.where(x == x, t, x)", "t", "tanh of NaN is 1",
