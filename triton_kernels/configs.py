@@ -129,7 +129,7 @@ TABLE = {
     ],
     # one tile of keys walks the rows that reach it and keeps dk and dv
     "dkdv": [
-        *_rows(NOT_HOPPER, HALF, True, True, (128, ANY, (32, 16, 4, 1)),
+        *_rows(NOT_HOPPER, HALF, True, True, (128, ANY, (32, 16, 4, 1, *BOUND)),
                (256, ANY, (16, 32, 8, 1))),
         *_rows(HOPPER, HALF, True, None, (64, ANY, (64, 128, 8, 2)), (128, ANY, (32, 128, 8, 2))),
         *_rows(HOPPER, HALF, True, True, (256, ANY, (32, 16, 8, 1))),
