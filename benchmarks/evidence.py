@@ -64,7 +64,7 @@ def compiled(kernel: str) -> str:
                 name: values[name] if kind == "str" else int(values[name])
                 for name, kind in Row.__annotations__.items()
             })  # fmt: skip
-            if row.kernel == kernel:
+            if row.kernel in (kernel, ""):  # a case that did not compile names no kernel
                 clean[row.arch] = clean.get(row.arch, True) and not faults(row)
         version = re.search(r"triton(\d+\.\d+)", path.name)[1]
         found[", ".join(str(arch) for arch in sorted(clean) if clean[arch])].append(version)

@@ -93,6 +93,8 @@ PLACED = [
     ],
     Case("layout_far_apart", layout="far_apart", mask="nonempty"),
     Case("layout_far_batches", layout="far_batches", B=3, returns="out"),
+    Case("layout_far_heads", layout="far_heads", B=1, Hq=3, Hkv=3, returns="out"),
+    Case("layout_far_heads_long", layout="far_heads", returns="out", **LONG | dict(Hq=3, Hkv=3)),
 ]
 
 MASKED = [

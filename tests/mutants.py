@@ -117,7 +117,7 @@ DKDV = [
         ("dkdv-row-head", "tile_offsets(stride_rows, b, hkv, t, i, h,",
          "tile_offsets(stride_rows, b, hkv, t, i, h * 0 + hkv,",
          "lse and delta of another head of the group", "group_8_long group_2_long"),
-        ("dkdv-padding", "keys_reached(bounds, n_tiles)", "0, Nk",
+        ("dkdv-padding", "t_tile = forbid_outside(t_tile, first, last, j[:, None], 0.0)", "pass",
          "NaN in padding reaches its own dk", PADDING),
         ("dkdv-scale-twice", "one * scale", "one * scale * scale", "dk with the scale twice",
          "scale_number"),

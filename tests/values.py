@@ -36,6 +36,12 @@ def far_batches(t: Tensor) -> Tensor:
     return reserve(t.shape, (2**30, N * width, width, 1), t).copy_(t)
 
 
+def far_heads(t: Tensor) -> Tensor:
+    """The same of heads."""
+    B, H, N, width = t.shape
+    return reserve(t.shape, (2**30 * H, 2**30, width, 1), t).copy_(t)
+
+
 def sliced(t: Tensor) -> Tensor:
     """Inside a larger tensor, at an offset and with strides that nothing divides."""
     B, H, N, width = t.shape
@@ -64,6 +70,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "expanded_heads": lambda t: t[:, :1].expand_as(t),
     "far_apart": far_apart,
     "far_batches": far_batches,
+    "far_heads": far_heads,
 }
 
 

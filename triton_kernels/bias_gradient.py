@@ -92,7 +92,7 @@ def dbias_kernel(
             dp = kept(
                 times(dp, p_factor), seed, b, h_rows[:, None], i[:, None], j[None, :], threshold
             )
-            ds = score_gradient(p, log2_p, dp, row_lse, row_delta, dentropy, row_dentropy, True)
+            ds = score_gradient(p, log2_p, dp - row_delta, row_lse, dentropy, row_dentropy, True)
             # padding may hold NaN, and 0 * NaN would reach the bias beside it
             acc += forbid_outside(ds, first, last, j[None, :], 0.0)
 

@@ -95,7 +95,8 @@ TABLE = {
         *_rows(SMALL, HALF, True, True, (64, ANY, (64, 32, 4, 1))),
         *_rows(MMA, HALF, True, True, (128, ANY, (64, 32, 8, 1)), (256, ANY, (32, 32, 8, 1))),
         *_rows(BLACKWELL, HALF, True, None, (128, ANY, (128, 64, 8, 2, *BOUND))),
-        *_rows(WGMMA, HALF, True, None, (128, ANY, (128, 64, 8, 2)), (256, ANY, (128, 32, 8, 2))),
+        *_rows(HOPPER, HALF, True, None, (128, ANY, (128, 64, 8, 2))),
+        *_rows(WGMMA, HALF, True, None, (256, ANY, (128, 32, 8, 2))),
         *_rows(MMA, HALF, True, None, (64, ANY, (64, 32, 4, 2)), (128, ANY, (64, 64, 8, 2)),
                (256, ANY, (64, 32, 8, 1))),
         *_rows(ALL, HALF, False, True, (128, ANY, (16, 32, 8, 1))),
@@ -112,8 +113,9 @@ TABLE = {
     # the same with dk and dv written as it goes: used while all rows fit one tile; None: never
     "fused": [
         *_rows(BLACKWELL, HALF, True, True, (128, 16, (16, 16, 4, 1)), (128, 32, (32, 16, 8, 1))),
-        *_rows(ALL, HALF, True, True, (128, 16, (16, 16, 4, 1)), (128, 32, (32, 16, 4, 1)),
-               (128, ANY, (64, 16, 8, 1)), (256, ANY, (16, 16, 4, 1))),
+        *_rows(("hopper", *MMA), HALF, True, True, (128, 16, (16, 16, 4, 1)),
+               (128, 32, (32, 16, 4, 1))),
+        *_rows(ALL, HALF, True, True, (128, ANY, (64, 16, 8, 1)), (256, ANY, (16, 16, 4, 1))),
         *_rows(WGMMA, HALF, True, None, (64, 16, (16, 64, 4, 3)), (64, 32, (32, 64, 4, 2))),
         *_rows(ALL, HALF, True, None, (128, 16, (16, 32, 4, 2)), (128, 32, (32, 32, 4, 2))),
         *_rows(WGMMA, HALF, True, None, (64, 64, (64, 64, 4, 2))),
@@ -124,8 +126,8 @@ TABLE = {
         *_rows(ALL, FLOAT32, False, None, (256, ANY, None)),
         *_rows(ALL, FLOAT32, None, True, (64, ANY, (16, 32, 8, 1))),
         *_rows(HOPPER, FLOAT32, None, None, (64, ANY, (32, 16, 8, 1))),
-        *_rows(ALL, FLOAT32, None, None, (64, ANY, (32, 32, 8, 1)), (128, ANY, (16, 32, 8, 1)),
-               (256, ANY, None)),
+        *_rows(NOT_HOPPER, FLOAT32, None, None, (64, ANY, (32, 32, 8, 1))),
+        *_rows(ALL, FLOAT32, None, None, (128, ANY, (16, 32, 8, 1)), (256, ANY, None)),
     ],
     # one tile of keys walks the rows that reach it and keeps dk and dv
     "dkdv": [

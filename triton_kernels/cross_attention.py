@@ -45,7 +45,6 @@ from .tiles import (
     column_bounds,
     dot_into,
     dot_nt,
-    keys_reached,
     load_rows,
     load_tile,
     next_run,
@@ -58,6 +57,8 @@ from .tiles import (
     times,
     zero_tile,
 )
+
+SMALLEST_SCALE = 2.0**-126  # below, float32 may round a positive scale to 0
 
 
 @triton.jit
@@ -200,18 +201,22 @@ def dq_kernel(
             mask, mask_rows, stride_mask, row_mask[:, None], j[None, :], Nk,
         )  # fmt: skip
         log2_p = log2_probability(s, row_lse, row_low, bias)
-        if (k0 < full_begin) | (k0 + BLOCK_K > full_end):
-            log2_p = forbid_outside(log2_p, first, last, j[None, :])
-        p = tl.exp2(log2_p)
         dp = plus_weight_gradient(
             dot_nt(dout_tile, v_tile, CHUNKS_V, PRECISION), dweights, weight_rows,
             stride_dweights, row_mask[:, None], j[None, :], Nk,
         )  # fmt: skip
         dp = kept(times(dp, p_factor), seed, b, h[:, None], i[:, None], j[None, :], threshold)
+        t = dp - row_delta
+        # one branch for all: of two on one condition the compiler makes selects in every tile
+        if (k0 < full_begin) | (k0 + BLOCK_K > full_end):
+            log2_p = forbid_outside(log2_p, first, last, j[None, :])
+            t = forbid_outside(t, first, last, j[None, :], 0.0)
+            if softcap is not None:
+                th = forbid_outside(th, first, last, j[None, :], 0.0)
+        p = tl.exp2(log2_p)
         ds = score_gradient(
-            p, log2_p, dp, row_lse, row_delta, dentropy, row_dentropy,
-            dk is not None and MAY_BE_EMPTY,
-        )  # fmt: skip
+            p, log2_p, t, row_lse, dentropy, row_dentropy, dk is not None and MAY_BE_EMPTY
+        )
         if dlse is not None:
             row_ds += tl.sum(ds, 1)
         ds = through_softcap(ds, th, softcap)
@@ -267,14 +272,12 @@ def dkdv_kernel(
     there = j < Nk
     run_end, tile_end = split_range(0, n_tiles, split, n_splits, 1)
     run_begin = run_end
-    used = there
-    if start is not None:  # padding may hold NaN, and 0 * NaN would reach its own dk
+    if start is not None:
         bounds += b * n_tiles * 4
-        first_used, last_used = keys_reached(bounds, n_tiles)
-        used = (j >= first_used) & (j < last_used)
     # [BLOCK_K, D], [BLOCK_K, DV]
-    k_tile = load_tile(k, run_offsets(stride_k, b, hkv, k0, BLOCK_K), used, D, CHUNKS, ALIGN)
-    v_tile = load_tile(v, run_offsets(stride_v, b, hkv, k0, BLOCK_K), used, DV, CHUNKS_V, ALIGN)
+    k_tile = load_tile(k, run_offsets(stride_k, b, hkv, k0, BLOCK_K), there, D, CHUNKS, ALIGN)
+    keys = run_offsets(stride_v, b, hkv, k0, BLOCK_K)
+    v_tile = load_tile(v, keys, there, DV, CHUNKS_V, ALIGN)
     dk_tile = zero_tile(BLOCK_K, CHUNKS)
     dv_tile = zero_tile(BLOCK_K, CHUNKS_V)
     stride_rows = (b * 0 + Hkv * GROUP * Nq, b * 0 + Nq, 1)  # of lse [B, Hq, Nq], in int64
@@ -316,23 +319,27 @@ def dkdv_kernel(
                 row_mask[None, :], j[:, None], Nk,
             )  # fmt: skip
             log2_p = log2_probability(s, row_lse, row_low, bias)
-            if cut:
-                first, last = column_bounds(
-                    start, stop, stride_start, stride_stop, b, i, row_mask, Nk
-                )
-                log2_p = forbid_outside(log2_p, first, last, j[:, None])
-            p = tl.exp2(log2_p)
-            keep_p = kept(p, seed, b, h[None, :], i[None, :], j[:, None], threshold)
-            dv_tile = dot_into(
-                dv_tile, keep_p.to(dout_tile[0].dtype), dout_tile, CHUNKS_V, PRECISION
-            )
             dp = plus_weight_gradient(
                 dot_nt(v_tile, dout_tile, CHUNKS_V, PRECISION), dweights,
                 row_offsets(stride_dweights, b, h, i)[None, :], stride_dweights,
                 row_mask[None, :], j[:, None], Nk,
             )  # fmt: skip
             dp = kept(times(dp, p_factor), seed, b, h[None, :], i[None, :], j[:, None], threshold)
-            ds = score_gradient(p, log2_p, dp, row_lse, row_delta, dentropy, row_dentropy, GUARD)
+            t_tile = dp - row_delta
+            if cut:  # padding may hold NaN, and 0 * NaN would reach its own dk
+                first, last = column_bounds(
+                    start, stop, stride_start, stride_stop, b, i, row_mask, Nk
+                )
+                log2_p = forbid_outside(log2_p, first, last, j[:, None])
+                t_tile = forbid_outside(t_tile, first, last, j[:, None], 0.0)
+                if softcap is not None:
+                    th = forbid_outside(th, first, last, j[:, None], 0.0)
+            p = tl.exp2(log2_p)
+            keep_p = kept(p, seed, b, h[None, :], i[None, :], j[:, None], threshold)
+            dv_tile = dot_into(
+                dv_tile, keep_p.to(dout_tile[0].dtype), dout_tile, CHUNKS_V, PRECISION
+            )
+            ds = score_gradient(p, log2_p, t_tile, row_lse, dentropy, row_dentropy, GUARD)
             ds = through_softcap(ds, th, softcap)
             if scale_tensor is not None:
                 ds *= rs
@@ -379,7 +386,7 @@ def forward(
         plain_scores = bias is None and scale_tensor is None and not softcap and not statistics
         call.launch(
             forward_kernel, config, programs * n_splits, (parts[0], parts[0].stride(), *parts[1:]),
-            n_splits, SCALE_LATER=plain_scores and scale > 0,
+            n_splits, SCALE_LATER=plain_scores and scale >= SMALLEST_SCALE,
         )  # fmt: skip
         if n_splits > 1:
             merge_splits(results, parts)

@@ -29,7 +29,8 @@ def row_offsets(stride, b, h, i):
 def run_offsets(stride, b, h, first, ROWS: tl.constexpr):
     """The same of ROWS rows from `first` on: a number, which is all that a loop moves, plus a
     tensor that stays."""
-    base = b * stride[0] + h * stride[1] + (tl.full([], 0, tl.int64) + first) * stride[2]
+    zero = tl.full([], 0, tl.int64)
+    base = b * stride[0] + (zero + h) * stride[1] + (zero + first) * stride[2]
     return base + tl.arange(0, ROWS).to(tl.int64) * stride[2]
 
 
@@ -149,17 +150,17 @@ def plus_weight_gradient(dp, dweights, rows, stride, row_mask, j, Nk):
 
 
 @triton.jit
-def score_gradient(p, log2_p, dp, lse, delta, dentropy, row_dentropy, GUARD: tl.constexpr):
-    """ds of the capped scores, eq. ds; delta already holds -dlse + dentropy * entropy.
+def score_gradient(p, log2_p, t, lse, dentropy, row_dentropy, GUARD: tl.constexpr):
+    """ds of the capped scores, eq. ds; t = dp - delta, where delta already holds
+    -dlse + dentropy * entropy.
 
     GUARD: it is summed over rows, some of which may have no key: dp may be infinite or NaN there,
     which p = 0 does not clear.
     """
-    ds = dp - delta
     if dentropy is not None:
         # p = 0 has log2 p = -inf, and its term is 0
-        ds -= row_dentropy * tl.where(p > 0, log2_p * LN2, 0.0)
-    ds = p * ds
+        t -= tl.where(p > 0, row_dentropy * (log2_p * LN2), 0.0)
+    ds = p * t
     if GUARD:
         ds = tl.where(lse == float("inf"), 0.0, ds)
     return ds

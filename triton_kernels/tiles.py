@@ -203,18 +203,6 @@ def tiles_reach(bounds, t0, n_tiles, key_begin, key_end):
 
 
 @triton.jit
-def keys_reached(bounds, n_tiles):
-    """The keys [first, last) from the first to the last that any of the row tiles reaches."""
-    first, last = 2147483647, 0
-    for t0 in range(0, n_tiles, 256):
-        # [256]
-        t = t0 + tl.arange(0, 256)
-        first = tl.minimum(first, tl.min(tl.load(bounds + t * 4, t < n_tiles, 2147483647)))
-        last = tl.maximum(last, tl.max(tl.load(bounds + t * 4 + 3, t < n_tiles, 0)))
-    return first, last
-
-
-@triton.jit
 def load_rows(
     lse, lse_low, delta, dentropy, rows, row_mask, AXIS: tl.constexpr, no_row=float("inf")
 ):
