@@ -137,7 +137,7 @@ TABLE = {
         *_rows(HOPPER, HALF, True, True, (256, ANY, (32, 16, 8, 1))),
         *_rows(HOPPER, HALF, True, None, (256, ANY, (64, 32, 8, 1))),
         *_rows(SMALL, HALF, True, None, (64, ANY, (32, 32, 8, 2))),
-        *_rows(LARGE, HALF, True, None, (64, ANY, (32, 32, 4, 2))),
+        *_rows(LARGE, HALF, True, None, (64, ANY, (32, 32, 4, 2, *BOUND))),
         *_rows(NOT_HOPPER, HALF, True, None, (128, ANY, (64, 32, 8, 2))),
         *_rows(LARGE, HALF, True, None, (256, ANY, (64, 32, 8, 1))),
         *_rows(SMALL, HALF, True, None, (256, ANY, (32, 32, 8, 1))),
