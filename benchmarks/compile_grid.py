@@ -244,7 +244,7 @@ def wants_tensor_cores(row: Row) -> bool:
 
     if not row.kernel.endswith(("forward_kernel", "dq_kernel", "dkdv_kernel", "dbias_kernel")):
         return False
-    width = max(int(D) for D in re.findall(r"-Dv?(\d+)", row.case))
+    width = max((int(D) for D in re.findall(r"-Dv?(\d+)", row.case)), default=0)
     return tf32_fits(row.arch, width, width) if "tf32" in row.case else "float32" not in row.case
 
 
