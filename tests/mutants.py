@@ -46,7 +46,7 @@ FORWARD = [
          "V is read with the strides of K", "widths_20_7 widths_64_32"),
     ),
     *mutants("cross_attention", "forward",
-        ("forward-scale-sign", "plain_scores and scale > 0", "plain_scores",
+        ("forward-scale-sign", "plain_scores and scale >= SMALLEST_SCALE", "plain_scores",
          "the maximum of products under a negative scale", "scale_negative_lse scale_zero_lse"),
     ),
     *mutants("cross_attention", "forward_kernel",

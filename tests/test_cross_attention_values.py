@@ -126,8 +126,9 @@ def test_what_is_not_finite_stays_out_of_rows_without_keys(mode, mask, where, Nq
             call.leaves["v"][:, :, 1, 3] = math.inf
     ours, eager = run(call, "triton"), run(call, "eager")
     assert (ours["dq"][empty] == 0).all()
-    for name in ("dq", "dk", "dv") if where == "out" else ():  # sums of inf are NaN in any order
-        assert torch.equal(ours[name].isnan(), eager[name].isnan()), name
+    if where == "out":  # sums of inf are NaN in any order
+        for name in ("dq", "dk"):  # dv has 0 * NaN, for more or fewer keys as tiles fall
+            assert torch.equal(ours[name].isnan(), eager[name].isnan()), name
 
 
 @pytest.mark.parametrize("mode", modes("interpreter", "gpu"), indirect=True)
