@@ -56,7 +56,7 @@ def register_bound(num_warps: int) -> int:
 
 def _rows(families, itemsize, plain, chunked, *table) -> list[Row]:
     """Left alone, ptxas guesses how many blocks share a multiprocessor and spills a few registers
-    to fit them; told the bound it does not guess. Plain 16-bit kernels do not spill, and the guess
+    to fit them; told the bound it does not guess. Plain 16-bit kernels seldom spill, and the guess
     leaves room for more blocks of them."""
     bound = not (itemsize == HALF and plain)
     return [
