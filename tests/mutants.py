@@ -1,7 +1,7 @@
 """Mutants of the kernels that walk tiles and of their launchers, and the list of all mutants."""
 
 from mutants_of_helpers import HELPERS
-from mutation import EMPTY_ROWS, PADDING, SPLIT_SCALE, VALUES, WEIGHTS, mutants
+from mutation import EMPTY_ROWS, FLAG, PADDING, SPLIT_SCALE, VALUES, WEIGHTS, mutants
 
 FORWARD = [
     *mutants("cross_attention", "forward_kernel",
@@ -48,6 +48,11 @@ FORWARD = [
     *mutants("cross_attention", "forward",
         ("forward-scale-sign", "plain_scores and scale >= SMALLEST_SCALE", "plain_scores",
          "the maximum of products under a negative scale", "scale_negative_lse scale_zero_lse"),
+    ),
+    *mutants("cross_attention", "forward",
+        ("forward-scale-zero", "scale >= SMALLEST_SCALE", "scale > 0.0",
+         "-inf * 0 under a scale that float32 rounds to 0", FLAG + "[scale_tiny_short-sm_90]"),
+        mode="emulated",
     ),
     *mutants("cross_attention", "forward_kernel",
         ("forward-entropy-guard", 'tl.where(m == float("-inf"), 0.0, m - m_safe)', "m - m_safe",

@@ -154,6 +154,29 @@ def test_padding_may_hold_anything(backend):
         assert torch.equal(ours, clean)
 
 
+@pytest.mark.parametrize("mode", modes("interpreter", "gpu"), indirect=True)
+@pytest.mark.parametrize("lse", [True, False], ids=["lse", "no_lse"])
+def test_gradients_of_weights_outside_the_intervals_stay_out(mode, lse):
+    """Such as those of log(0): infinite, or NaN."""
+    with torch.device(mode.device):
+        q, k = (t.requires_grad_() for t in make().values())
+        options = {"mask": interval(), "backend": "triton"}
+        row = torch.randn(B, HQ, NQ).add(5).requires_grad_()
+        options |= {"lse": row} if lse else {}
+        dweights = torch.randn(B, NQ, NK)
+    unseen = ~options["mask"].dense(NK)
+    assert unseen.any() and not unseen.all()
+    weights = attention_weights(q, k, **options)
+    leaves = [q, k, row] if lse else [q, k]
+    expected = torch.autograd.grad(weights, leaves, dweights, retain_graph=True)
+    for value in (torch.inf, torch.nan):
+        dirty = dweights.masked_fill(unseen, value)
+        for ours, clean in zip(
+            torch.autograd.grad(weights, leaves, dirty, retain_graph=True), expected, strict=True
+        ):
+            assert torch.equal(ours, clean)
+
+
 @pytest.mark.parametrize("sizes", [(0, 1, 3, 4), (1, 2, 0, 4), (2, 1, 3, 0), (1, 1, 1, 1)])
 def test_degenerate_sizes(sizes, backend):
     b, h, nq, nk = sizes

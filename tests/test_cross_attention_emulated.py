@@ -28,6 +28,8 @@ FLAGS = {
     "bias_keys": dict(bias="1H1K"),
     "bias_one": dict(bias="1111"),
     "scale": dict(scale=(0.3, -0.2)),
+    # 0 in float32, which Triton's interpreter does not take
+    "scale_tiny": dict(scale=2.0**-150, mask="empty_rows", returns="lse"),
     "softcap": dict(softcap=1.5),
     "softcap_nan": dict(softcap=1.5, values="nan_q"),
     "dropout": dict(dropout_p=0.4),
