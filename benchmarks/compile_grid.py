@@ -150,8 +150,12 @@ def compile_only(arch: int) -> Iterator[list]:
 def launch(case: Case) -> None:
     """Forward and backward of `case` on meta tensors."""
     import torch
-    from xattn_kernels.triton_kernels import attention_weights
-    from xattn_kernels.triton_kernels import cross_attention as kernels
+
+    from xattn_kernels.triton_kernels import (
+        attention_weights,
+        cross_attention,
+        cross_attention_backward,
+    )
 
     dtype = getattr(torch, case.dtype)
     B, Hkv = 2, 4
@@ -182,10 +186,12 @@ def launch(case: Case) -> None:
         attention_weights.backward(weights, *call, True, case.tf32, needs)
         return
     statistics = "statistics" in flags
-    *saved, _ = kernels.forward(*operands, *options, statistics, case.tf32)
+    *saved, _ = cross_attention.forward(*operands, *options, statistics, case.tf32)
     needs = [True, True, True, operands[3] is not None, operands[4] is not None]
     dentropy = saved[1] if statistics else None
-    kernels.backward(saved[0], None, dentropy, *operands, *saved, *options, case.tf32, needs)
+    cross_attention_backward.backward(
+        saved[0], None, dentropy, *operands, *saved, *options, case.tf32, needs
+    )
 
 
 def resources(log: str) -> dict[str, int]:

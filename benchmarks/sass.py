@@ -2,7 +2,7 @@
 
 The main loop of a kernel is the one whose own blocks, those of no loop inside it, do the most
 tensor-core work, or the most arithmetic where the kernel has no tensor-core instruction. Its
-instructions fall into three parts:
+instructions fall into these parts:
 
 - `always`: the shortest way, in instructions, from the loop's head back to it. Code that a forward
   branch can jump over is not on it.
@@ -11,6 +11,8 @@ instructions fall into three parts:
 - `sometimes`: the other blocks off that way, such as the mask of a tile that an interval cuts. Of
   two arms that exclude each other it holds the longer one. Blocks of a loop inside, which on
   sm_100 only repeat a wait, are left out.
+- `cut`: where two loops do the same tensor-core work, of which the shorter one is the main loop (of
+  tiles that no interval cuts), the shortest way through the other one.
 
 A predicated instruction counts, as it takes an issue slot whether its predicate holds or not.
 """
@@ -23,7 +25,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 TENSOR = "HMMA IMMA DMMA QMMA OMMA HGMMA QGMMA IGMMA UTCHMMA UTCQMMA UTCIMMA UTCOMMA"
 UNITS = {
@@ -110,6 +112,7 @@ class MainLoop:
     always: tuple[Instruction, ...]
     one_warp: tuple[Instruction, ...]
     sometimes: tuple[Instruction, ...]
+    cut: tuple[Instruction, ...] = ()
 
 
 def disassemble(cubin: bytes) -> str:
@@ -251,14 +254,14 @@ def shortest_way(code: Code, loop: Loop) -> set[int]:
     raise AssertionError("a loop without a way back to its head")
 
 
-def heaviest_loop(code: Code, weight: Callable[[Instruction], int]) -> Loop | None:
-    """The loop whose own blocks weigh the most, None where none weighs anything."""
-
-    def total(loop: Loop) -> int:
-        return sum(weight(i) for n in loop.own for i in code.blocks[n])
-
-    found = [loop for loop in loops(code) if total(loop)]
-    return max(found, key=lambda loop: (total(loop), -len(loop.body)), default=None)
+def heaviest_loops(code: Code, weight: Callable[[Instruction], int]) -> list[Loop]:
+    """The loops whose own blocks weigh the most, none where nothing weighs anything."""
+    weights = {
+        loop: sum(weight(i) for n in loop.own for i in code.blocks[n]) for loop in loops(code)
+    }
+    most = max(weights.values(), default=0)
+    found = [loop for loop, total in weights.items() if total == most > 0]
+    return sorted(found, key=lambda loop: len(loop.body))
 
 
 def one_iteration(code: Code, loop: Loop) -> MainLoop:
@@ -277,10 +280,13 @@ def one_iteration(code: Code, loop: Loop) -> MainLoop:
 
 def main_loop(code: Code) -> MainLoop | None:
     """One iteration of the main loop, None for a kernel without one."""
-    loop = heaviest_loop(code, lambda i: i.unit == "tensor") or heaviest_loop(
-        code, lambda i: i.unit in ("float", "exp")
-    )
-    return None if loop is None else one_iteration(code, loop)
+    found = heaviest_loops(code, lambda i: i.unit == "tensor")
+    if not found:
+        found = heaviest_loops(code, lambda i: i.unit in ("float", "exp"))[:1]
+    if not found:
+        return None
+    whole, *others = sorted((one_iteration(code, n) for n in found), key=lambda n: len(n.always))
+    return replace(whole, cut=others[-1].always) if others else whole
 
 
 def tensor_loops(code: Code) -> list[MainLoop]:

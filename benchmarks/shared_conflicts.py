@@ -43,7 +43,8 @@ def run_case(arch: int, case: str) -> list[ConflictRow]:
     """Forward and backward of a case in the simulator."""
     import ptxsim
     import torch
-    from xattn_kernels.triton_kernels import cross_attention as kernels
+
+    from xattn_kernels.triton_kernels import cross_attention, cross_attention_backward
 
     rows, D = CASES[case]
     torch.manual_seed(0)
@@ -53,9 +54,11 @@ def run_case(arch: int, case: str) -> list[ConflictRow]:
     operands = (q, k, v, None, None, start, start + KEYS - 16, None, None)
     options = (D**-0.5, 0.0, 0.0)
     with ptxsim.triton_on_cpu(arch=arch) as session:
-        *saved, _ = kernels.forward(*operands, *options, False, False)
+        *saved, _ = cross_attention.forward(*operands, *options, False, False)
         needs = [True, True, True, False, False]
-        kernels.backward(saved[0], None, None, *operands, *saved, *options, False, needs)
+        cross_attention_backward.backward(
+            saved[0], None, None, *operands, *saved, *options, False, needs
+        )
     return [
         ConflictRow(arch, case, name.removesuffix("_kernel"), *stats.shared_wavefronts)
         for name, _, stats in session.launches

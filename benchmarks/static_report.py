@@ -30,7 +30,7 @@ from .sass import (
     MainLoop,
     count_units,
     disassemble,
-    heaviest_loop,
+    heaviest_loops,
     main_loop,
     parse_ptx,
     parse_sass,
@@ -47,6 +47,7 @@ PRODUCTS = {
     "dbias": (1, 1),
 }
 PTX_TENSOR = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
+PARTS = ("always", "one_warp", "sometimes", "cut")  # of a main loop, see `sass`
 GROWTH = 1.03  # of instructions per pair, beyond which a change has made a kernel worse
 
 
@@ -75,6 +76,7 @@ class KernelReport:
     always: dict[str, int] = field(default_factory=dict)  # instructions of one iteration per unit
     one_warp: dict[str, int] = field(default_factory=dict)
     sometimes: dict[str, int] = field(default_factory=dict)
+    cut: dict[str, int] = field(default_factory=dict)  # of the loop over tiles that are cut
 
     @property
     def key(self) -> tuple[int, str, str]:
@@ -97,7 +99,7 @@ def tiles_per_iteration(loop: MainLoop, ptx: str) -> int:
         return i.opcode.startswith(PTX_TENSOR)
 
     code = parse_ptx(ptx)
-    source = heaviest_loop(code, is_product)
+    source = next(iter(heaviest_loops(code, is_product)), None)
     if source is None:
         return 1
     before = sum(is_product(i) for n in source.own for i in code.blocks[n])
@@ -108,14 +110,14 @@ def tiles_per_iteration(loop: MainLoop, ptx: str) -> int:
 def loop_fields(arch: int, loop: MainLoop, tile: tuple, num_warps: int, ptx: str) -> dict:
     """The fields that describe a main loop; `tile` is (block_q, block_k, multiply-adds, tf32)."""
     block_q, block_k, macs, tf32 = tile
-    counts = {
-        part: count_units(getattr(loop, part)) for part in ("always", "one_warp", "sometimes")
-    }
+    counts = {part: count_units(getattr(loop, part)) for part in PARTS}
     if not macs:
         return counts
     tiles = tiles_per_iteration(loop, ptx)
     issued = len(loop.always) * num_warps + len(loop.one_warp)
     cut = issued + len(loop.sometimes) * num_warps
+    if loop.cut:
+        cut = len(loop.cut) * num_warps + len(loop.one_warp)
     thousands = tiles * block_q * block_k / 1000
     found = counts | {
         "tiles": tiles,

@@ -64,6 +64,11 @@ SIZES = [
         ]
     ],
     Case("many_tiles", B=1, Hq=1, Hkv=1, Nq=300, Nk=150, mask="blocks"),
+    *[
+        Case(f"whole_tiles_{m}", B=1, Hq=1, Hkv=1, Nq=150, Nk=280, mask=m, returns="out")
+        for m in (None, "padding", "causal", "blocks", "both_ends")
+    ],
+    Case("whole_tiles_group", B=1, Hq=3, Hkv=1, Nq=90, Nk=150, mask="causal", returns="out"),
     Case("out_only", returns="out"),
     Case("out_only_long", returns="out", **LONG),
     Case("lse_only", returns="lse"),

@@ -127,7 +127,7 @@ def force_splits(monkeypatch):
     """A function that sets how many programs share each loop, whatever the device would choose."""
 
     def force(n: int) -> None:
-        module = importlib.import_module("xattn_kernels.triton_kernels.cross_attention")
+        module = importlib.import_module("xattn_kernels.triton_kernels.launch")
         monkeypatch.setattr(module, "split_count", lambda programs, steps, device: n)
 
     return force

@@ -40,9 +40,9 @@ def splitting(n: int | None):
     """n programs share each loop; None leaves it to the launcher."""
     if n is None:
         return nullcontext()
-    from xattn_kernels.triton_kernels import cross_attention
+    from xattn_kernels.triton_kernels import launch
 
-    return patch.object(cross_attention, "split_count", lambda programs, steps, device: n)
+    return patch.object(launch, "split_count", lambda programs, steps, device: n)
 
 
 @torch.no_grad()

@@ -63,7 +63,7 @@ FORWARD = [
 ]  # fmt: skip
 
 DQ = [
-    *mutants("cross_attention", "dq_kernel",
+    *mutants("cross_attention_backward", "dq_kernel",
         ("dq-key-mask", "there = j < key_end", "there = j <= key_end",
          "loads a key beyond the last interval", PADDING),
         ("dq-stop-cut", "(k0 + BLOCK_K > full_end)", "(k0 > full_end)",
@@ -93,21 +93,21 @@ DQ = [
         ("fused-dv-stride", "run_offsets(stride_dv,", "run_offsets(stride_dk,",
          "dv is written with the strides of dk", "widths_16_80-float16"),
     ),
-    *mutants("cross_attention", "backward_dq",
+    *mutants("cross_attention_backward", "backward_dq",
         ("fused-unseen-keys", "dk.zero_(), dv.zero_()", "pass",
          "dk of keys that no row reaches is not written",
          VALUES + "every_output_is_written[interpreter-1-blocks-short]"),
         ("dscale-splits", "dscale.sum(over)", "dscale[:1].sum(over)",
          "only the first split's part of dscale", SPLIT_SCALE),
     ),
-    *mutants("cross_attention", "backward",
+    *mutants("cross_attention_backward", "backward",
         ("fused-many-tiles", "call.row_tiles(fused) == 1", "call.row_tiles(fused) <= 3",
          "several row tiles write the same dk and dv", "out_only_long"),
     ),
 ]  # fmt: skip
 
 DKDV = [
-    *mutants("cross_attention", "dkdv_kernel",
+    *mutants("cross_attention_backward", "dkdv_kernel",
         ("dkdv-start-cut", "tl.load(bounds + t * 4 + 1) > k0",
          "tl.load(bounds + t * 4 + 1) > k0 + BLOCK_K", "a tile cut by a start counts as full",
          "mask_per_row"),
@@ -131,7 +131,7 @@ DKDV = [
         ("dkdv-dropout-factor", "times(one, p_factor)", "one", "dv without 1 / (1 - dropout_p)",
          "dropout"),
     ),
-    *mutants("cross_attention", "dkdv_kernel",
+    *mutants("cross_attention_backward", "dkdv_kernel",
         ("dkdv-tail-cut", "k0 + BLOCK_K > Nk", "k0 > Nk", "keys from Nk on are not masked",
          "lse_only"),
         equivalent="A key's dk and dv come from its own column of s alone, and those of keys from "
@@ -174,7 +174,7 @@ DBIAS = [
          "NaN in padding reaches the bias beside it",
          PADDING + "[interpreter-padding_left-nan-BHQK-short]"),
     ),
-    *mutants("cross_attention", "backward_dbias",
+    *mutants("bias_gradient", "backward_dbias",
         ("dbias-splits", "dbias.sum(0)", "dbias[0]", "only the first split", "bias_1 bias_scalar"),
     ),
 ]  # fmt: skip

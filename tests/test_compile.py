@@ -41,9 +41,10 @@ def test_no_spills_and_tensor_cores(arch: int, case: Case):
 
 def test_the_grid_takes_every_row_of_the_table(monkeypatch):
     """What no case of the grid reaches, `make compile-grid` proves nothing of."""
-    import xattn_kernels.triton_kernels.launch as launch
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
+
+    import xattn_kernels.triton_kernels.launch as launch
     from xattn_kernels.triton_kernels import configs
 
     taken = set()

@@ -77,6 +77,34 @@ def test_nested_loops_and_a_block_that_is_jumped_over():
     assert not loop.one_warp
 
 
+def test_of_two_loops_with_the_same_products_the_shorter_is_the_main_loop():
+    text = sass_text(
+        ".L_x_0:",
+        "HMMA.16816.F32.BF16 R0, R4, R8, R0", "FSEL R1, R1, -INF, P3", "@P4 BRA `(.L_x_0)",
+        ".L_x_1:",
+        "HMMA.16816.F32.BF16 R0, R4, R8, R0", "@P4 BRA `(.L_x_1)",
+        ".L_x_2:",
+        "FADD R1, R1, R1", "FADD R1, R1, R1", "@P4 BRA `(.L_x_2)",
+        "EXIT",
+    )  # fmt: skip
+    loop = sass.main_loop(sass.parse_sass(text))
+    assert sass.count_units(loop.always) == {"tensor": 1, "branch": 1}
+    assert sass.count_units(loop.cut) == {"tensor": 1, "select": 1, "branch": 1}
+    fields = static_report.loop_fields(80, loop, (64, 32, 2048, False), 4, PTX_OF_TWO_LOOPS)
+    assert (fields["per_1000"], fields["per_1000_cut"]) == (3.9, 5.9)
+
+
+PTX_OF_TWO_LOOPS = """
+$L__BB0_1:
+    mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f1}, {%r1}, {%r2}, {%f1};
+    @%p1 bra $L__BB0_1;
+$L__BB0_2:
+    mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f1}, {%r1}, {%r2}, {%f1};
+    @%p1 bra $L__BB0_2;
+    ret;
+"""
+
+
 def test_loops_know_what_is_inside_another():
     outer, inner = sorted(sass.loops(sass.parse_sass(NESTED)), key=lambda loop: -len(loop.body))
     assert inner.body < outer.body and not inner.body & outer.own

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .cross_attention import backward_dbias, backward_dkdv, backward_dq
+from .bias_gradient import backward_dbias
+from .cross_attention_backward import backward_dkdv, backward_dq
 from .launch import Call, broadcast_strides, zero_gradients
 from .rows import lse_in_score_units
 from .scores import (

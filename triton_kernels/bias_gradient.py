@@ -4,9 +4,12 @@ One program owns a tile of the bias and walks everything that it was added to, b
 the intervals, so the sum needs no atomics, is deterministic, and only the bias is ever written.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from .launch import Call
 from .scores import (
     forbid_outside,
     kept,
@@ -105,3 +108,15 @@ def dbias_kernel(
     rows = (((split * bias_B + own_b) * bias_H + own_h) * bias_Nq + i) * bias_Nk
     there = (i < bias_Nq)[:, None] & (j < bias_Nk)[None, :]
     tl.store(dbias + rows[:, None] + j[None, :], acc, there)
+
+
+def backward_dbias(call: Call, rows: tuple) -> Tensor:
+    config, bias = call.config("dbias"), call.bias
+    blocks = (config.block_q, config.block_k)
+    tiles = [triton.cdiv(n, b) for n, b in zip(bias.shape[2:], blocks, strict=True)]
+    programs = bias.shape[0] * bias.shape[1] * tiles[0] * tiles[1]
+    all_tiles = triton.cdiv(call.Nq, config.block_q) * call.key_tiles(config) * call.B * call.Hq
+    n_splits = call.splits(programs, all_tiles // programs)
+    dbias = bias.new_empty((n_splits, *bias.shape), dtype=torch.float32)
+    call.launch(dbias_kernel, config, programs * n_splits, (dbias, *bias.shape, *rows), n_splits)
+    return dbias.sum(0).to(bias.dtype)

@@ -1,56 +1,42 @@
-"""Fused masked cross-attention: forward kernel, backward kernels, `forward`, `backward`.
+"""Fused masked cross-attention, forward: kernel and launcher.
 
-The equations are those of `xattn_kernels/reference.py`. The forward and dq kernels hold a tile of
-query rows and walk its keys; the dk, dv kernel holds a tile of keys and walks the rows that reach
-it. When all rows of a key head fit one tile the dq kernel writes dk and dv as well, and each of S,
-P, dP and dS is then computed once. Nothing is summed by atomics, so every result is deterministic.
+The equations are those of `xattn_kernels/reference.py`. The kernel holds a tile of query rows and
+walks its keys; where rows are few, several programs share the keys and a second pass merges them.
 """
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from .bias_gradient import dbias_kernel
-from .configs import Config
 from .launch import (
     Call,
     empty_rows,
     split_buffer,
-    split_count,
-    sum_splits,
-    zero_gradients,
 )
-from .rows import merge_splits, row_terms, tile_bounds
+from .rows import merge_splits
 from .scores import (
+    cut_scores,
     exp_difference,
-    forbid_outside,
     kept,
     key_ranges,
-    log2_probability,
+    keys_of_part,
     natural,
-    plus_weight_gradient,
+    over_gap,
     row_offsets,
     row_scale,
     run_offsets,
-    score_gradient,
     split_offsets,
-    through_softcap,
-    tile_offsets,
     tile_scores,
 )
 from .tiles import (
+    ALL,
     LOG2E,
-    clear_rows,
-    column_bounds,
+    WHOLE,
     dot_into,
     dot_nt,
-    load_rows,
     load_tile,
-    next_run,
     packed_rows,
     program,
-    row_dot,
     scale_rows,
     split_range,
     store_tile,
@@ -73,6 +59,7 @@ def forward_kernel(
     D: tl.constexpr, DV: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_V: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,  # see `keys_of_part`
     SCALE_LATER: tl.constexpr,  # scale > 0 and nothing else in the scores: see `factor`
 ):  # fmt: skip
     tile, hkv, b, split = program(tl.cdiv(Nq * GROUP, BLOCK_Q), Hkv, B)
@@ -98,37 +85,44 @@ def forward_kernel(
     l = tl.full([BLOCK_Q], 0.0, tl.float32)
     a = tl.full([BLOCK_Q], 0.0, tl.float32)  # sum of e * log(e), for the entropy
     acc = zero_tile(BLOCK_Q, CHUNKS_V)
-    for k0 in range(key_begin, key_end, BLOCK_K):
-        j = k0 + tl.arange(0, BLOCK_K)
-        there = j < key_end
-        # [BLOCK_K, D]
-        k_tile = load_tile(k, run_offsets(stride_k, b, hkv, k0, BLOCK_K), there, D, CHUNKS, ALIGN)
-        # [BLOCK_Q, BLOCK_K]
-        s, _ = tile_scores(
-            dot_nt(q_tile, k_tile, CHUNKS, PRECISION), rs, softcap, bias, bias_rows, stride_bias,
-            mask, mask_rows, stride_mask, row_mask[:, None], j[None, :], Nk,
-        )  # fmt: skip
-        if (k0 < full_begin) | (k0 + BLOCK_K > full_end):
-            s = forbid_outside(s, first, last, j[None, :])
-        m_new = tl.maximum(m, tl.max(s, 1))
-        # a row with no key yet keeps m = -inf; subtracting 0 there never forms inf - inf
-        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-        e = exp_difference(s, m_safe[:, None], factor, bias)
-        alpha = exp_difference(m, m_safe, factor, bias)
-        if entropy is not None:
-            shift = tl.where(m == float("-inf"), 0.0, m - m_safe)
-            t = tl.where(e > 0, s - m_safe[:, None], 0.0)
-            # alpha = 0 forgets what came before, though the shift may have overflowed
-            a = tl.where(alpha == 0, 0.0, alpha * (a + l * shift)) + tl.sum(e * t, 1)
-        l = l * alpha + tl.sum(e, 1)
-        m = m_new
-        e = kept(e, seed, b, h[:, None], i[:, None], j[None, :], threshold)
-        # [BLOCK_K, DV]
-        keys = run_offsets(stride_v, b, hkv, k0, BLOCK_K)
-        v_tile = load_tile(v, keys, there, DV, CHUNKS_V, ALIGN)
-        acc = dot_into(
-            scale_rows(acc, alpha, CHUNKS_V), e.to(v_tile[0].dtype), v_tile, CHUNKS_V, PRECISION
+    for PART in tl.static_range(WHOLE if SPLIT else ALL, ALL if SPLIT else ALL + 1):
+        begin, end, gap, length = keys_of_part(
+            key_begin, key_end, full_begin, full_end, BLOCK_K, PART
         )
+        for k0 in range(begin, end, BLOCK_K):
+            k0 = over_gap(k0, gap, length, PART)
+            j = k0 + tl.arange(0, BLOCK_K)
+            there = None if PART == WHOLE else j < key_end
+            # [BLOCK_K, D]
+            k_tile = load_tile(
+                k, run_offsets(stride_k, b, hkv, k0, BLOCK_K), there, D, CHUNKS, ALIGN
+            )
+            # [BLOCK_Q, BLOCK_K]
+            s, _ = tile_scores(
+                dot_nt(q_tile, k_tile, CHUNKS, PRECISION), rs, softcap, bias, bias_rows,
+                stride_bias, mask, mask_rows, stride_mask, row_mask[:, None], j[None, :], Nk,
+            )  # fmt: skip
+            cut = (k0 < full_begin) | (k0 + BLOCK_K > full_end)
+            s = cut_scores(s, cut, first, last, j[None, :], PART)
+            m_new = tl.maximum(m, tl.max(s, 1))
+            # a row with no key yet keeps m = -inf; subtracting 0 there never forms inf - inf
+            m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+            e = exp_difference(s, m_safe[:, None], factor, bias)
+            alpha = exp_difference(m, m_safe, factor, bias)
+            if entropy is not None:
+                shift = tl.where(m == float("-inf"), 0.0, m - m_safe)
+                t = tl.where(e > 0, s - m_safe[:, None], 0.0)
+                # alpha = 0 forgets what came before, though the shift may have overflowed
+                a = tl.where(alpha == 0, 0.0, alpha * (a + l * shift)) + tl.sum(e * t, 1)
+            l = l * alpha + tl.sum(e, 1)
+            m = m_new
+            e = kept(e, seed, b, h[:, None], i[:, None], j[None, :], threshold)
+            # [BLOCK_K, DV]
+            keys = run_offsets(stride_v, b, hkv, k0, BLOCK_K)
+            v_tile = load_tile(v, keys, there, DV, CHUNKS_V, ALIGN)
+            acc = dot_into(
+                scale_rows(acc, alpha, CHUNKS_V), e.to(v_tile[0].dtype), v_tile, CHUNKS_V, PRECISION
+            )
 
     empty = l == 0
     l = tl.where(empty, 1.0, l)
@@ -144,215 +138,6 @@ def forward_kernel(
     rows = split_offsets(stride_out, split, b, h, i)
     acc = scale_rows(acc, times(1.0 / l, p_factor), CHUNKS_V)
     store_tile(out, rows, row_mask, acc, DV, CHUNKS_V, ALIGN)
-
-
-@triton.jit
-def dq_kernel(
-    dq, stride_dq,  # [n_splits, B, Hq, Nq, D]
-    dscale,  # float32 [n_splits, B, Hq, Nq], <q, dq> / scale of each row, or None
-    dlse,  # float32 [n_splits, B, Hq, Nq], minus the row sums of ds, or None
-    dk, stride_dk, dv, stride_dv,  # [B, Hkv, Nk, *], when one tile holds all rows; else None
-    dout, stride_dout,
-    lse, lse_low, delta, dentropy,  # float32 [B, Hq, Nq], see `delta_kernel`; two may be None
-    dweights, stride_dweights,  # gradient of the weights, 4-d with broadcast strides, or None
-    q, stride_q, k, stride_k, v, stride_v,
-    bias, stride_bias, mask, stride_mask,
-    start, stride_start, stop, stride_stop,
-    scale, scale_tensor, stride_scale, softcap, seed, threshold, p_factor,
-    B, Hkv, Nq, Nk, n_splits,
-    D: tl.constexpr, DV: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_V: tl.constexpr,
-    GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    ALIGN: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    tile, hkv, b, split = program(tl.cdiv(Nq * GROUP, BLOCK_Q), Hkv, B)
-    # [BLOCK_Q]
-    i, h, row_mask = packed_rows(tile, hkv, Nq, BLOCK_Q, GROUP)
-    first, last, key_begin, key_end, full_begin, full_end = key_ranges(
-        start, stop, stride_start, stride_stop, b, i, row_mask, Nk
-    )
-    key_begin, key_end = split_range(key_begin, key_end, split, n_splits, BLOCK_K)
-
-    rs = row_scale(scale, scale_tensor, stride_scale, h)
-    if scale_tensor is not None:
-        rs = rs[:, None]
-    bias_rows = row_offsets(stride_bias, b, h, i)[:, None]
-    mask_rows = row_offsets(stride_mask, b, h, i)[:, None]
-    weight_rows = row_offsets(stride_dweights, b, h, i)[:, None]
-    rows = (b * Hkv * GROUP + h) * Nq + i
-    row_lse, row_low, row_delta, row_dentropy = load_rows(
-        lse, lse_low, delta, dentropy, rows, row_mask, 1
-    )
-    # [BLOCK_Q, D], [BLOCK_Q, DV]
-    q_tile = load_tile(q, row_offsets(stride_q, b, h, i), row_mask, D, CHUNKS, ALIGN)
-    dout_tile = load_tile(dout, row_offsets(stride_dout, b, h, i), row_mask, DV, CHUNKS_V, ALIGN)
-    acc = zero_tile(BLOCK_Q, CHUNKS)
-    row_ds = tl.full([BLOCK_Q], 0.0, tl.float32)
-    MAY_BE_EMPTY: tl.constexpr = start is not None or mask is not None or bias is not None
-    for k0 in range(key_begin, key_end, BLOCK_K):
-        j = k0 + tl.arange(0, BLOCK_K)
-        there = j < key_end
-        # [BLOCK_K, D], [BLOCK_K, DV]
-        k_tile = load_tile(k, run_offsets(stride_k, b, hkv, k0, BLOCK_K), there, D, CHUNKS, ALIGN)
-        keys = run_offsets(stride_v, b, hkv, k0, BLOCK_K)
-        v_tile = load_tile(v, keys, there, DV, CHUNKS_V, ALIGN)
-        # [BLOCK_Q, BLOCK_K]
-        s, th = tile_scores(
-            dot_nt(q_tile, k_tile, CHUNKS, PRECISION), rs, softcap, bias, bias_rows, stride_bias,
-            mask, mask_rows, stride_mask, row_mask[:, None], j[None, :], Nk,
-        )  # fmt: skip
-        log2_p = log2_probability(s, row_lse, row_low, bias)
-        dp = plus_weight_gradient(
-            dot_nt(dout_tile, v_tile, CHUNKS_V, PRECISION), dweights, weight_rows,
-            stride_dweights, row_mask[:, None], j[None, :], Nk,
-        )  # fmt: skip
-        dp = kept(times(dp, p_factor), seed, b, h[:, None], i[:, None], j[None, :], threshold)
-        t = dp - row_delta
-        # one branch for all: of two on one condition the compiler makes selects in every tile
-        if (k0 < full_begin) | (k0 + BLOCK_K > full_end):
-            log2_p = forbid_outside(log2_p, first, last, j[None, :])
-            t = forbid_outside(t, first, last, j[None, :], 0.0)
-            if softcap is not None:
-                th = forbid_outside(th, first, last, j[None, :], 0.0)
-        p = tl.exp2(log2_p)
-        ds = score_gradient(
-            p, log2_p, t, row_lse, dentropy, row_dentropy, dk is not None and MAY_BE_EMPTY
-        )
-        if dlse is not None:
-            row_ds += tl.sum(ds, 1)
-        ds = through_softcap(ds, th, softcap)
-        acc = dot_into(acc, ds.to(k_tile[0].dtype), k_tile, CHUNKS, PRECISION)
-        if dk is not None:
-            p = kept(times(p, p_factor), seed, b, h[:, None], i[:, None], j[None, :], threshold)
-            # [BLOCK_K, D], [BLOCK_K, DV]
-            dk_tile = zero_tile(BLOCK_K, CHUNKS)
-            dv_tile = zero_tile(BLOCK_K, CHUNKS_V)
-            ds_t = tl.trans((ds * rs).to(q_tile[0].dtype))
-            p_t = tl.trans(p.to(dout_tile[0].dtype))
-            dk_tile = dot_into(dk_tile, ds_t, q_tile, CHUNKS, PRECISION)
-            dv_tile = dot_into(dv_tile, p_t, dout_tile, CHUNKS_V, PRECISION)
-            keys = run_offsets(stride_dk, b, hkv, k0, BLOCK_K)
-            store_tile(dk, keys, there, dk_tile, D, CHUNKS, ALIGN)
-            keys = run_offsets(stride_dv, b, hkv, k0, BLOCK_K)
-            store_tile(dv, keys, there, dv_tile, DV, CHUNKS_V, ALIGN)
-
-    if MAY_BE_EMPTY:  # rows without keys, whatever reached them
-        empty = tl.reshape(row_lse, [BLOCK_Q]) == float("inf")
-        acc = clear_rows(acc, empty, CHUNKS)
-        row_ds = tl.where(empty, 0.0, row_ds)
-    if dlse is not None:
-        tl.store(dlse + split * B * Hkv * GROUP * Nq + rows, -row_ds, row_mask)
-    if dscale is not None:
-        tl.store(
-            dscale + split * B * Hkv * GROUP * Nq + rows, row_dot(q_tile, acc, CHUNKS), row_mask
-        )
-    rows = split_offsets(stride_dq, split, b, h, i)
-    rs = row_scale(scale, scale_tensor, stride_scale, h) + tl.full([BLOCK_Q], 0.0, tl.float32)
-    store_tile(dq, rows, row_mask, scale_rows(acc, rs, CHUNKS), D, CHUNKS, ALIGN)
-
-
-@triton.jit
-def dkdv_kernel(
-    dk, stride_dk, dv, stride_dv,  # [n_splits, B, Hkv, Nk, *]
-    bounds,  # int32 [B, n_tiles, 4]: smallest and largest start and stop of each row tile, or None
-    dout, stride_dout, lse, lse_low, delta, dentropy, dweights, stride_dweights,
-    q, stride_q, k, stride_k, v, stride_v,
-    bias, stride_bias, mask, stride_mask,
-    start, stride_start, stop, stride_stop,
-    scale, scale_tensor, stride_scale, softcap, seed, threshold, p_factor,
-    B, Hkv, Nq, Nk, n_splits,
-    D: tl.constexpr, DV: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_V: tl.constexpr,
-    GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    ALIGN: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    tile, hkv, b, split = program(tl.cdiv(Nk, BLOCK_K), Hkv, B)
-    n_tiles = tl.cdiv(Nq * GROUP, BLOCK_Q)
-    k0 = tile * BLOCK_K
-    # [BLOCK_K]
-    j = k0 + tl.arange(0, BLOCK_K)
-    there = j < Nk
-    run_end, tile_end = split_range(0, n_tiles, split, n_splits, 1)
-    run_begin = run_end
-    if start is not None:
-        bounds += b * n_tiles * 4
-    # [BLOCK_K, D], [BLOCK_K, DV]
-    k_tile = load_tile(k, run_offsets(stride_k, b, hkv, k0, BLOCK_K), there, D, CHUNKS, ALIGN)
-    keys = run_offsets(stride_v, b, hkv, k0, BLOCK_K)
-    v_tile = load_tile(v, keys, there, DV, CHUNKS_V, ALIGN)
-    dk_tile = zero_tile(BLOCK_K, CHUNKS)
-    dv_tile = zero_tile(BLOCK_K, CHUNKS_V)
-    stride_rows = (b * 0 + Hkv * GROUP * Nq, b * 0 + Nq, 1)  # of lse [B, Hq, Nq], in int64
-    GUARD: tl.constexpr = mask is not None or bias is not None
-    NARROW: tl.constexpr = D <= 64 and DV <= 64 and q.dtype.element_ty != tl.float32
-    RUN: tl.constexpr = GROUP == 1 and NARROW and scale_tensor is None
-    while run_end < tile_end:
-        # runs of row tiles that all reach these keys, so that the inner loop has no branch around
-        # its loads and can be pipelined; sorted intervals make one run
-        if start is not None:
-            run_begin, run_end = next_run(bounds, run_end, tile_end, n_tiles, k0, k0 + BLOCK_K)
-        else:
-            run_begin, run_end = run_end, tile_end
-        for t in range(run_begin, run_end):
-            # [BLOCK_Q]
-            i, h, row_mask = packed_rows(t, hkv, Nq, BLOCK_Q, GROUP)
-            cut = k0 + BLOCK_K > Nk
-            if start is not None:
-                cut |= tl.load(bounds + t * 4 + 1) > k0
-                cut |= tl.load(bounds + t * 4 + 2) < k0 + BLOCK_K
-            # [BLOCK_Q, D], [BLOCK_Q, DV]
-            rows = tile_offsets(stride_q, b, hkv, t, i, h, BLOCK_Q, RUN)
-            q_tile = load_tile(q, rows, row_mask, D, CHUNKS, ALIGN)
-            rows = tile_offsets(stride_dout, b, hkv, t, i, h, BLOCK_Q, RUN)
-            dout_tile = load_tile(dout, rows, row_mask, DV, CHUNKS_V, ALIGN)
-            rows = tile_offsets(stride_rows, b, hkv, t, i, h, BLOCK_Q, RUN)
-            # where there is no row q and dout are 0, so that a p of 1 adds nothing: no select then
-            row_lse, row_low, row_delta, row_dentropy = load_rows(
-                lse, lse_low, delta, dentropy, rows, row_mask, 0, float("inf") if GUARD else 0.0
-            )
-            rs = row_scale(scale, scale_tensor, stride_scale, h)
-            if scale_tensor is not None:
-                rs = rs[None, :]
-            # [BLOCK_K, BLOCK_Q]
-            s, th = tile_scores(
-                dot_nt(k_tile, q_tile, CHUNKS, PRECISION), rs, softcap,
-                bias, row_offsets(stride_bias, b, h, i)[None, :], stride_bias,
-                mask, row_offsets(stride_mask, b, h, i)[None, :], stride_mask,
-                row_mask[None, :], j[:, None], Nk,
-            )  # fmt: skip
-            log2_p = log2_probability(s, row_lse, row_low, bias)
-            dp = plus_weight_gradient(
-                dot_nt(v_tile, dout_tile, CHUNKS_V, PRECISION), dweights,
-                row_offsets(stride_dweights, b, h, i)[None, :], stride_dweights,
-                row_mask[None, :], j[:, None], Nk,
-            )  # fmt: skip
-            dp = kept(times(dp, p_factor), seed, b, h[None, :], i[None, :], j[:, None], threshold)
-            t_tile = dp - row_delta
-            if cut:  # padding may hold NaN, and 0 * NaN would reach its own dk
-                first, last = column_bounds(
-                    start, stop, stride_start, stride_stop, b, i, row_mask, Nk
-                )
-                log2_p = forbid_outside(log2_p, first, last, j[:, None])
-                t_tile = forbid_outside(t_tile, first, last, j[:, None], 0.0)
-                if softcap is not None:
-                    th = forbid_outside(th, first, last, j[:, None], 0.0)
-            p = tl.exp2(log2_p)
-            keep_p = kept(p, seed, b, h[None, :], i[None, :], j[:, None], threshold)
-            dv_tile = dot_into(
-                dv_tile, keep_p.to(dout_tile[0].dtype), dout_tile, CHUNKS_V, PRECISION
-            )
-            ds = score_gradient(p, log2_p, t_tile, row_lse, dentropy, row_dentropy, GUARD)
-            ds = through_softcap(ds, th, softcap)
-            if scale_tensor is not None:
-                ds *= rs
-            dk_tile = dot_into(dk_tile, ds.to(q_tile[0].dtype), q_tile, CHUNKS, PRECISION)
-
-    one = tl.full([BLOCK_K], 1.0, tl.float32)
-    if scale_tensor is None:
-        dk_tile = scale_rows(dk_tile, one * scale, CHUNKS)
-    keys = split_offsets(stride_dk, split, b, hkv, j)
-    store_tile(dk, keys, there, dk_tile, D, CHUNKS, ALIGN)
-    keys = split_offsets(stride_dv, split, b, hkv, j)
-    dv_tile = scale_rows(dv_tile, times(one, p_factor), CHUNKS_V)
-    store_tile(dv, keys, there, dv_tile, DV, CHUNKS_V, ALIGN)
 
 
 def forward(
@@ -381,112 +166,14 @@ def forward(
     elif out.numel():
         config = call.config("forward", statistics)
         programs = call.row_tiles(config) * call.B * call.Hkv
-        n_splits = n_splits or split_count(programs, call.key_tiles(config), q.device)
+        n_splits = call.splits(programs, call.key_tiles(config), n_splits)
         parts = [split_buffer(t, n_splits) for t in results]
         plain_scores = bias is None and scale_tensor is None and not softcap and not statistics
         call.launch(
             forward_kernel, config, programs * n_splits, (parts[0], parts[0].stride(), *parts[1:]),
-            n_splits, SCALE_LATER=plain_scores and scale >= SMALLEST_SCALE,
+            n_splits, SPLIT=call.split_loops(config, config.block_q, statistics),
+            SCALE_LATER=plain_scores and scale >= SMALLEST_SCALE,
         )  # fmt: skip
         if n_splits > 1:
             merge_splits(results, parts)
     return tuple(lse.new_empty(0) if t is None else t for t in results)
-
-
-def backward(
-    dout, dlse, dentropy, q, k, v, bias, scale_tensor, start, stop, mask, seed, out, lse, lse_low,
-    entropy, scale, softcap, dropout_p, allow_tf32, needs, n_splits=None,
-):  # fmt: skip
-    """(dq, dk, dv, dbias, dscale); those that are not in the five `needs` have no elements.
-
-    dout like out, dlse and dentropy like lse, each None for zero; `needs` five bools for q, k, v,
-    bias and scale_tensor; the rest as `forward` took and returned it.
-    """
-    call = Call(
-        q, k, v, bias, scale_tensor, start, stop, mask, seed, scale, softcap, dropout_p, allow_tf32
-    )
-    if call.Nk == 0 or out.numel() == 0:
-        return zero_gradients((q, k, v, bias, scale_tensor), needs, 3)
-    if dout is None:
-        dout = torch.zeros_like(out)
-    elif dout.stride(3) != 1:
-        dout = dout.contiguous()
-    dentropy = None if dentropy is None else dentropy.contiguous()
-    lse, delta = row_terms(call, out, lse, dout, dlse, dentropy, entropy)
-    lse_low = None if bias is None else lse_low
-    rows = (dout, dout.stride(), lse, lse_low, delta, dentropy, None, (0,) * 4)
-    dq, dk, dv, dbias, dscale = (None,) * 5
-    statistics = dentropy is not None
-    fused = call.config("fused", statistics)
-    if fused and (needs[1] or needs[2]) and call.row_tiles(fused) == 1:
-        dq, dscale, dk, dv, _ = backward_dq(call, fused, rows, n_splits, True)
-    else:
-        if needs[0] or needs[4]:
-            dq, dscale, *_ = backward_dq(call, call.config("dq", statistics), rows, n_splits, False)
-        if needs[1] or needs[2]:
-            dk, dv = backward_dkdv(call, call.config("dkdv", statistics), rows, n_splits)
-    if needs[3]:
-        dbias = backward_dbias(call, rows)
-    grads = (dq, dk, dv, dbias, dscale)
-    return tuple(t if needed else q.new_empty(0) for t, needed in zip(grads, needs, strict=True))
-
-
-def backward_dq(
-    call: Call, config: Config, rows: tuple, n_splits: int | None, with_dkdv: bool,
-    with_dlse: bool = False,
-):  # fmt: skip
-    """(dq, dscale, dk, dv, dlse); dk and dv only where one row tile holds every row, else None.
-
-    dlse is the gradient of an lse that came in as an argument: of `attention_weights` alone.
-    """
-    q, k, v = call.q, call.k, call.v
-    programs = call.row_tiles(config) * call.B * call.Hkv
-    n_splits = n_splits or split_count(programs, call.key_tiles(config), q.device)
-    dq = split_buffer(empty_rows(q, call.D), n_splits)
-    dk, dv = None, None
-    if with_dkdv:
-        dk, dv = empty_rows(k, call.D), empty_rows(v, call.DV)
-        if call.start is not None:  # keys that no row reaches are not visited
-            dk.zero_(), dv.zero_()
-    dscale = None
-    if call.scale_tensor is not None:
-        dscale = q.new_empty((n_splits, *q.shape[:3]), dtype=torch.float32)
-    dlse = q.new_empty((n_splits, *q.shape[:3]), dtype=torch.float32) if with_dlse else None
-    strides = [(0,) * 4 if t is None else t.stride() for t in (dk, dv)]
-    call.launch(
-        dq_kernel, config, programs * n_splits,
-        (dq, dq.stride(), dscale, dlse, dk, strides[0], dv, strides[1], *rows), n_splits,
-    )  # fmt: skip
-    if dscale is not None:
-        over = (0, 1, 3) if call.scale_tensor.numel() > 1 else (0, 1, 2, 3)
-        dscale = dscale.sum(over).to(call.scale_tensor.dtype).view_as(call.scale_tensor)
-    dlse = None if dlse is None else sum_splits(dlse, dlse.dtype)
-    return sum_splits(dq, q.dtype), dscale, dk, dv, dlse
-
-
-def backward_dkdv(call: Call, config: Config, rows: tuple, n_splits: int | None):
-    """(dk, dv)."""
-    bounds = None
-    if call.start is not None:
-        bounds = tile_bounds(call, config)
-    programs = call.key_tiles(config) * call.B * call.Hkv
-    n_splits = n_splits or split_count(programs, call.row_tiles(config), call.q.device)
-    dk = split_buffer(empty_rows(call.k, call.D), n_splits)
-    dv = split_buffer(empty_rows(call.v, call.DV), n_splits)
-    call.launch(
-        dkdv_kernel, config, programs * n_splits,
-        (dk, dk.stride(), dv, dv.stride(), bounds, *rows), n_splits,
-    )  # fmt: skip
-    return sum_splits(dk, call.k.dtype), sum_splits(dv, call.v.dtype)
-
-
-def backward_dbias(call: Call, rows: tuple) -> Tensor:
-    config, bias = call.config("dbias"), call.bias
-    blocks = (config.block_q, config.block_k)
-    tiles = [triton.cdiv(n, b) for n, b in zip(bias.shape[2:], blocks, strict=True)]
-    programs = bias.shape[0] * bias.shape[1] * tiles[0] * tiles[1]
-    all_tiles = triton.cdiv(call.Nq, config.block_q) * call.key_tiles(config) * call.B * call.Hq
-    n_splits = split_count(programs, all_tiles // programs, bias.device)
-    dbias = bias.new_empty((n_splits, *bias.shape), dtype=torch.float32)
-    call.launch(dbias_kernel, config, programs * n_splits, (dbias, *bias.shape, *rows), n_splits)
-    return dbias.sum(0).to(bias.dtype)

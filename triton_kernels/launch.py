@@ -137,12 +137,30 @@ class Call:
     DV = property(lambda self: self.v.shape[3])
     group = property(lambda self: self.Hq // self.Hkv)
 
+    def plain(self, statistics: bool) -> bool:
+        """Whether a score is a product and a scale, nothing else."""
+        return not (
+            self.softcap
+            or statistics
+            or any(t is not None for t in (self.mask, self.bias, self.seed))
+        )
+
+    def split_loops(self, config: Config, block: int, statistics: bool) -> bool:
+        """Whether a walk over tiles is two loops, see `keys_of_part`: where the tensor cores wait
+        for the rest of the code, and each warp has 16 of the `block` rows of a product to itself;
+        with fewer the warps should share out its columns, which takes two layouts."""
+        short = self.plain(statistics) and self.q.element_size() == 2
+        return short and block >= 16 * config.num_warps
+
     def config(self, kernel: str, statistics: bool = False) -> Config | None:
         """The table's row for this call; `statistics` also where their gradient is needed."""
-        flags = (self.mask, self.bias, self.softcap or None, self.seed, statistics or None)
-        plain = all(flag is None for flag in flags)
+        plain = self.plain(statistics)
         rows, itemsize = self.Nq * self.group, self.q.element_size()
         return lookup(kernel, target_arch(self.q.device), self.D, self.DV, itemsize, plain, rows)
+
+    def splits(self, programs: int, steps: int, wanted: int | None = None) -> int:
+        """`split_count` unless a number is wanted."""
+        return wanted or split_count(programs, steps, self.q.device)
 
     def row_tiles(self, config: Config) -> int:
         return triton.cdiv(self.Nq * self.group, config.block_q)

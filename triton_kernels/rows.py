@@ -133,14 +133,15 @@ def bounds_kernel(
     start, stride_start, stop, stride_stop, Nq, Nk, n_tiles,
     GROUP: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    """Smallest and largest start, smallest and largest stop of each tile of packed rows."""
+    """Smallest and largest start, smallest and largest stop of each tile of packed rows; a row that
+    is not there starts at Nk and stops at 0, so that no key tile counts as whole beside it."""
     tile, b = tl.program_id(0) % n_tiles, (tl.program_id(0) // n_tiles).to(tl.int64)
     i, _, row_mask = packed_rows(tile, 0, Nq, BLOCK_Q, GROUP)
     first, last = row_bounds(start, stop, stride_start, stride_stop, b, i, row_mask, Nk)
     bounds += (b * n_tiles + tile) * 4
     tl.store(bounds, tl.min(first))
-    tl.store(bounds + 1, tl.max(tl.where(row_mask, first, 0)))
-    tl.store(bounds + 2, tl.min(tl.where(row_mask, last, Nk)))
+    tl.store(bounds + 1, tl.max(first))
+    tl.store(bounds + 2, tl.min(last))
     tl.store(bounds + 3, tl.max(last))
 
 

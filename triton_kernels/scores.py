@@ -7,7 +7,7 @@ shapes that broadcast, [BLOCK_Q, 1] with [1, BLOCK_K], or transposed; the tile f
 import triton
 import triton.language as tl
 
-from .tiles import LN2, LOG2E, dropout_keep, row_bounds, tanh
+from .tiles import ALL, CUT, LN2, LOG2E, WHOLE, dropout_keep, row_bounds, tanh
 
 
 @triton.jit
@@ -32,16 +32,6 @@ def run_offsets(stride, b, h, first, ROWS: tl.constexpr):
     zero = tl.full([], 0, tl.int64)
     base = b * stride[0] + (zero + h) * stride[1] + (zero + first) * stride[2]
     return base + tl.arange(0, ROWS).to(tl.int64) * stride[2]
-
-
-@triton.jit
-def tile_offsets(stride, b, hkv, tile, i, h, BLOCK_Q: tl.constexpr, RUN: tl.constexpr):
-    """Those of the packed rows of a query tile, (i, h) of `packed_rows`; RUN: of a group of one,
-    where registers are left for what stays."""
-    if RUN:
-        return run_offsets(stride, b, hkv, (tl.full([], 0, tl.int64) + tile) * BLOCK_Q, BLOCK_Q)
-    else:
-        return row_offsets(stride, b, h, i)
 
 
 @triton.jit
@@ -122,6 +112,72 @@ def key_ranges(start, stop, stride_start, stride_stop, b, i, row_mask, Nk):
         return first[:, None], last[:, None], tl.min(first), tl.max(last), full_begin, full_end
     else:
         return 0, Nk, 0, Nk, 0, Nk
+
+
+@triton.jit
+def keys_of_part(begin, end, full_begin, full_end, BLOCK: tl.constexpr, PART: tl.constexpr):
+    """(begin, end, gap, length): the loop over the tiles of this part of a row tile's keys; from
+    `gap` on it goes on `length` keys further.
+
+    "whole": the tiles that every row sees whole; "cut": those before and after; "all": both, as
+    they come. A loop of its own needs no branch around what an interval cuts off, which also hides
+    from the compiler that one product feeds the next, so that both may keep one layout.
+    """
+    if PART == ALL:
+        return begin, end, 0, 0
+    else:
+        head = tl.minimum(tl.cdiv(tl.maximum(full_begin - begin, 0), BLOCK) * BLOCK, end - begin)
+        gap = begin + tl.maximum(head, 0)
+        length = tl.maximum((tl.minimum(full_end, end) - gap) // BLOCK, 0) * BLOCK
+        if PART == WHOLE:
+            return gap, gap + length, 0, 0
+        else:
+            return begin, end - length, gap, length
+
+
+@triton.jit
+def over_gap(k0, gap, length, PART: tl.constexpr):
+    """The first key of the tile that a loop of `keys_of_part` is at."""
+    if PART == CUT:
+        return tl.where(k0 < gap, k0, k0 + length)
+    else:
+        return k0
+
+
+@triton.jit
+def cut_scores(s, cut, first, last, j, PART: tl.constexpr):
+    """s, -inf where key j is outside its row's interval; `cut`: whether that may be, in "all"."""
+    if PART == CUT:
+        s = forbid_outside(s, first, last, j)
+    elif PART == ALL:
+        if cut:
+            s = forbid_outside(s, first, last, j)
+    return s
+
+
+@triton.jit
+def cut_gradients(log2_p, t, th, softcap, first, last, j):
+    """(log2 p, t, tanh) without what is outside the intervals; padding may hold NaN."""
+    log2_p = forbid_outside(log2_p, first, last, j)
+    t = forbid_outside(t, first, last, j, 0.0)
+    if softcap is not None:
+        th = forbid_outside(th, first, last, j, 0.0)
+    return log2_p, t, th
+
+
+@triton.jit
+def cut_columns(
+    log2_p, t, th, softcap, start, stride_start, stop, stride_stop, b, i, row_mask, j, Nk
+):
+    """`cut_gradients` of a transposed tile, [BLOCK_K, BLOCK_Q]. The bounds of its rows are not
+    clamped: of keys beyond the last one nothing is stored."""
+    if start is not None:
+        i = i.to(tl.int64)
+        first = tl.load(start + b * stride_start[0] + i * stride_start[1], row_mask, 0)
+        last = tl.load(stop + b * stride_stop[0] + i * stride_stop[1], row_mask, 0)
+    else:
+        first, last = 0 * i, tl.where(row_mask, Nk, 0)
+    return cut_gradients(log2_p, t, th, softcap, first[None, :], last[None, :], j[:, None])
 
 
 @triton.jit

@@ -11,6 +11,8 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+# parts of a walk over tiles, see `keys_of_part`
+WHOLE, CUT, ALL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 INTERPRETING = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -85,17 +87,30 @@ def row_dot(a, b, CHUNKS: tl.constexpr):
 
 @triton.jit
 def load_tile(base, rows, row_mask, WIDTH: tl.constexpr, CHUNKS: tl.constexpr, ALIGN: tl.constexpr):
-    """Rows at element offsets `rows` (int64 [ROWS], multiples of ALIGN), zero where masked."""
+    """Rows at element offsets `rows` (int64 [ROWS], multiples of ALIGN), zero where masked; with
+    None for row_mask all of them are there."""
     tile = ()
     for i in tl.static_range(len(CHUNKS)):
         cols = first_column(CHUNKS, i) + tl.arange(0, CHUNKS[i])
         # a hint on `rows` itself would be lost, as it is an argument of this function
         at = tl.multiple_of(rows[:, None] + cols[None, :], [1, ALIGN])
-        keep = row_mask[:, None]
-        if first_column(CHUNKS, i + 1) > WIDTH:
-            keep = keep & (cols < WIDTH)[None, :]
-        tile = tile + (tl.load(base + at, mask=keep, other=0.0),)
+        if row_mask is None and first_column(CHUNKS, i + 1) <= WIDTH:
+            tile = tile + (tl.load(base + at),)
+        else:
+            keep = tile_mask(row_mask, cols < WIDTH, first_column(CHUNKS, i + 1) > WIDTH)
+            tile = tile + (tl.load(base + at, mask=keep, other=0.0),)
     return tile
+
+
+@triton.jit
+def tile_mask(row_mask, col_mask, PADDED: tl.constexpr):
+    """[ROWS, columns] or what broadcasts to it: the mask of both; row_mask may be None."""
+    if row_mask is None:
+        return col_mask[None, :]
+    elif PADDED:
+        return row_mask[:, None] & col_mask[None, :]
+    else:
+        return row_mask[:, None]
 
 
 @triton.jit
@@ -152,22 +167,27 @@ def dropout_keep(seed, b, h, i, j, threshold):
 
 
 @triton.jit
-def column_bounds(start, stop, stride_start, stride_stop, b, i, row_mask, Nk):
-    """`row_bounds` as [1, BLOCK_Q] for a transposed tile; all keys without intervals."""
-    if start is not None:
-        first, last = row_bounds(start, stop, stride_start, stride_stop, b, i, row_mask, Nk)
-        return first[None, :], last[None, :]
-    else:
-        return 0, Nk
+def program(n_tiles, Hkv, B):
+    """(tile, key head, batch, split) of this program; a 1-d grid has no 65,535 limit."""
+    return program_of(tl.program_id(0), n_tiles, Hkv, B)
 
 
 @triton.jit
-def program(n_tiles, Hkv, B):
-    """(tile, key head, batch, split) of this program; a 1-d grid has no 65,535 limit."""
-    pid = tl.program_id(0)
+def program_of(pid, n_tiles, Hkv, B):
     tile, pid = pid % n_tiles, pid // n_tiles
     hkv, pid = pid % Hkv, pid // Hkv
     return tile, hkv, (pid % B).to(tl.int64), (pid // B).to(tl.int64)
+
+
+@triton.jit
+def program_again():
+    """`tl.program_id(0)`, read anew: what is computed from it need not stay in registers."""
+    if INTERPRETING:
+        return tl.program_id(0)
+    else:
+        return tl.inline_asm_elementwise(
+            "mov.u32 $0, %ctaid.x;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        )
 
 
 @triton.jit
@@ -179,46 +199,74 @@ def split_range(begin, end, split, n_splits, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def next_run(bounds, begin, end, n_tiles, key_begin, key_end):
-    """The next run [first, last) of row tiles from `begin` on that all meet the keys; it ends at
-    `end` at the latest, and is empty there when no tile is left. One pass finds each border."""
+def next_run(bounds, begin, end, n_tiles, key_begin, key_end, PART: tl.constexpr):
+    """The next run [first, last) of row tiles from `begin` on that all meet the keys and are of
+    this part, see `tiles_meet`; it ends at `end` at the latest, and is empty there when no tile is
+    left. One pass finds each border."""
     first, last = end, end
     for t0 in range(0, n_tiles, 256):
-        t, reaches = tiles_reach(bounds, t0, n_tiles, key_begin, key_end)
-        first = tl.minimum(first, tl.min(tl.where(reaches & (t >= begin), t, end)))
+        t, meets = tiles_meet(bounds, t0, n_tiles, key_begin, key_end, PART)
+        first = tl.minimum(first, tl.min(tl.where(meets & (t >= begin), t, end)))
     for t0 in range(0, n_tiles, 256):
-        t, reaches = tiles_reach(bounds, t0, n_tiles, key_begin, key_end)
-        last = tl.minimum(last, tl.min(tl.where((t > first) & ~reaches, t, end)))
+        t, meets = tiles_meet(bounds, t0, n_tiles, key_begin, key_end, PART)
+        last = tl.minimum(last, tl.min(tl.where((t > first) & ~meets, t, end)))
     return first, last
 
 
 @triton.jit
-def tiles_reach(bounds, t0, n_tiles, key_begin, key_end):
-    """(t, whether row tile t has a key in [key_begin, key_end)) of 256 tiles from t0 on."""
+def tiles_meet(bounds, t0, n_tiles, key_begin, key_end, PART: tl.constexpr):
+    """(t, whether row tile t belongs to the part) of 256 tiles from t0 on: "whole" when all its
+    rows see all keys in [key_begin, key_end), "cut" when some rows see some, "all" for both."""
     # [256]
     t = t0 + tl.arange(0, 256)
     begin = tl.load(bounds + t * 4, t < n_tiles, 0)
     end = tl.load(bounds + t * 4 + 3, t < n_tiles, 0)
-    return t, (begin < key_end) & (end > key_begin)
+    meets = (begin < key_end) & (end > key_begin)
+    if PART != ALL:
+        begin = tl.load(bounds + t * 4 + 1, t < n_tiles, 0)
+        end = tl.load(bounds + t * 4 + 2, t < n_tiles, 0)
+        whole = (begin <= key_begin) & (end >= key_end)
+        meets = meets & (whole if PART == WHOLE else ~whole)
+    return t, meets
+
+
+@triton.jit
+def rows_of_part(begin, end, n_whole, PART: tl.constexpr):
+    """The row tiles of a part of [begin, end) without intervals: n_whole have all their rows."""
+    if PART == WHOLE:
+        return begin, tl.minimum(end, n_whole)
+    elif PART == CUT:
+        return tl.maximum(begin, n_whole), end
+    else:
+        return begin, end
 
 
 @triton.jit
 def load_rows(
-    lse, lse_low, delta, dentropy, rows, row_mask, AXIS: tl.constexpr, no_row=float("inf")
+    lse, lse_low, delta, dentropy, rows, row_mask, AXIS: tl.constexpr, no_row=float("inf"), at=0
 ):
-    """(lse, lse_low, delta, dentropy) of rows, with a dimension of one at AXIS; 0 for None.
+    """(lse, lse_low, delta, dentropy) of the rows at + `rows`, 0 for None; with a dimension of one
+    at AXIS.
 
     lse is +inf for a row without keys, so that p = 0, and `no_row` where there is no row.
     """
-    row_lse = tl.expand_dims(tl.load(lse + rows, row_mask, no_row), AXIS)
+    row_lse = load_row(lse + at, rows, row_mask, no_row, AXIS)
     row_low, row_delta, row_dentropy = 0.0, 0.0, 0.0
     if lse_low is not None:
-        row_low = tl.expand_dims(tl.load(lse_low + rows, row_mask, 0.0), AXIS)
+        row_low = load_row(lse_low + at, rows, row_mask, 0.0, AXIS)
     if delta is not None:
-        row_delta = tl.expand_dims(tl.load(delta + rows, row_mask, 0.0), AXIS)
+        row_delta = load_row(delta + at, rows, row_mask, 0.0, AXIS)
     if dentropy is not None:
-        row_dentropy = tl.expand_dims(tl.load(dentropy + rows, row_mask, 0.0), AXIS)
+        row_dentropy = load_row(dentropy + at, rows, row_mask, 0.0, AXIS)
     return row_lse, row_low, row_delta, row_dentropy
+
+
+@triton.jit
+def load_row(base, rows, row_mask, other, AXIS: tl.constexpr):
+    if row_mask is None:
+        return tl.expand_dims(tl.load(base + rows), AXIS)
+    else:
+        return tl.expand_dims(tl.load(base + rows, row_mask, other), AXIS)
 
 
 @triton.jit

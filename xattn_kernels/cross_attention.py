@@ -1,7 +1,8 @@
 """`cross_attention`: the public op, its autograd Function and its custom ops.
 
-The equations are in `reference.py`, the kernels of the `triton` backend in
-`triton_kernels/cross_attention.py` and, for the gradient of a bias, `bias_gradient.py`.
+The equations are in `reference.py`, the kernels of the `triton` backend in `triton_kernels/`:
+`cross_attention.py`, `cross_attention_backward.py` and, for the gradient of a bias,
+`bias_gradient.py`.
 """
 
 from __future__ import annotations
@@ -248,7 +249,7 @@ def launch_backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dbias, dscale); those not in `needs` have no elements."""
-    from .triton_kernels import cross_attention as kernels
+    from .triton_kernels import cross_attention_backward as kernels
 
     # a traced graph passes zeros where autograd passes None, without statistics of no elements
     dentropy = dentropy if statistics else None
