@@ -66,7 +66,7 @@ SIZES = [
     Case("many_tiles", B=1, Hq=1, Hkv=1, Nq=300, Nk=150, mask="blocks"),
     *[
         Case(f"whole_tiles_{m}", B=1, Hq=1, Hkv=1, Nq=150, Nk=280, mask=m, returns="out")
-        for m in (None, "padding", "causal", "blocks", "both_ends")
+        for m in (None, "padding", "causal", "blocks", "ragged")
     ],
     Case("whole_tiles_group", B=1, Hq=3, Hkv=1, Nq=90, Nk=150, mask="causal", returns="out"),
     Case("out_only", returns="out"),
@@ -143,6 +143,7 @@ SCALED = [
     Case("scale_heads", scale=(0.4, 0.1)),
     Case("scale_heads_signs", Hq=3, Hkv=1, scale=(-0.4, 0.0, 0.2)),
     Case("scale_heads_long", **LONG | dict(Hq=2, scale=(-0.4, 0.2))),
+    Case("scale_heads_alone_long", **LONG | dict(Hq=2, Hkv=2, scale=(-0.4, 0.2))),
     Case("scale_shared_long", **LONG | dict(Hq=2, Hkv=2, scale=(0.3,))),
     Case("softcap", softcap=2.0),
     Case("softcap_tight", softcap=0.2, scale=1.0, **LONG),

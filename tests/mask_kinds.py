@@ -87,6 +87,12 @@ def both_ends(c, g) -> KeyInterval:
     return KeyInterval(late, late + 3)
 
 
+def ragged(c, g) -> KeyInterval:
+    """Many keys that all rows see, and at both ends some that not all of them do."""
+    i = torch.arange(c.Nq, dtype=torch.int32)
+    return KeyInterval((7 * i % 37).clamp(max=c.Nk), (c.Nk - 5 * i % 29).clamp(min=0))
+
+
 def blocks(c, g) -> KeyInterval:
     """Blocks of rows see thirds of the keys in no order, so the rows of a key are no one block."""
     block = torch.arange(c.Nq, dtype=torch.int32) // 33
@@ -151,6 +157,7 @@ MASKS = {
     "mixed": mixed,
     "by_row": by_row,
     "blocks": blocks,
+    "ragged": ragged,
     "one_key": one_key,
     "both_ends": both_ends,
     "same_for_all": lambda c, g: KeyInterval(int32(3), int32(c.Nk - 2)),

@@ -1,6 +1,16 @@
 """Mutants of what the kernels share: scores, tiles, rows and the launcher."""
 
-from mutation import EMPTY_ROWS, FLAG, PADDING, SPLIT, SPLIT_LOW, VALUES, WEIGHTS, mutants
+from mutation import (
+    EMPTY_ROWS,
+    FLAG,
+    PADDING,
+    SPLIT,
+    SPLIT_LOW,
+    SPLIT_WHOLE,
+    VALUES,
+    WEIGHTS,
+    mutants,
+)
 
 ROWS = [
     *mutants("rows", "merge_kernel",
@@ -103,6 +113,38 @@ SCORES = [
     ),
 ]  # fmt: skip
 
+PARTS = [
+    *mutants("scores", "keys_of_part",
+        ("part-head", "tl.cdiv(tl.maximum(full_begin - begin, 0), BLOCK) * BLOCK",
+         "tl.maximum(full_begin - begin, 0) // BLOCK * BLOCK",
+         "a tile cut by a start counts as whole",
+         "whole_tiles_ragged-float16"),
+        ("part-tail", "(tl.minimum(full_end, end) - gap) // BLOCK",
+         "tl.cdiv(tl.minimum(full_end, end) - gap, BLOCK)",
+         "a tile cut by a stop counts as whole", "whole_tiles_causal-float16"),
+        ("part-end", "begin, end - length, gap, length", "begin, end, gap, length",
+         "cut tiles from beyond the last key of a split", SPLIT_WHOLE),
+    ),
+    *mutants("scores", "over_gap",
+        ("gap-stay", "k0 + length", "k0", "whole tiles twice, those after them never",
+         "whole_tiles_causal-float16"),
+        ("gap-border", "k0 < gap", "k0 <= gap", "the first whole tile twice",
+         "whole_tiles_causal-float16"),
+    ),
+    *mutants("scores", "cut_scores",
+        ("cut-scores", "if PART == CUT", "if PART == WHOLE",
+         "the loop over cut tiles does not mask", "whole_tiles_causal-float16"),
+    ),
+    *mutants("scores", "cut_gradients",
+        ("cut-padding", "t = forbid_outside(t, first, last, j, 0.0)", "pass",
+         "NaN in padding reaches its own dk", PADDING),
+    ),
+    *mutants("scores", "cut_columns",
+        ("cut-columns-start", "stride_start[1], row_mask", "stride_start[1] * 0, row_mask",
+         "the start of the first row for all", "mask_per_row mask_window"),
+    ),
+]  # fmt: skip
+
 TILES = [
     *mutants("tiles", "packed_rows",
         ("group-head", "hkv * GROUP + r % GROUP", "hkv + r % GROUP", "heads of another group",
@@ -134,7 +176,7 @@ TILES = [
         ("philox-word", "[0] >= threshold", "[1] >= threshold", "another word of Philox",
          "dropout"),
     ),
-    *mutants("tiles", "program",
+    *mutants("tiles", "program_of",
         ("batch-offset-32", "(pid % B).to(tl.int64)", "pid % B", "a batch's offset wraps at 2^31",
          "layout_far_batches"),
     ),
@@ -174,4 +216,4 @@ LAUNCH = [
     ),
 ]  # fmt: skip
 
-HELPERS = [*ROWS, *SCORES, *TILES, *LAUNCH]
+HELPERS = [*ROWS, *SCORES, *PARTS, *TILES, *LAUNCH]

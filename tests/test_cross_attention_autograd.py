@@ -225,6 +225,7 @@ SPLIT = [
     (4, dict(layout="sliced", Hq=3, Hkv=1, scale=(0.3, -0.2, 0.1), mask="causal")),
     (3, dict(bias="B1QK", values="bias_minus_1e9", softcap=2.0)),
     (3, dict(values="nan_q")),
+    (2, dict(mask="ragged", Nk=300, returns="lse")),
 ]
 
 

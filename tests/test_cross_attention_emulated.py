@@ -45,6 +45,8 @@ FLAGS = {
     "far_apart": dict(layout="far_apart"),
     "one_start": dict(mask="padding"),
     "one_row": dict(mask="causal"),
+    "whole_tiles": dict(Nq=150, Nk=280, returns="out"),
+    "whole_tiles_padding": dict(Nq=150, Nk=280, mask="padding", returns="out"),
     "float32_bias": dict(bias="B1QK", bias_dtype=torch.float32),
     "everything": dict(
         Hq=4, mask="empty_rows", bias="BHQK", softcap=3.0, dropout_p=0.2, D=24, Dv=40,
