@@ -140,7 +140,7 @@ TABLE = {
         *_rows(MMA, HALF, True, True, (128, ANY, (32, 128, 8, 2))),
         *_rows(("hopper", *MMA), HALF, True, True, (256, ANY, (16, 128, 8, 2))),
         *_rows(MMA, HALF, True, None, (128, ANY, (16, 128, 8, 2))),
-        *_rows(BLACKWELL, HALF, True, None, (128, ANY, (64, 32, 8, 2))),
+        *_rows(BLACKWELL, HALF, True, None, (128, ANY, (64, 32, 8, 2, *BOUND))),
         *_rows(NOT_SMALL, HALF, True, None, (256, ANY, (64, 32, 8, 1))),
         *_rows(SMALL, HALF, True, None, (256, ANY, (32, 32, 8, 1))),
         *_rows(ALL, HALF, False, True, (128, ANY, (32, 16, 4, 1))),

@@ -61,12 +61,16 @@ def explanation(op: Callable, *args, **kwargs) -> str:
     name = kwargs.pop("backend", None)
     if kwargs.get("dropout_p") and kwargs.get("seed") is None:
         kwargs["seed"] = 0  # drawing one would move torch's generator
-    inputs = op.check(*args, **kwargs)
+    return choice(op.__name__, op.backends, op.check(*args, **kwargs), name)
+
+
+def choice(op: str, backends: Sequence[Backend], inputs: Any, name: str | None) -> str:
+    """What `choose` does with the same arguments, in words, and the report."""
     try:
-        chosen = f"takes {choose(op.__name__, op.backends, inputs, name).name!r}"
+        chosen = f"takes {choose(op, backends, inputs, name).name!r}"
     except RuntimeError:
         chosen = f"cannot run with backend={name!r}"
-    return f"{op.__name__} {chosen}\n{report(op.backends, inputs)}"
+    return f"{op} {chosen}\n{report(backends, inputs)}"
 
 
 def triton_on_cpu() -> bool:

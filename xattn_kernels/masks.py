@@ -24,6 +24,7 @@ from torch import Tensor
 __all__ = ["KeyInterval", "padding", "causal", "window", "media", "packed", "qformer"]
 
 Device = torch.device | str | None
+MOST = 2**31 - 1  # what a bound can hold
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -173,9 +174,9 @@ def window(
     position = torch.arange(Nq, dtype=torch.int32, device=device) + (Nk - Nq)
     start, stop = position.new_zeros(()), position.new_full((), Nk)
     if left is not None:  # a reach past every key is cut first: it may be any large number
-        start = (position - min(_size("left", left), Nk)).clamp(min=0)
+        start = (position - min(_size("left", left, None), Nk)).clamp(min=0)
     if right is not None:
-        stop = (position + min(_size("right", right), Nq) + 1).clamp(0, Nk)
+        stop = (position + min(_size("right", right, None), Nq) + 1).clamp(0, Nk)
     return KeyInterval(start, stop)
 
 
@@ -196,10 +197,11 @@ def media(
         0 <= j < n_media t               before_first="all_keys", where c = 0 ("none": no key there)
 
     media_locations: bool `[B, Nq]`, True at the one token that stands for an image, which sees it.
-    Returns `[B, Nq]`. Where `c > n_media`, attend="last" has nothing to see; OpenFlamingo
-    and lucidrains' Flamingo give such rows the mean of all values (all their scores are one fill
-    value), and with attend="all" the rows before the first image too. To decode, build the mask of
-    the whole text and keep the last rows of its start and stop.
+    Returns bounds that broadcast to `[B, Nq]`. Where `c > n_media`, attend="last" has nothing to
+    see; OpenFlamingo and lucidrains' Flamingo give such rows the mean of all values (all their
+    scores are one fill value), and with attend="all" the rows before the first image too. To
+    decode, build the mask of the whole text and keep the last n rows of what `expand` gives:
+    `KeyInterval(*(bound[:, -n:] for bound in mask.expand(B, Nq)))`.
 
     Sources: Flamingo (arXiv 2204.14198, section 2.3). Before the first image, Flamingo, Idefics and
     Meta's Llama 3.2 Vision see nothing, Llama 3.2 Vision in transformers sees all keys.
@@ -217,6 +219,7 @@ def media(
     _one_of("attend", attend, "last", "all")
     _one_of("before_first", before_first, "none", "all_keys")
     tokens, n_media = _size("tokens_per_media", tokens_per_media), _size("n_media", n_media)
+    _size("tokens_per_media * n_media", tokens * n_media)
     count = media_locations.cumsum(-1, dtype=torch.int32)
     # Clamped before the product, which may overflow. A row that sees nothing lies at 0 or Nk, in
     # order with its neighbours: at the other end it would widen the keys that its tile visits.
@@ -307,11 +310,13 @@ def _one_of(name: str, value: str, *allowed: str) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}")
 
 
-def _size(name: str, value: int) -> int:
+def _size(name: str, value: int, most: int | None = MOST) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an int, not {_kind(value)}")
     if value < 0:
         raise ValueError(f"{name} must be at least 0, not {value}")
+    if most is not None and isinstance(value, int) and value > most:
+        raise ValueError(f"{name} must be at most {most}, since bounds are int32, not {value}")
     return value
 
 
@@ -323,7 +328,8 @@ def _lengths(name: str, value: Tensor, most: int | None = None) -> Tensor:
     if _readable(value) and value.numel():
         if value.min() < 0:
             raise ValueError(f"{name} must be at least 0, not {value.min()}")
-        if most is not None and value.max() > most:
+        most = MOST if most is None else most
+        if value.max() > most:
             raise ValueError(f"{name} must be at most {most}, not {value.max()}")
     return value.int()
 

@@ -13,7 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from .. import by_head, sdpa
 from ..attention_weights import AttentionWeightsInputs, attention_weights
 from ..cross_attention import cross_attention, triton_attend
-from ..dispatch import choose, report
+from ..dispatch import choice, choose
 from ..inputs import CrossAttentionInputs, check_inputs
 from ..masks import KeyInterval
 
@@ -34,7 +34,8 @@ class MultiheadAttention(nn.Module):
     - `forward(..., mask=KeyInterval)` names the keys of each query without a dense mask.
     - A query whose keys are all masked gets the output bias and weights of 0. torch gives NaN or
       the same, depending on the path it takes.
-    - Masks are used by stride, never repeated per head; a bool and a float mask may be mixed.
+    - Masks are used by stride, never repeated per head; a bool and a float mask may be mixed, and
+      a float mask may have any floating-point dtype.
     - No nested tensors, no TorchScript, no `dropout` of exactly 1.
 
     On a GPU the Triton kernels run. Elsewhere PyTorch's own do: its fused attention, or plain
@@ -178,8 +179,7 @@ class MultiheadAttention(nn.Module):
     def explain(self, *args, **kwargs) -> None:
         """Prints which backend `forward(*args, **kwargs)` takes for its output, and why."""
         x = _inputs(self, *args, seed=0, **kwargs)  # drawing one would move torch's generator
-        chosen = choose("MultiheadAttention", BACKENDS, x, self.backend).name
-        print(f"MultiheadAttention takes {chosen!r}\n{report(BACKENDS, x)}")
+        print(choice("MultiheadAttention", BACKENDS, x, self.backend))
 
     def merge_masks(self, attn_mask, key_padding_mask, query) -> tuple[Tensor | None, int | None]:
         """What the inference path of `nn.TransformerEncoderLayer` asks its attention for.
@@ -197,9 +197,10 @@ class MultiheadAttention(nn.Module):
 def replace_multihead_attention(model: nn.Module, *, backend: str | None = None) -> int:
     """Turns every `nn.MultiheadAttention` in `model` into ours, in place; returns how many.
 
-    The modules keep their identity and change their class: the root itself, shared modules, hooks,
-    optimizers and every reference to them stay valid. Subclasses are left alone, since they may
-    have changed what the module does.
+    The modules keep their identity and change their class, so that `isinstance` no longer calls
+    them `nn.MultiheadAttention`: the root itself, shared modules, hooks, optimizers and every
+    reference to them stay valid. Subclasses are left alone, since they may have changed what the
+    module does; `torch.nn.utils.parametrize` makes a subclass too.
 
     The layers of `nn.Transformer` work as before. In inference (`eval()` without gradients) torch's
     encoder layer may bypass its attention for a kernel of its own;
