@@ -61,6 +61,22 @@ products; a spill inside the loop costs more than its instruction; blocks per mu
 pipeline stages hide latency that no count sees; and how many tiles a mask lets a kernel skip, or
 how many of them are masked, is decided outside the loop.
 """
+REASONS = """\
+What brought our counts down, the largest part first:
+
+- **Two loops.** Tiles that every row sees whole have a loop of their own, without a mask and
+  without the branch around it. The branch cost more than its instructions: Triton looks within
+  one block of code for a product that feeds another, found none, gave each product a layout of its
+  own, and on mma architectures carried the scores through shared memory in between.
+- **Tiles to fit that layout**: at least 16 rows of a product for each warp, as several warps would
+  compute the same rows otherwise.
+- **The scale after the maximum**: the maximum of the bare products, and the scale in the multiply-
+  add that the exponential needs anyway.
+- **Masks on log2 p**, not on p and dp apart; rows without keys are cleared once, at the store.
+- **Addresses of rows** that follow each other are one number that moves and a tensor that stays.
+- **Block numbers are read again** before the store, so that nothing of its addresses occupies
+  registers during the loops.
+"""
 CONFLICTS = """\
 ## Bank conflicts
 
@@ -120,7 +136,7 @@ def rival_tables(rows: list[compare.RivalRow], torch: str) -> str:
          pairs(r.per_1000, r.per_1000_masked), r.registers, r.spills, f"{r.bound:.0%} {r.limiter}"]
         for r in rows
     ])  # fmt: skip
-    text += "\n" + not_lowest(rows) + "\n" + CAVEAT
+    text += "\n" + not_lowest(rows) + "\n" + REASONS + "\n" + CAVEAT
     text += "\nBy unit, per 1,000 pairs of a full tile:\n\n"
     names = ("arch", "D", "kernel", "provider")
     return text + mix_table(rows, names, lambda r: [f"sm_{r.arch}", r.D, r.kernel, r.provider])

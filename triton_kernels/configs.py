@@ -150,7 +150,7 @@ TABLE = {
         *_rows(ALL, FLOAT32, True, True, (128, ANY, (16, 16, 4, 1))),
         *_rows(ALL, FLOAT32, False, True, (128, ANY, (32, 16, 8, 1))),
         *_rows(ALL, FLOAT32, None, None, (64, ANY, (32, 32, 8, 1)), (128, ANY, (16, 32, 8, 1))),
-        *_rows(ALL, FLOAT32, False, None, (256, ANY, (16, 16, 16, 1))),
+        *_rows(ALL, FLOAT32, False, None, (256, ANY, (16, 16, 8, 1))),
         *_rows(ALL, FLOAT32, True, True, (256, ANY, (16, 32, 8, 1))),
         *_rows(SMALL, FLOAT32, True, False, (256, ANY, (16, 16, 8, 1))),
         *_rows(NOT_SMALL, FLOAT32, True, False, (256, ANY, (32, 16, 8, 1))),

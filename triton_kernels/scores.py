@@ -119,9 +119,9 @@ def keys_of_part(begin, end, full_begin, full_end, BLOCK: tl.constexpr, PART: tl
     """(begin, end, gap, length): the loop over the tiles of this part of a row tile's keys; from
     `gap` on it goes on `length` keys further.
 
-    "whole": the tiles that every row sees whole; "cut": those before and after; "all": both, as
-    they come. A loop of its own needs no branch around what an interval cuts off, which also hides
-    from the compiler that one product feeds the next, so that both may keep one layout.
+    WHOLE: the tiles that every row sees whole; CUT: those before and after; ALL: both, as they
+    come. A loop of its own needs no branch around the mask, which hides from the compiler that one
+    product feeds the next, so that both may keep one layout.
     """
     if PART == ALL:
         return begin, end, 0, 0
@@ -146,7 +146,7 @@ def over_gap(k0, gap, length, PART: tl.constexpr):
 
 @triton.jit
 def cut_scores(s, cut, first, last, j, PART: tl.constexpr):
-    """s, -inf where key j is outside its row's interval; `cut`: whether that may be, in "all"."""
+    """s, -inf where key j is outside its row's interval; `cut`: whether any is, asked in ALL."""
     if PART == CUT:
         s = forbid_outside(s, first, last, j)
     elif PART == ALL:

@@ -8,6 +8,7 @@ intervals. A head width is covered by chunks whose widths are powers of two, suc
 
 import triton
 import triton.language as tl
+from triton.language.target_info import is_cuda
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -182,7 +183,7 @@ def program_of(pid, n_tiles, Hkv, B):
 @triton.jit
 def program_again():
     """`tl.program_id(0)`, read anew: what is computed from it need not stay in registers."""
-    if INTERPRETING:
+    if INTERPRETING or not is_cuda():
         return tl.program_id(0)
     else:
         return tl.inline_asm_elementwise(
@@ -215,8 +216,9 @@ def next_run(bounds, begin, end, n_tiles, key_begin, key_end, PART: tl.constexpr
 
 @triton.jit
 def tiles_meet(bounds, t0, n_tiles, key_begin, key_end, PART: tl.constexpr):
-    """(t, whether row tile t belongs to the part) of 256 tiles from t0 on: "whole" when all its
-    rows see all keys in [key_begin, key_end), "cut" when some rows see some, "all" for both."""
+    """(t, whether row tile t belongs to the part) of 256 tiles from t0 on: to WHOLE when all its
+    rows see all keys in [key_begin, key_end), to CUT when some rows see some, to ALL in both cases.
+    """
     # [256]
     t = t0 + tl.arange(0, 256)
     begin = tl.load(bounds + t * 4, t < n_tiles, 0)
