@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import reference, sdpa
-from .dispatch import Backend, allow_tf32, choose, triton_device_reasons
+from .dispatch import Backend, allow_tf32, run, triton_device_reasons
 from .inputs import CrossAttentionInputs, CrossAttentionResult, check_inputs
 
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -40,10 +40,11 @@ def cross_attention(
         s   = softcap(scale * q k^T) + bias        over the keys that `mask` allows
         p   = softmax(s)        out = dropout(p) v        lse = log(sum(exp(s)))
 
-    Inputs are not cast, under autocast neither; float32 products are IEEE's unless torch's setting
-    for matmul allows TF32. Second derivatives need backend="eager". PyTorch's own kernels, the
-    `sdpa` backend, have no softcap, dropout by seed, lse or statistics; some of them read NaN in a
-    query as an output of 0.
+    Inputs are not cast, under autocast neither; only in a backward that itself runs under autocast,
+    against PyTorch's advice, PyTorch casts the products of the eager backend. float32 products are
+    IEEE's unless torch's setting for matmul allows TF32. Second derivatives need backend="eager".
+    PyTorch's own kernels, the `sdpa` backend, have no softcap, dropout by seed, lse or statistics;
+    some of them read NaN in a query as an output of 0.
     A query without any allowed key gets out = 0, lse = -inf and zero gradients on every backend.
     Keys before the first or after the last interval of their batch element are never used, so
     padding may hold anything there, NaN included.
@@ -97,7 +98,7 @@ def cross_attention(
         deterministic=deterministic,
         validate=validate,
     )
-    result = choose("cross_attention", BACKENDS, x, backend).run(x)
+    result = run("cross_attention", BACKENDS, x, backend)
     return result if x.return_lse else result.out
 
 

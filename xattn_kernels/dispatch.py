@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -36,6 +37,21 @@ def choose(op: str, backends: Sequence[Backend], inputs: Any, name: str | None) 
         if not backend.by_name and not backend.reasons(inputs):
             return backend
     raise RuntimeError(f"{op}: no backend can run this call\n{report(backends, inputs)}")
+
+
+def run(op: str, backends: Sequence[Backend], inputs: Any, name: str | None) -> Any:
+    """What the chosen backend makes of `inputs`, in the dtypes that they have."""
+    backend = choose(op, backends, inputs, name)
+    with without_autocast(inputs.q.device):
+        return backend.run(inputs)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """Autocast is off inside, where it is on for `device`; a meta device knows no autocast."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
 
 
 def report(backends: Sequence[Backend], inputs: Any) -> str:

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .dispatch import without_autocast
 from .inputs import CrossAttentionInputs, CrossAttentionResult
 from .slices import ALL, Pasted, slices, wants_grad
 
@@ -207,11 +208,12 @@ class Recomputed(torch.autograd.Function):
         options = {"create_graph": torch.is_grad_enabled(), "materialize_grads": True}
         saved, needed = ctx.saved_tensors, ctx.needs_input_grad[1:5]
         wanted = [t for t, need in zip(saved, needed, strict=False) if need]
-        with torch.enable_grad():
-            out = attend(ctx.scale, *saved, ctx.first_key)
-        grads = map(torch.zeros_like, wanted)
-        if out.requires_grad:  # which a bias alone does not bring about without keys
-            grads = iter(torch.autograd.grad(out, wanted, dout, **options))
+        with without_autocast(dout.device):
+            with torch.enable_grad():
+                out = attend(ctx.scale, *saved, ctx.first_key)
+            grads = map(torch.zeros_like, wanted)
+            if out.requires_grad:  # which a bias alone does not bring about without keys
+                grads = iter(torch.autograd.grad(out, wanted, dout, **options))
         return None, *(next(grads) if need else None for need in needed), *[None] * 4
 
 
