@@ -67,9 +67,15 @@ def test_reasons_of_triton():
     wide = triton.reasons(cross_attention.check(*tensors(1, 2, 3, 264, dtype=torch.float64)))
     assert "head width 264 > 256" in wide
     assert "dtype torch.float64 is not float32, float16 or bfloat16" in wide
-    bias = torch.zeros(1, 2, 3, 3, dtype=torch.float64)
-    x = cross_attention.check(*tensors(1, 2, 3, 16), bias=bias)
-    assert "bias is float64" in triton.reasons(x)
+    for dtype in (torch.float64, torch.float8_e5m2, torch.float8_e4m3fn):
+        options = dict(bias=torch.zeros(1, 2, 3, 3, dtype=dtype), scale=torch.ones(2, dtype=dtype))
+        said = "; ".join(triton.reasons(cross_attention.check(*tensors(1, 2, 3, 16), **options)))
+        assert f"the dtype of bias, {dtype}, is none" in said
+        assert (f"the dtype of scale, {dtype}, is none" in said) == (dtype != torch.float64)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        options = dict(bias=torch.zeros(1, 2, 3, 3, dtype=dtype), scale=torch.ones(2, dtype=dtype))
+        x = cross_attention.check(*tensors(1, 2, 3, 16), **options)
+        assert "dtype" not in "; ".join(triton.reasons(x))
 
 
 @pytest.mark.parametrize("version", ["3.4.0", "3.5.1+git0123", "2.10.0"])

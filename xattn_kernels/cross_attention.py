@@ -70,7 +70,8 @@ def cross_attention(
             `torch.use_deterministic_algorithms` says. Today's kernels are always deterministic.
         backend: "triton", "sdpa" or "eager"; None takes the first of triton and sdpa that can run.
         validate: check the range of a KeyInterval on a GPU too, which waits for the device; on
-            the CPU it is always checked. Unchecked, bounds are clamped to [0, Nk].
+            the CPU it is always checked, except under torch.compile. Unchecked, bounds are clamped
+            to [0, Nk].
 
     Returns:
         out [B, Hq, Nq, Dv] in the dtype of q, or a `CrossAttentionResult` when lse or statistics
@@ -111,8 +112,9 @@ def triton_reasons(x: CrossAttentionInputs) -> list[str]:
         found.append(f"head width {max(x.D, x.Dv)} > 256")
     if min(x.D, x.Dv) < 1:
         found.append("Dv is 0")
-    if isinstance(x.bias, Tensor) and x.bias.dtype == torch.float64:
-        found.append("bias is float64")
+    for name, t, more in (("bias", x.bias, ()), ("scale", x.scale, (torch.float64,))):
+        if isinstance(t, Tensor) and t.dtype not in TRITON_DTYPES + more:
+            found.append(f"the dtype of {name}, {t.dtype}, is none that the kernels read")
     return found
 
 
