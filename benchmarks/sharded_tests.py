@@ -2,7 +2,7 @@
 
     python -m benchmarks.sharded_tests JOBS [pytest's arguments]
 
-Compiling takes most of a GPU test's time, and no one else on a lent machine needs its cores.
+Compiling takes most of a GPU test's time, and no one else on a GPU machine needs its cores.
 """
 
 from __future__ import annotations
