@@ -176,6 +176,7 @@ def prepare(x: CrossAttentionInputs, calls: list[Call]) -> tuple:
 def attend(scale: float, q, k, v, bias, mask, start=None, stop=None, first_key=0) -> Tensor:
     """One call of torch's kernel; `start` and `stop` [b, rows] make a mask [b, 1, rows, keys]."""
     k, v = k.to(q.dtype), v.to(q.dtype)
+    may_be_empty = mask is not None or bias is not None
     if start is not None:
         j = torch.arange(first_key, first_key + k.shape[2], dtype=torch.int32, device=k.device)
         mask = ((start[..., None] <= j) & (j < stop[..., None]))[:, None]
@@ -191,6 +192,10 @@ def attend(scale: float, q, k, v, bias, mask, start=None, stop=None, first_key=0
         return (q[..., :0] @ k[..., :0].mT @ v).reshape(B, Hq, rows, v.shape[3])
     grouped = q.shape[1] != Hkv
     out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=grouped)
+    if may_be_empty and out.requires_grad:  # NaN that arrives at a row without keys stays there
+        is_bool = mask.dtype == torch.bool
+        no_key = ~mask.any(-1, True) if is_bool else mask.detach().amax(-1, True) == float("-inf")
+        out = out.masked_fill(no_key, 0.0)
     return out.reshape(B, Hq, rows, v.shape[3])
 
 
