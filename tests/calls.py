@@ -14,7 +14,7 @@ from torch import Tensor
 from cases import Case
 from mask_kinds import make_mask, shape_of
 from numerics import FLOOR, assert_as_accurate
-from values import LAYOUTS, VALUES, Tensors
+from values import LAYOUTS, VALUES, Tensors, need_memory
 from xattn_kernels import KeyInterval, attention_weights, cross_attention, reference
 from xattn_kernels.inputs import CrossAttentionInputs
 
@@ -73,6 +73,9 @@ def build(c: Case, dtype: torch.dtype, device: str = "cpu") -> Call:
 
     names = c.layout.split()
     layouts = dict(zip(("q", "k", "v", "out"), names * (4 // len(names)), strict=True))
+    if torch.device(device).type == "cuda":
+        shapes = {n: tuple(drawn[n].shape) for n in "qkv"} | {"out": rows["out"]}
+        need_memory([(layouts[n], shape) for n, shape in shapes.items()], dtype)
     leaves = {name: LAYOUTS[layouts[name]](drawn[name].to(device, dtype)) for name in "qkv"}
     if c.bias is not None:
         leaves["bias"] = drawn["bias"].to(device, c.bias_dtype or dtype)

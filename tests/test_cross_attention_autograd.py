@@ -192,17 +192,6 @@ def test_double_backward_on_eager():
 
 
 @interpreted
-def test_autocast_changes_nothing(mode):
-    """The op computes in the dtype of its inputs; autocast has cast them before they come."""
-    call = build(sized(mode, 6), torch.float32, mode.device)
-    plain = run(call, "triton")
-    with torch.autocast(mode.device, dtype=torch.bfloat16):
-        cast = run(call, "triton")
-    for name, t in plain.items():
-        assert t.dtype == cast[name].dtype and torch.equal(t, cast[name]), name
-
-
-@interpreted
 def test_one_tensor_as_all_three(mode):
     """Self-attention of one tensor: its gradient is the sum of three."""
     x = build(sized(mode, 6), mode.dtypes[1], mode.device).leaves["k"]

@@ -108,6 +108,22 @@ def test_torch_compile_takes_a_key_interval(mode):
         torch.testing.assert_close(compiled(q, k, v, mask.start, mask.stop), plain)
 
 
+@pytest.mark.parametrize("size", ["B", "Nq", "Nk"])
+@pytest.mark.parametrize("op", ["cross_attention", "attention_weights"])
+def test_torch_compile_of_nothing(mode, op, size):
+    """The gradients that are not needed are several tensors, for a custom op returns no aliases."""
+    c = Case("nothing", op=op, needs="q", returns="out", **BASE | {size: 0})
+    call = build(c, torch.float32, mode.device)
+
+    def model(**leaves):
+        return call.op(**leaves, backend="triton")
+
+    torch._dynamo.reset()
+    out = torch.compile(model, fullgraph=True, backend="aot_eager")(**call.leaves)
+    (dq,) = torch.autograd.grad(out.sum(), call.leaves["q"])
+    assert dq.shape == call.leaves["q"].shape and not dq.any()
+
+
 def test_torch_export(mode):
     """The exported program holds one node for the forward."""
 

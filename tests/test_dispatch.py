@@ -7,7 +7,7 @@ from importlib import import_module
 import pytest
 import torch
 
-from xattn_kernels import cross_attention, explain
+from xattn_kernels import cross_attention, dispatch, explain
 from xattn_kernels.cross_attention import BACKENDS
 from xattn_kernels.dispatch import Backend, choose, explanation, triton_on_cpu
 
@@ -67,9 +67,41 @@ def test_reasons_of_triton():
     wide = triton.reasons(cross_attention.check(*tensors(1, 2, 3, 264, dtype=torch.float64)))
     assert "head width 264 > 256" in wide
     assert "dtype torch.float64 is not float32, float16 or bfloat16" in wide
-    bias = torch.zeros(1, 2, 3, 3, dtype=torch.float64)
-    x = cross_attention.check(*tensors(1, 2, 3, 16), bias=bias)
-    assert "bias is float64" in triton.reasons(x)
+    for dtype in (torch.float64, torch.float8_e5m2, torch.float8_e4m3fn):
+        options = dict(bias=torch.zeros(1, 2, 3, 3, dtype=dtype), scale=torch.ones(2, dtype=dtype))
+        said = "; ".join(triton.reasons(cross_attention.check(*tensors(1, 2, 3, 16), **options)))
+        assert f"the dtype of bias, {dtype}, is none" in said
+        assert (f"the dtype of scale, {dtype}, is none" in said) == (dtype != torch.float64)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        options = dict(bias=torch.zeros(1, 2, 3, 3, dtype=dtype), scale=torch.ones(2, dtype=dtype))
+        x = cross_attention.check(*tensors(1, 2, 3, 16), **options)
+        assert "dtype" not in "; ".join(triton.reasons(x))
+
+
+@pytest.mark.parametrize("version", ["3.4.0", "3.5.1+git0123", "2.10.0"])
+def test_an_older_triton_is_a_reason(version, monkeypatch):
+    """torch 2.8 and 2.9 bring one."""
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: object())
+    monkeypatch.setattr(dispatch.metadata, "version", lambda name: version)
+    reasons = [f"Triton {version} is older than 3.6"]
+    assert dispatch.missing_triton() == reasons
+    monkeypatch.setattr(dispatch, "MISSING_TRITON", reasons)
+    x = cross_attention.check(*tensors(1, 2, 3, 16))
+    assert BACKENDS[0].reasons(x) == reasons and choose("", BACKENDS, x, None).name == "sdpa"
+
+
+@pytest.mark.parametrize("version", ["3.6.0", "3.10.0", "4.0", None])
+def test_a_triton_that_will_do(version, monkeypatch):
+    """Or of which nobody knows the version."""
+
+    def version_of(name):
+        if version is None or name != "pytorch-triton":
+            raise dispatch.metadata.PackageNotFoundError
+        return version
+
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: object())
+    monkeypatch.setattr(dispatch.metadata, "version", version_of)
+    assert dispatch.missing_triton() == []
 
 
 def test_triton_needs_a_gpu_or_a_word(monkeypatch):

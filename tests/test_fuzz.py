@@ -9,6 +9,9 @@ import os
 from functools import partial
 
 import pytest
+
+pytest.importorskip("hypothesis", reason="random calls are drawn by hypothesis")
+
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 

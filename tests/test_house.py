@@ -162,6 +162,21 @@ def test_files_stay_within_their_budget(folder, limit):
     assert not {name: n for name, n in lengths.items() if n > limit}
 
 
+@pytest.mark.slow
+def test_tests_are_collected_without_hypothesis():
+    """A machine with a GPU and no network may lack it."""
+    out = run_python(
+        "-c",
+        "import sys; sys.modules['hypothesis'] = None\n"
+        "import pytest\n"
+        "sys.exit(pytest.main(['--collect-only', '-qq', '-p', 'no:cacheprovider',\n"
+        f"    '--rootdir', {str(ROOT)!r}, {str(ROOT / 'tests')!r}]))",
+        PYTHONPATH=str(ROOT),
+        PYTEST_DISABLE_PLUGIN_AUTOLOAD="1",
+    )
+    assert "test_cross_attention.py" in out and "drawn by hypothesis" in out
+
+
 def test_environment_report_runs():
     out = run_python("-m", "xattn_kernels")
     for word in ("xattn-kernels 0", "python", "torch", "triton", "cpu:", "sdpa", "eager"):

@@ -4,6 +4,9 @@ import doctest
 
 import pytest
 import torch
+
+pytest.importorskip("hypothesis", reason="masks are drawn by hypothesis")
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -197,13 +197,30 @@ def test_signatures_state_and_initialisation():
         assert vars(theirs).keys() - {"bias_k", "bias_v"} <= vars(ours).keys()
 
 
-@pytest.mark.parametrize("call", ["padding_bool", "padding_float", "attn_bool", "attn_float"])
+each_masked_row = pytest.mark.parametrize(
+    "call", ["padding_bool", "padding_float", "attn_bool", "attn_float"]
+)
+
+
+@each_masked_row
 @pytest.mark.parametrize("average", [True, False])
 def test_rows_without_keys_give_the_output_bias(call, average):
-    _, ours = pair()
-    query, key, value = (t.requires_grad_() for t in inputs(ours))
+    assert_rows_without_keys(pair()[1], torch.float64, call, average)
+
+
+@pytest.mark.parametrize("mode", modes("interpreter", "gpu"), indirect=True)
+@each_masked_row
+def test_rows_without_keys_from_the_kernels(mode, call):
+    with torch.device(mode.device):
+        assert_rows_without_keys(pair(torch.float32, "triton")[1], torch.float32, call, True)
+
+
+def assert_rows_without_keys(ours, dtype, call, average):
+    query, key, value = (t.to(dtype).requires_grad_() for t in inputs(ours))
     call = CALLS[call]()
     ((name, mask),) = call.items()
+    if mask.dtype != torch.bool:
+        mask = call[name] = mask.to(dtype)
     mask[0] = True if mask.dtype == torch.bool else -torch.inf
     out, weights = ours(query, key, value, average_attn_weights=average, **call)
     empty_out = out[:, 0] if name == "key_padding_mask" else out[0]

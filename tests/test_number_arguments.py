@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 
+from conftest import modes
 from xattn_kernels import (
     MultiheadAttention,
     cross_attention,
@@ -37,8 +38,21 @@ def test_refused(options, error, message):
 def test_numbers_of_numpy():
     np = pytest.importorskip("numpy")
     options = dict(scale=np.float32(0.5), dropout_p=np.float32(0.5), softcap=np.float32(2))
+    x = cross_attention.check(Q, Q, Q, **options, seed=np.int64(3))
+    assert {type(n) for n in (x.scale, x.dropout_p, x.softcap)} == {float}
     out = cross_attention(Q, Q, Q, **options, seed=np.int64(3), backend="eager")
     assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("mode", modes("interpreter", "sm_90", "gpu"), indirect=True)
+def test_numbers_of_numpy_reach_the_kernels(mode):
+    np = pytest.importorskip("numpy")
+    q = torch.randn(1, 2, 3, 16, device=mode.device, dtype=torch.float16)
+    outs = []
+    for number in (float, np.float32):
+        options = dict(scale=number(0.5), dropout_p=number(0.5), softcap=number(2))
+        outs.append(cross_attention(q, q, q, **options, seed=3, backend="triton"))
+    assert torch.equal(*outs)
 
 
 @pytest.mark.parametrize("seed", [-(2**63), 2**63 - 1])

@@ -1,4 +1,4 @@
-"""The `sdpa` backend: every case against eager, its zeros, its memory, its plan and its speed."""
+"""The `sdpa` backend: every case against eager, its zeros, its memory and its speed."""
 
 from __future__ import annotations
 
@@ -9,16 +9,14 @@ from statistics import median
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from calls import assert_right, build, expected
+from calls import assert_right, build, expected, run
 from cases import BY_NAME, CASES, Case
 from largest_tensor import LargestTensor
 from numerics import assert_as_accurate
-from xattn_kernels import KeyInterval, cross_attention, masks, sdpa
+from xattn_kernels import KeyInterval, cross_attention, masks, reference, sdpa
 
 # Several blocks of rows, whose keys overlap.
 BLOCKS = dict(B=2, Nq=2 * sdpa.BLOCK_ROWS + 30, Nk=300)
@@ -168,45 +166,34 @@ def test_gradient_of_a_bias_forms_few_scores_at_once():
     assert largest.nbytes <= max(q.nbytes, 2 * sdpa.BLOCK_ROWS * 512 * 4)
 
 
-INTERVALS = st.tuples(st.integers(0, 12), st.integers(0, 12))
-ROWS = st.lists(st.tuples(INTERVALS, st.integers(1, 200)), min_size=1, max_size=6)
-
-
-@settings(deadline=None, max_examples=200)
-@given(st.lists(ROWS, min_size=1, max_size=3))
-def test_plan_covers_each_row_once_and_no_key_in_a_gap(batches):
-    Nq = max(sum(n for _, n in rows) for rows in batches)
-    bounds = torch.zeros(len(batches), Nq, 2, dtype=torch.int32)
-    for b, rows in enumerate(batches):
-        spread = torch.tensor([bound for bound, n in rows for _ in range(n)], dtype=torch.int32)
-        bounds[b, : len(spread)] = spread
-    mask = KeyInterval(*bounds.unbind(-1))
-    q, k, v = qkv(len(batches), 1, Nq, 12, D=1)
-    seen = mask.dense(12)
-    covered = torch.zeros(seen.shape, dtype=torch.int32)
-    visits = torch.zeros(seen.shape[:2], dtype=torch.int32)
-    for call in sdpa.plan(cross_attention.check(q, k, v, mask=mask)):
-        part = seen[call.batch, call.rows, call.keys]
-        visits[call.batch, call.rows] += 1
-        covered[call.batch, call.rows, call.keys] += 1
-        assert part.all() if call.exact else part.any(2).all()
-        assert call.exact or call.rows.stop - call.rows.start <= sdpa.BLOCK_ROWS
-        assert seen[call.batch].any(1)[:, call.keys].all()
-    assert (visits == 1).all() and not (seen & (covered == 0)).any()
-
-
-def test_plan_shares_calls_among_equal_batch_elements():
-    q, k, v = qkv(4, 1, 300, 128)
-    flags = torch.zeros(4, 300, dtype=torch.bool)
-    flags[:, 100] = flags[:2, 200] = flags[2:, 250] = True
-
-    def calls(mask):
-        return len(sdpa.plan(cross_attention.check(q, k, v, mask=mask)))
-
-    assert calls(None) == calls(masks.padding(torch.tensor([90] * 4))) == 1
-    assert calls(masks.padding(torch.tensor([90, 90, 70, 90]))) == 3
-    assert calls(KeyInterval(*masks.media(flags[:1], 64, 2).expand(4, 300))) == 3
-    assert calls(masks.media(flags, 64, 2)) == 6
+@pytest.mark.parametrize("Nq", [9, 300])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        dict(mask="bool_empty_rows"),
+        dict(mask="bool_empty_rows", bias="1HQK"),
+        dict(mask="bool_all"),
+        dict(bias="BHQK", values="bias_infinite"),
+        dict(bias="BHQK", values="bias_infinite", mask="causal"),
+    ],
+    ids=lambda flags: "-".join(map(str, flags.values())),
+)
+@pytest.mark.parametrize("fixed_bias", [True, False])
+def test_nan_that_arrives_at_a_row_without_keys_stays_there(flags, fixed_bias, Nq):
+    """No interval says that such a row has no keys; its gradients are those of a dout of 0."""
+    call = build(Case("nan_arrives", Nq=Nq, returns="out", **flags), torch.float32)
+    x = cross_attention.check(**call.leaves, **call.options)
+    empty = (reference.scores(x) == -torch.inf).all(-1)
+    assert empty.any()
+    if fixed_bias and "bias" in call.leaves:
+        call.leaves["bias"].requires_grad_(False)
+    found = []
+    for arriving in (0.0, torch.nan):
+        call.upstream["out"][empty] = arriving
+        found.append(run(call, "sdpa"))
+    for name, t in found[0].items():
+        assert torch.equal(found[1][name], t), name
+    assert not found[1]["dq"][empty].any()
 
 
 def test_reasons():

@@ -5,10 +5,12 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor
 
 Tensors = dict[str, Tensor]
+SPARE = 2**30  # bytes for all that is not far apart
 
 
 def reserve(shape: tuple[int, ...], strides: tuple[int, ...], like: Tensor) -> Tensor:
@@ -21,25 +23,40 @@ def reserve(shape: tuple[int, ...], strides: tuple[int, ...], like: Tensor) -> T
     return torch.frombuffer(memory, dtype=like.dtype).as_strided(shape, strides)
 
 
-def far_apart(t: Tensor) -> Tensor:
+def far_apart(B: int, H: int, N: int, width: int) -> tuple[int, ...]:
     """The last row of a head, the next head and the next batch are each 2^31 elements away."""
-    if t.numel() == 0:
-        return t
-    B, H, N, width = t.shape
     row = (2**31 // max(N - 1, 1) + 16) // 16 * 16
-    return reserve(t.shape, (row * N * H, row * N, row, 1), t).copy_(t)
+    return row * N * H, row * N, row, 1
 
 
-def far_batches(t: Tensor) -> Tensor:
+def far_batches(B: int, H: int, N: int, width: int) -> tuple[int, ...]:
     """Batches lie 2^30 elements apart: the stride fits 32 bits, the third one's offset does not."""
-    B, H, N, width = t.shape
-    return reserve(t.shape, (2**30, N * width, width, 1), t).copy_(t)
+    return 2**30, N * width, width, 1
 
 
-def far_heads(t: Tensor) -> Tensor:
+def far_heads(B: int, H: int, N: int, width: int) -> tuple[int, ...]:
     """The same of heads."""
-    B, H, N, width = t.shape
-    return reserve(t.shape, (2**30 * H, 2**30, width, 1), t).copy_(t)
+    return 2**30 * H, 2**30, width, 1
+
+
+FAR = {f.__name__: f for f in (far_apart, far_batches, far_heads)}
+
+
+def spread(name: str) -> Callable[[Tensor], Tensor]:
+    """The layout of FAR called `name`."""
+    return lambda t: reserve(t.shape, FAR[name](*t.shape), t).copy_(t) if t.numel() else t
+
+
+def need_memory(tensors: list[tuple[str, tuple[int, ...]]], dtype: torch.dtype) -> None:
+    """Skips the test where a GPU's free memory does not hold these layouts of these shapes."""
+    far = [(n, FAR[layout](*n)) for layout, n in tensors if layout in FAR and 0 not in n]
+    elements = sum(sum((n - 1) * s for n, s in zip(*t, strict=True)) for t in far)
+    if not far:
+        return
+    torch.cuda.empty_cache()
+    free, needed = torch.cuda.mem_get_info()[0], elements * dtype.itemsize + SPARE
+    if needed > free:
+        pytest.skip(f"needs {needed / 2**30:.1f} GiB of GPU memory, {free / 2**30:.1f} are free")
 
 
 def sliced(t: Tensor) -> Tensor:
@@ -68,9 +85,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "padded": padded,
     "expanded_batch": lambda t: t[:1].expand_as(t),
     "expanded_heads": lambda t: t[:, :1].expand_as(t),
-    "far_apart": far_apart,
-    "far_batches": far_batches,
-    "far_heads": far_heads,
+    **{name: spread(name) for name in FAR},
 }
 
 

@@ -78,12 +78,11 @@ def sum_splits(parts: Tensor, dtype: torch.dtype) -> Tensor:
 
 def zero_gradients(inputs: tuple, needs: list[bool], n_rows: int) -> tuple[Tensor, ...]:
     """Zeros where a gradient is needed, laid out as the kernels would write them; the first
-    n_rows inputs are [B, H, N, width]."""
-    empty = inputs[0].new_empty(0)
+    n_rows inputs are [B, H, N, width]. A custom op may not return one tensor twice."""
     return tuple(
         (empty_rows(t, t.shape[3]) if n < n_rows else t.new_empty(t.shape)).zero_()
         if needed
-        else empty
+        else inputs[0].new_empty(0)
         for n, (t, needed) in enumerate(zip(inputs, needs, strict=True))
     )
 

@@ -43,23 +43,27 @@ def merge_kernel(
     b, h, n, r, there = rows_of(H, N, BLOCK)
     m = tl.full([BLOCK], float("-inf"), tl.float32)
     for c in range(n_splits):
-        m = tl.maximum(m, tl.load(lse_parts + c * n_rows + r, there, float("-inf")))
+        at = tl.cast(c, tl.int64) * n_rows + r
+        m = tl.maximum(m, tl.load(lse_parts + at, there, float("-inf")))
     m_safe = tl.where(m == float("-inf"), 0.0, m)
     l = tl.full([BLOCK], 0.0, tl.float32)
     for c in range(n_splits):
-        l += tl.exp(part_lse(lse_parts, low_parts, c * n_rows + r, there, m_safe))
+        at = tl.cast(c, tl.int64) * n_rows + r
+        l += tl.exp(part_lse(lse_parts, low_parts, at, there, m_safe))
     empty = l == 0
     log_l = tl.log(tl.where(empty, 1.0, l))
     acc = zero_tile(BLOCK, CHUNKS_V)
     row_entropy = tl.full([BLOCK], 0.0, tl.float32)
     row_max = tl.full([BLOCK], 0.0, tl.float32)
     for c in range(n_splits):
-        at = c * n_rows + r
+        part = tl.cast(c, tl.int64)
+        at = part * n_rows + r
         log_w = part_lse(lse_parts, low_parts, at, there, m_safe) - log_l
         w = tl.exp(log_w)
-        rows = c * stride_parts[0] + b * stride_parts[1] + h * stride_parts[2] + n * stride_parts[3]
-        part = load_tile(out_parts, rows, there, DV, CHUNKS_V, ALIGN)
-        acc = add_tiles(acc, scale_rows(part, w, CHUNKS_V), CHUNKS_V)
+        rows = part * stride_parts[0] + b * stride_parts[1]
+        rows += h * stride_parts[2] + n * stride_parts[3]
+        out_part = load_tile(out_parts, rows, there, DV, CHUNKS_V, ALIGN)
+        acc = add_tiles(acc, scale_rows(out_part, w, CHUNKS_V), CHUNKS_V)
         if entropy is not None:
             log_w = tl.where(w > 0, log_w, 0.0)
             row_entropy += w * (tl.load(entropy_parts + at, there, 0.0) - log_w)

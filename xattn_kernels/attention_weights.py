@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import by_head, reference
 from .cross_attention import refuse_double_backward, triton_attend, triton_reasons
-from .dispatch import Backend, allow_tf32, choose
+from .dispatch import Backend, allow_tf32, run
 from .inputs import CrossAttentionInputs, check_inputs
 
 
@@ -50,7 +50,8 @@ def attention_weights(
         w = dropout(exp(s - lse))        s as in `cross_attention`; rows without a key are 0
 
     The mean never exists as [B, Hq, Nq, Nk], neither in the forward nor in the backward. With the
-    same seed the dropped weights are those that `cross_attention` drops.
+    same seed the dropped weights are those that `cross_attention` drops. Autocast casts nothing,
+    except in a backward that itself runs under autocast, on the sdpa and eager backends.
 
     Args:
         q, k, mask, bias, scale, softcap, dropout_p, seed, validate: as in `cross_attention`.
@@ -86,7 +87,7 @@ def attention_weights(
         average_heads=average_heads,
         validate=validate,
     )
-    return choose("attention_weights", BACKENDS, x, backend).run(x)
+    return run("attention_weights", BACKENDS, x, backend)
 
 
 def check(q, k, *, lse=None, average_heads=True, **options) -> AttentionWeightsInputs:

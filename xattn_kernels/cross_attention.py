@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import reference, sdpa
-from .dispatch import Backend, allow_tf32, choose, triton_device_reasons
+from .dispatch import Backend, allow_tf32, run, triton_device_reasons
 from .inputs import CrossAttentionInputs, CrossAttentionResult, check_inputs
 
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -41,10 +41,11 @@ def cross_attention(
         s   = softcap(scale * q k^T) + bias        over the keys that `mask` allows
         p   = softmax(s)        out = dropout(p) v        lse = log(sum(exp(s)))
 
-    Inputs are not cast, under autocast neither; float32 products are IEEE's unless torch's setting
-    for matmul allows TF32. Second derivatives need backend="eager". PyTorch's own kernels, the
-    `sdpa` backend, have no softcap, dropout by seed, lse or statistics; some of them read NaN in a
-    query as an output of 0.
+    Inputs are not cast, under autocast neither; only in a backward that itself runs under autocast,
+    against PyTorch's advice, PyTorch casts the products of the eager backend. float32 products are
+    IEEE's unless torch's setting for matmul allows TF32. Second derivatives need backend="eager".
+    PyTorch's own kernels, the `sdpa` backend, have no softcap, dropout by seed, lse or statistics;
+    some of them read NaN in a query as an output of 0.
     A query without any allowed key gets out = 0, lse = -inf and zero gradients on every backend.
     Keys before the first or after the last interval of their batch element are never used, so
     padding may hold anything there, NaN included.
@@ -70,7 +71,8 @@ def cross_attention(
             `torch.use_deterministic_algorithms` says. Today's kernels are always deterministic.
         backend: "triton", "sdpa" or "eager"; None takes the first of triton and sdpa that can run.
         validate: check the range of a KeyInterval on a GPU too, which waits for the device; on
-            the CPU it is always checked. Unchecked, bounds are clamped to [0, Nk].
+            the CPU it is always checked, except under torch.compile. Unchecked, bounds are clamped
+            to [0, Nk].
 
     Returns:
         out [B, Hq, Nq, Dv] in the dtype of q, or a `CrossAttentionResult` when lse or statistics
@@ -98,7 +100,7 @@ def cross_attention(
         deterministic=deterministic,
         validate=validate,
     )
-    result = choose("cross_attention", BACKENDS, x, backend).run(x)
+    result = run("cross_attention", BACKENDS, x, backend)
     return result if x.return_lse else result.out
 
 
@@ -111,8 +113,9 @@ def triton_reasons(x: CrossAttentionInputs) -> list[str]:
         found.append(f"head width {max(x.D, x.Dv)} > 256")
     if min(x.D, x.Dv) < 1:
         found.append("Dv is 0")
-    if isinstance(x.bias, Tensor) and x.bias.dtype == torch.float64:
-        found.append("bias is float64")
+    for name, t, more in (("bias", x.bias, ()), ("scale", x.scale, (torch.float64,))):
+        if isinstance(t, Tensor) and t.dtype not in TRITON_DTYPES + more:
+            found.append(f"the dtype of {name}, {t.dtype}, is none that the kernels read")
     return found
 
 

@@ -3,13 +3,34 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from importlib import metadata
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 
-HAS_TRITON = find_spec("triton") is not None
+OLDEST_TRITON = (3, 6)
+
+
+def missing_triton() -> list[str]:
+    """Why no device can run Triton kernels: without an import of Triton, which takes seconds."""
+    if find_spec("triton") is None:
+        return ["triton is not installed (pip install triton)"]
+    for name in ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-rocm"):
+        try:
+            found = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+        if tuple(map(int, re.findall(r"\d+", found)[:2])) < OLDEST_TRITON:
+            return [f"Triton {found} is older than {'.'.join(map(str, OLDEST_TRITON))}"]
+        break
+    return []
+
+
+MISSING_TRITON = missing_triton()  # once: a trace of torch.compile cannot look
 
 
 class Backend(NamedTuple):
@@ -36,6 +57,21 @@ def choose(op: str, backends: Sequence[Backend], inputs: Any, name: str | None) 
         if not backend.by_name and not backend.reasons(inputs):
             return backend
     raise RuntimeError(f"{op}: no backend can run this call\n{report(backends, inputs)}")
+
+
+def run(op: str, backends: Sequence[Backend], inputs: Any, name: str | None) -> Any:
+    """What the chosen backend makes of `inputs`, in the dtypes that they have."""
+    backend = choose(op, backends, inputs, name)
+    with without_autocast(inputs.q.device):
+        return backend.run(inputs)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """Autocast is off inside, where it is on for `device`; a meta device knows no autocast."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
 
 
 def report(backends: Sequence[Backend], inputs: Any) -> str:
@@ -80,8 +116,8 @@ def triton_on_cpu() -> bool:
 
 def triton_device_reasons(device: torch.device) -> list[str]:
     """Why Triton kernels cannot run on tensors of `device`."""
-    if not HAS_TRITON:
-        return ["triton is not installed (pip install triton)"]
+    if MISSING_TRITON:
+        return list(MISSING_TRITON)
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         if torch.version.hip is None and major < 8:

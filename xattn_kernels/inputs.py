@@ -159,14 +159,14 @@ def check_bias(bias, q: Tensor, k: Tensor) -> Tensor | None:
 def check_number(name: str, value, allowed: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (Real, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name} must be {allowed}, got {type(value).__name__} {value!r}")
-    return value
+    return float(value)  # Triton and autograd know no numbers of numpy
 
 
 def check_scale(scale, q: Tensor) -> float | Tensor:
     if scale is None:
         return q.shape[3] ** -0.5
     if not isinstance(scale, Tensor):
-        return float(check_number("scale", scale, "a number or a floating-point tensor"))
+        return check_number("scale", scale, "a number or a floating-point tensor")
     if not scale.dtype.is_floating_point:
         raise TypeError(f"scale must be a float or a floating-point tensor, got {scale.dtype}")
     if scale.device != q.device:
@@ -180,16 +180,17 @@ def check_scale(scale, q: Tensor) -> float | Tensor:
 
 def check_dropout(dropout_p: float, seed, q: Tensor) -> tuple[float, Tensor | None]:
     """(p, seed tensor). Without a seed one is drawn from torch's generator of q's device."""
-    if not 0.0 <= check_number("dropout_p", dropout_p, "a number in [0, 1)") < 1.0:
+    p = check_number("dropout_p", dropout_p, "a number in [0, 1)")
+    if not 0.0 <= p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     check_seed(seed, q)
-    if dropout_p == 0.0:
+    if p == 0.0:
         return 0.0, None
     if seed is None:
-        return dropout_p, torch.randint(2**62, (1,), dtype=torch.int64, device=q.device)
+        return p, torch.randint(2**62, (1,), dtype=torch.int64, device=q.device)
     if not isinstance(seed, Tensor):
-        return dropout_p, torch.full((1,), int(seed), dtype=torch.int64, device=q.device)
-    return dropout_p, seed.reshape(1)
+        return p, torch.full((1,), int(seed), dtype=torch.int64, device=q.device)
+    return p, seed.reshape(1)
 
 
 def check_seed(seed, q: Tensor) -> None:
@@ -208,9 +209,10 @@ def check_seed(seed, q: Tensor) -> None:
 
 def check_softcap(softcap) -> float | None:
     allowed = "None or a positive number"
-    if softcap is not None and not 0.0 < check_number("softcap", softcap, allowed) < float("inf"):
+    c = None if softcap is None else check_number("softcap", softcap, allowed)
+    if c is not None and not 0.0 < c < float("inf"):
         raise ValueError(f"softcap must be {allowed}, got {softcap}")
-    return softcap
+    return c
 
 
 def check_inputs(

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .dispatch import without_autocast
 from .inputs import CrossAttentionInputs, CrossAttentionResult
 from .slices import ALL, Pasted, slices, wants_grad
 
@@ -175,6 +176,7 @@ def prepare(x: CrossAttentionInputs, calls: list[Call]) -> tuple:
 def attend(scale: float, q, k, v, bias, mask, start=None, stop=None, first_key=0) -> Tensor:
     """One call of torch's kernel; `start` and `stop` [b, rows] make a mask [b, 1, rows, keys]."""
     k, v = k.to(q.dtype), v.to(q.dtype)
+    may_be_empty = mask is not None or bias is not None
     if start is not None:
         j = torch.arange(first_key, first_key + k.shape[2], dtype=torch.int32, device=k.device)
         mask = ((start[..., None] <= j) & (j < stop[..., None]))[:, None]
@@ -190,6 +192,10 @@ def attend(scale: float, q, k, v, bias, mask, start=None, stop=None, first_key=0
         return (q[..., :0] @ k[..., :0].mT @ v).reshape(B, Hq, rows, v.shape[3])
     grouped = q.shape[1] != Hkv
     out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=grouped)
+    if may_be_empty and out.requires_grad:  # NaN that arrives at a row without keys stays there
+        is_bool = mask.dtype == torch.bool
+        no_key = ~mask.any(-1, True) if is_bool else mask.detach().amax(-1, True) == float("-inf")
+        out = out.masked_fill(no_key, 0.0)
     return out.reshape(B, Hq, rows, v.shape[3])
 
 
@@ -207,11 +213,12 @@ class Recomputed(torch.autograd.Function):
         options = {"create_graph": torch.is_grad_enabled(), "materialize_grads": True}
         saved, needed = ctx.saved_tensors, ctx.needs_input_grad[1:5]
         wanted = [t for t, need in zip(saved, needed, strict=False) if need]
-        with torch.enable_grad():
-            out = attend(ctx.scale, *saved, ctx.first_key)
-        grads = map(torch.zeros_like, wanted)
-        if out.requires_grad:  # which a bias alone does not bring about without keys
-            grads = iter(torch.autograd.grad(out, wanted, dout, **options))
+        with without_autocast(dout.device):
+            with torch.enable_grad():
+                out = attend(ctx.scale, *saved, ctx.first_key)
+            grads = map(torch.zeros_like, wanted)
+            if out.requires_grad:  # which a bias alone does not bring about without keys
+                grads = iter(torch.autograd.grad(out, wanted, dout, **options))
         return None, *(next(grads) if need else None for need in needed), *[None] * 4
 
 

@@ -13,7 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from .. import by_head, sdpa
 from ..attention_weights import AttentionWeightsInputs, attention_weights
 from ..cross_attention import cross_attention, triton_attend
-from ..dispatch import choice, choose
+from ..dispatch import choice, choose, without_autocast
 from ..inputs import CrossAttentionInputs, check_inputs
 from ..masks import KeyInterval
 
@@ -153,7 +153,8 @@ class MultiheadAttention(nn.Module):
             self, query, key, value, key_padding_mask, need_weights, attn_mask,
             average_attn_weights, is_causal, mask=mask,
         )  # fmt: skip
-        out, weights = self._attend(x, average_attn_weights if need_weights else None)
+        with without_autocast(x.q.device):
+            out, weights = self._attend(x, average_attn_weights if need_weights else None)
         # the head axis moves behind the sequence: [B, Nq, H, D], [Nq, B, H, D] or [Nq, H, D]
         if query.dim() == 2:
             out, weights = out[0].transpose(0, 1), None if weights is None else weights[0]

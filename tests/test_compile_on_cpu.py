@@ -1,0 +1,51 @@
+"""torch.compile off the GPU: default backends, with graph breaks where intervals are read."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from xattn_kernels import MultiheadAttention, cross_attention, masks
+
+MASKS = {"none": lambda: None, "interval": lambda: masks.window(5, 7, left=3)}
+each_mask = pytest.mark.parametrize("mask", MASKS)
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch):
+    """Without Triton's interpreter, as on a machine without a GPU."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv("XATTN_TRITON_ON_CPU", raising=False)
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+
+
+def assert_same(model, inputs: list, parameters: list) -> None:
+    """Outputs and gradients, of the model and of the compiled model, twice."""
+    for _ in range(2):
+        found = []
+        for f in (model, torch.compile(model, backend="aot_eager")):
+            outs = [t for t in f(*inputs) if t is not None]
+            loss = sum(t.square().sum() for t in outs)
+            found.append([*outs, *torch.autograd.grad(loss, [*inputs, *parameters])])
+        for plain, compiled in zip(*found, strict=True):
+            torch.testing.assert_close(compiled, plain)
+
+
+@each_mask
+def test_cross_attention(mask):
+    mask = MASKS[mask]()
+    inputs = [torch.randn(2, 2, n, 16, requires_grad=True) for n in (5, 7, 7)]
+    assert_same(lambda q, k, v: (cross_attention(q, k, v, mask=mask),), inputs, [])
+
+
+@each_mask
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_module(mask, need_weights):
+    module, mask = MultiheadAttention(32, 4), MASKS[mask]()
+    inputs = [torch.randn(n, 2, 32, requires_grad=True) for n in (5, 7, 7)]
+
+    def model(query, key, value):
+        return module(query, key, value, need_weights=need_weights, mask=mask)
+
+    assert_same(model, inputs, list(module.parameters()))
