@@ -254,11 +254,7 @@ causal = masks.causal(2, 3)
         (ValueError, "Nk must be at least 0, not -1", lambda: causal.dense(-1)),
         (ValueError, "Nk must be at most 2147483647", lambda: masks.causal(1, 2**31)),
         (ValueError, "key_lengths must be at most 214", lambda: masks.padding(two.long() + 2**32)),
-        (
-            ValueError,
-            "tokens_per_media \\* n_media must be at most 214",
-            lambda: masks.media(two[None] > 0, 2**30, 3),
-        ),
+        (ValueError, "tokens_per_media .* at most 21", lambda: masks.media(flags, 2**30, 3)),
         (TypeError, "Nk must be an int, not float", lambda: causal.visible_fraction(2.0)),
         (ValueError, "stop <= 2", lambda: causal.check(2)),
         (TypeError, "key_lengths must be .* not list", lambda: masks.padding([1])),

@@ -227,3 +227,12 @@ def test_weights_never_exist_per_head(given):
     with LargestTensor() as largest:
         nn.MultiheadAttention(E, heads)(x, x, x)
     assert largest.nbytes == scores
+
+
+def test_explain_says_that_a_backend_cannot(capsys):
+    ours = MultiheadAttention(8, 2, backend="triton", dtype=torch.float64)
+    x = torch.randn(2, 3, 8, dtype=torch.float64)
+    ours.explain(x, x, x)
+    printed = capsys.readouterr().out
+    assert "MultiheadAttention cannot run with backend='triton'" in printed
+    assert "float64 is not" in printed
