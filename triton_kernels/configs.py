@@ -109,7 +109,7 @@ TABLE = {
                (256, ANY, (16, 16, 8, 1))),
         *_rows(ALL, FLOAT32, True, True, (64, ANY, (32, 32, 8, 1)), (128, ANY, (32, 32, 4, 1)),
                (256, ANY, (16, 16, 4, 1))),
-        *_rows(ALL, FLOAT32, True, None, (64, ANY, (32, 32, 4, 1)), (128, ANY, (32, 32, 8, 1)),
+        *_rows(ALL, FLOAT32, True, None, (64, ANY, (32, 32, 4, 1)), (128, ANY, (32, 16, 8, 1)),
                (256, ANY, (16, 32, 8, 1))),
     ],
     # the same with dk and dv written as it goes: used while all rows fit one tile; None: never
