@@ -96,6 +96,7 @@ def cases() -> list[Case]:
     for D, (regime, rows) in itertools.product((40, 64, 128, 256), regimes[::3]):
         found.append(Case(f"{regime}{rows}-D{D}-tf32", D, D, "float32", rows, tf32=True))
     found.append(Case("many2048-D64-float16", 64, 64, "float16", 2048))
+    found.append(Case("many2048-gqa-D64-scale", 64, 64, "bfloat16", 2048, group=4, flags="scale"))
     found.append(Case("decode-gqa-D128", 128, 128, "bfloat16", 1, group=4))
     found.append(Case("prefill-gqa-D128", 128, 128, "bfloat16", 512, group=4))
     return found

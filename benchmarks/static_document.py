@@ -72,7 +72,7 @@ What brought our counts down, the largest part first:
   compute the same rows otherwise.
 - **The scale after the maximum**: the maximum of the bare products, and the scale in the multiply-
   add that the exponential needs anyway.
-- **Masks on log2 p**, not on p and dp apart; rows without keys are cleared once, at the store.
+- **Rows without keys** are cleared once, at the store, instead of in every tile.
 - **Addresses of rows** that follow each other are one number that moves and a tensor that stays.
 - **Block numbers are read again** before the store, so that nothing of its addresses occupies
   registers during the loops.

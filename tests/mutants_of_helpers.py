@@ -116,7 +116,7 @@ SCORES = [
 ]  # fmt: skip
 
 PARTS = [
-    *mutants("scores", "keys_of_part",
+    *mutants("tiles", "keys_of_part",
         ("part-head", "tl.cdiv(tl.maximum(full_begin - begin, 0), BLOCK) * BLOCK",
          "tl.maximum(full_begin - begin, 0) // BLOCK * BLOCK",
          "a tile cut by a start counts as whole",
@@ -127,7 +127,7 @@ PARTS = [
         ("part-end", "begin, end - length, gap, length", "begin, end, gap, length",
          "cut tiles from beyond the last key of a split", SPLIT_WHOLE),
     ),
-    *mutants("scores", "over_gap",
+    *mutants("tiles", "over_gap",
         ("gap-stay", "k0 + length", "k0", "whole tiles twice, those after them never",
          "whole_tiles_causal-float16"),
         ("gap-border", "k0 < gap", "k0 <= gap", "the first whole tile twice",

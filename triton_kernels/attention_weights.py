@@ -3,9 +3,9 @@
     w_ij = 1 / H * sum_h dropout(exp(s_hij - lse_hi))
 
 The forward kernel holds one tile of the result and walks the heads. The backward is that of
-`cross_attention.py` with the gradient of the weights in place of <dout_i, v_j>. An lse from
-outside gets a gradient, minus the row sums of ds; where lse is that of these scores the row sums
-are subtracted instead (delta in eq. ds), which costs one more pass.
+`cross_attention_backward.py` with the gradient of the weights in place of <dout_i, v_j>. An lse
+from outside gets a gradient, minus the row sums of ds; where lse is that of these scores the row
+sums are subtracted instead (delta in eq. ds), which costs one more pass.
 """
 
 import torch

@@ -19,9 +19,7 @@ from .scores import (
     exp_difference,
     kept,
     key_ranges,
-    keys_of_part,
     natural,
-    over_gap,
     row_offsets,
     row_scale,
     run_offsets,
@@ -34,7 +32,9 @@ from .tiles import (
     WHOLE,
     dot_into,
     dot_nt,
+    keys_of_part,
     load_tile,
+    over_gap,
     packed_rows,
     program,
     scale_rows,
@@ -59,7 +59,7 @@ def forward_kernel(
     D: tl.constexpr, DV: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_V: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr,
-    SPLIT: tl.constexpr,  # see `keys_of_part`
+    TWO_LOOPS: tl.constexpr,  # see `keys_of_part`
     SCALE_LATER: tl.constexpr,  # scale > 0 and nothing else in the scores: see `factor`
 ):  # fmt: skip
     tile, hkv, b, split = program(tl.cdiv(Nq * GROUP, BLOCK_Q), Hkv, B)
@@ -85,7 +85,7 @@ def forward_kernel(
     l = tl.full([BLOCK_Q], 0.0, tl.float32)
     a = tl.full([BLOCK_Q], 0.0, tl.float32)  # sum of e * log(e), for the entropy
     acc = zero_tile(BLOCK_Q, CHUNKS_V)
-    for PART in tl.static_range(WHOLE if SPLIT else ALL, ALL if SPLIT else ALL + 1):
+    for PART in tl.static_range(WHOLE if TWO_LOOPS else ALL, ALL if TWO_LOOPS else ALL + 1):
         begin, end, gap, length = keys_of_part(
             key_begin, key_end, full_begin, full_end, BLOCK_K, PART
         )
@@ -171,7 +171,7 @@ def forward(
         plain_scores = bias is None and scale_tensor is None and not softcap and not statistics
         call.launch(
             forward_kernel, config, programs * n_splits, (parts[0], parts[0].stride(), *parts[1:]),
-            n_splits, SPLIT=call.split_loops(config, config.block_q, statistics),
+            n_splits, TWO_LOOPS=call.two_loops(config, config.block_q, statistics),
             SCALE_LATER=plain_scores and scale >= SMALLEST_SCALE,
         )  # fmt: skip
         if n_splits > 1:

@@ -25,9 +25,7 @@ from .scores import (
     cut_gradients,
     kept,
     key_ranges,
-    keys_of_part,
     log2_probability,
-    over_gap,
     plus_weight_gradient,
     row_offsets,
     row_scale,
@@ -44,9 +42,11 @@ from .tiles import (
     clear_rows,
     dot_into,
     dot_nt,
+    keys_of_part,
     load_rows,
     load_tile,
     next_run,
+    over_gap,
     packed_rows,
     program,
     program_again,
@@ -77,7 +77,7 @@ def dq_kernel(
     B, Hkv, Nq, Nk, n_splits,
     D: tl.constexpr, DV: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_V: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    ALIGN: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
+    ALIGN: tl.constexpr, PRECISION: tl.constexpr, TWO_LOOPS: tl.constexpr,
 ):  # fmt: skip
     tile, hkv, b, split = program(tl.cdiv(Nq * GROUP, BLOCK_Q), Hkv, B)
     # [BLOCK_Q]
@@ -103,7 +103,7 @@ def dq_kernel(
     acc = zero_tile(BLOCK_Q, CHUNKS)
     row_ds = tl.full([BLOCK_Q], 0.0, tl.float32)
     MAY_BE_EMPTY: tl.constexpr = start is not None or mask is not None or bias is not None
-    for PART in tl.static_range(WHOLE if SPLIT else ALL, ALL if SPLIT else ALL + 1):
+    for PART in tl.static_range(WHOLE if TWO_LOOPS else ALL, ALL if TWO_LOOPS else ALL + 1):
         begin, end, gap, length = keys_of_part(
             key_begin, key_end, full_begin, full_end, BLOCK_K, PART
         )
@@ -184,7 +184,7 @@ def dkdv_kernel(
     B, Hkv, Nq, Nk, n_splits,
     D: tl.constexpr, DV: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_V: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    ALIGN: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
+    ALIGN: tl.constexpr, PRECISION: tl.constexpr, TWO_LOOPS: tl.constexpr,
 ):  # fmt: skip
     tile, hkv, b, split = program(tl.cdiv(Nk, BLOCK_K), Hkv, B)
     n_tiles = tl.cdiv(Nq * GROUP, BLOCK_Q)
@@ -203,8 +203,9 @@ def dkdv_kernel(
     dv_tile = zero_tile(BLOCK_K, CHUNKS_V)
     GUARD: tl.constexpr = mask is not None or bias is not None
     ONE_SCALE: tl.constexpr = scale_tensor is None or GROUP == 1
-    rs = row_scale(scale, scale_tensor, stride_scale, hkv)
-    for PART in tl.static_range(WHOLE if SPLIT else ALL, ALL if SPLIT else ALL + 1):
+    if ONE_SCALE:  # else it is a row quantity, which the loop cannot take over from a number
+        rs = row_scale(scale, scale_tensor, stride_scale, hkv)
+    for PART in tl.static_range(WHOLE if TWO_LOOPS else ALL, ALL if TWO_LOOPS else ALL + 1):
         part_begin, part_end = tile_begin, tile_end
         if start is None:
             part_begin, part_end = rows_of_part(tile_begin, tile_end, Nq * GROUP // BLOCK_Q, PART)
@@ -357,7 +358,7 @@ def backward_dq(
     call.launch(
         dq_kernel, config, programs * n_splits,
         (dq, dq.stride(), dscale, dlse, dk, strides[0], dv, strides[1], *rows), n_splits,
-        SPLIT=not with_dkdv and call.split_loops(config, config.block_q, of_statistics(rows)),
+        TWO_LOOPS=not with_dkdv and call.two_loops(config, config.block_q, of_statistics(rows)),
     )  # fmt: skip
     if dscale is not None:
         over = (0, 1, 3) if call.scale_tensor.numel() > 1 else (0, 1, 2, 3)
@@ -383,6 +384,6 @@ def backward_dkdv(call: Call, config: Config, rows: tuple, n_splits: int | None)
     call.launch(
         dkdv_kernel, config, programs * n_splits,
         (dk, dk.stride(), dv, dv.stride(), bounds, *rows), n_splits,
-        SPLIT=call.split_loops(config, config.block_k, of_statistics(rows)),
+        TWO_LOOPS=call.two_loops(config, config.block_k, of_statistics(rows)),
     )  # fmt: skip
     return sum_splits(dk, call.k.dtype), sum_splits(dv, call.v.dtype)

@@ -144,7 +144,7 @@ class Call:
             or any(t is not None for t in (self.mask, self.bias, self.seed))
         )
 
-    def split_loops(self, config: Config, block: int, statistics: bool) -> bool:
+    def two_loops(self, config: Config, block: int, statistics: bool) -> bool:
         """Whether a walk over tiles is two loops, see `keys_of_part`: where the tensor cores wait
         for the rest of the code, and each warp has 16 of the `block` rows of a product to itself;
         with fewer the warps should share out its columns, which takes two layouts."""

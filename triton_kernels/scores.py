@@ -7,7 +7,7 @@ shapes that broadcast, [BLOCK_Q, 1] with [1, BLOCK_K], or transposed; the tile f
 import triton
 import triton.language as tl
 
-from .tiles import ALL, CUT, LN2, LOG2E, WHOLE, dropout_keep, row_bounds, tanh
+from .tiles import ALL, CUT, LN2, LOG2E, dropout_keep, row_bounds, tanh
 
 
 @triton.jit
@@ -112,36 +112,6 @@ def key_ranges(start, stop, stride_start, stride_stop, b, i, row_mask, Nk):
         return first[:, None], last[:, None], tl.min(first), tl.max(last), full_begin, full_end
     else:
         return 0, Nk, 0, Nk, 0, Nk
-
-
-@triton.jit
-def keys_of_part(begin, end, full_begin, full_end, BLOCK: tl.constexpr, PART: tl.constexpr):
-    """(begin, end, gap, length): the loop over the tiles of this part of a row tile's keys; from
-    `gap` on it goes on `length` keys further.
-
-    WHOLE: the tiles that every row sees whole; CUT: those before and after; ALL: both, as they
-    come. A loop of its own needs no branch around the mask, which hides from the compiler that one
-    product feeds the next, so that both may keep one layout.
-    """
-    if PART == ALL:
-        return begin, end, 0, 0
-    else:
-        head = tl.minimum(tl.cdiv(tl.maximum(full_begin - begin, 0), BLOCK) * BLOCK, end - begin)
-        gap = begin + tl.maximum(head, 0)
-        length = tl.maximum((tl.minimum(full_end, end) - gap) // BLOCK, 0) * BLOCK
-        if PART == WHOLE:
-            return gap, gap + length, 0, 0
-        else:
-            return begin, end - length, gap, length
-
-
-@triton.jit
-def over_gap(k0, gap, length, PART: tl.constexpr):
-    """The first key of the tile that a loop of `keys_of_part` is at."""
-    if PART == CUT:
-        return tl.where(k0 < gap, k0, k0 + length)
-    else:
-        return k0
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""What every kernel shares: rows of a grouped tile, loads in column chunks, dots, masks, dropout.
+"""What every kernel shares: rows of a grouped tile, loads in column chunks, dots, walks, dropout.
 
 A query tile packs the GROUP query heads that share a key head: row r is query r // GROUP of head
 r % GROUP, so K and V are read once for the whole group and neighbouring rows keep neighbouring
@@ -197,6 +197,36 @@ def split_range(begin, end, split, n_splits, BLOCK: tl.constexpr):
     per_split = tl.cdiv(tl.cdiv(tl.maximum(end - begin, 0), BLOCK), n_splits) * BLOCK
     begin += split.to(tl.int32) * per_split
     return begin, tl.minimum(end, begin + per_split)
+
+
+@triton.jit
+def keys_of_part(begin, end, full_begin, full_end, BLOCK: tl.constexpr, PART: tl.constexpr):
+    """(begin, end, gap, length): the loop over the tiles of this part of a row tile's keys; from
+    `gap` on it goes on `length` keys further.
+
+    WHOLE: the tiles that every row sees whole; CUT: those before and after; ALL: both, as they
+    come. A loop of its own needs no branch around the mask, which hides from the compiler that one
+    product feeds the next, so that both may keep one layout.
+    """
+    if PART == ALL:
+        return begin, end, 0, 0
+    else:
+        head = tl.minimum(tl.cdiv(tl.maximum(full_begin - begin, 0), BLOCK) * BLOCK, end - begin)
+        gap = begin + tl.maximum(head, 0)
+        length = tl.maximum((tl.minimum(full_end, end) - gap) // BLOCK, 0) * BLOCK
+        if PART == WHOLE:
+            return gap, gap + length, 0, 0
+        else:
+            return begin, end - length, gap, length
+
+
+@triton.jit
+def over_gap(k0, gap, length, PART: tl.constexpr):
+    """The first key of the tile that a loop of `keys_of_part` is at."""
+    if PART == CUT:
+        return tl.where(k0 < gap, k0, k0 + length)
+    else:
+        return k0
 
 
 @triton.jit
