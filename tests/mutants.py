@@ -1,7 +1,17 @@
 """Mutants of the kernels that walk tiles and of their launchers, and the list of all mutants."""
 
 from mutants_of_helpers import HELPERS
-from mutation import EMPTY_ROWS, FLAG, PADDING, RUNS, SPLIT_SCALE, VALUES, WEIGHTS, mutants
+from mutation import (
+    EMPTY_ROWS,
+    FLAG,
+    PADDING,
+    RUNS,
+    SPLIT_SCALE,
+    VALUES,
+    WEIGHTS,
+    WHOLE_TILES,
+    mutants,
+)
 
 FORWARD = [
     *mutants("cross_attention", "forward_kernel",
@@ -68,6 +78,8 @@ DQ = [
          "loads a key beyond the last interval", PADDING),
         ("dq-stop-cut", "(k0 + BLOCK_K > full_end)", "(k0 > full_end)",
          "a tile cut by a stop counts as full", "mask_causal mask_in_order"),
+        ("dq-cut", "if PART == CUT", "if PART == WHOLE", "the loop over cut tiles does not mask",
+         "whole_tiles_ragged-float16"),
         ("dq-scale", "scale_rows(acc, rs, CHUNKS)", "acc", "dq without the scale", "scale_number"),
         ("dq-dropout-factor", "kept(times(dp, p_factor)", "kept(dp",
          "dp without 1 / (1 - dropout_p)", "dropout"),
@@ -119,6 +131,8 @@ DKDV = [
         ("dkdv-dropout-h-i", "kept(p, seed, b, h[None, :], i[None, :]",
          "kept(p, seed, b, i[None, :], h[None, :]", "dv from other bits than the forward's",
          VALUES + "dropout_of_the_backward_is_that_of_the_forward"),
+        ("dkdv-cut", "if PART == CUT", "if PART == WHOLE", "the loop over cut tiles does not mask",
+         "whole_tiles_ragged-float16"),
         ("dkdv-row-head", "(b * Hkv * GROUP + h) * Nq + i", "(b * Hkv * GROUP + hkv) * Nq + i",
          "lse and delta of another head of the group", "group_8_long group_2_long"),
         ("dkdv-run-head", "(b * Hkv + hkv) * Nq + t * BLOCK_Q", "b * Hkv * Nq + t * BLOCK_Q",
@@ -163,7 +177,7 @@ DKDV = [
     ),
     *mutants("tiles", "rows_of_part",
         ("rows-beyond", "tl.minimum(end, n_whole)", "end",
-         "a tile of fewer rows is read as if it had them all", FLAG + "[whole_tiles_long-sm_90]"),
+         "a tile of fewer rows is read as if it had them all", WHOLE_TILES + "[whole_tiles-sm_90]"),
         mode="emulated",
     ),
     *mutants("rows", "bounds_kernel",
@@ -171,7 +185,7 @@ DKDV = [
          "tl.store(bounds + 1, tl.max(first))\n    tl.store(bounds + 2, tl.min(last))",
          "tl.store(bounds + 1, tl.max(tl.where(row_mask, first, 0)))\n"
          "    tl.store(bounds + 2, tl.min(tl.where(row_mask, last, Nk)))",
-         "the same beside intervals", FLAG + "[whole_tiles_padding_long-sm_90]"),
+         "the same beside intervals", WHOLE_TILES + "[whole_tiles_padding-sm_90]"),
         mode="emulated",
     ),
     *mutants("rows", "bounds_kernel",

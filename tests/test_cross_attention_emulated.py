@@ -45,14 +45,20 @@ FLAGS = {
     "far_apart": dict(layout="far_apart"),
     "one_start": dict(mask="padding"),
     "one_row": dict(mask="causal"),
-    "whole_tiles": dict(Nq=150, Nk=280, returns="out"),
-    "whole_tiles_padding": dict(Nq=150, Nk=280, mask="padding", returns="out"),
     "float32_bias": dict(bias="B1QK", bias_dtype=torch.float32),
     "everything": dict(
         Hq=4, mask="empty_rows", bias="BHQK", softcap=3.0, dropout_p=0.2, D=24, Dv=40,
         scale=(0.3, 0.2, 0.5, -0.1),
     ),
 }  # fmt: skip
+# only with nothing but out are there two loops; whole tiles in both walks
+WHOLE = {
+    "whole_tiles": {},
+    "whole_tiles_padding": dict(mask="padding"),
+    "whole_tiles_causal": dict(mask="causal"),
+    "whole_tiles_ragged": dict(mask="ragged", scale=(0.3, -0.2)),
+    "whole_tiles_group": dict(mask="causal", Hq=6, Hkv=2),
+}
 BASE = dict(B=2, Hq=2, Hkv=2, D=32, returns="statistics")
 
 
@@ -60,6 +66,11 @@ def cases(length: str) -> list[Case]:
     return [
         Case(f"{name}_{length}", **BASE | LENGTHS[length] | flags) for name, flags in FLAGS.items()
     ]
+
+
+def whole_cases() -> list[Case]:
+    size = dict(Nq=150, Nk=280, returns="out")
+    return [Case(name, **BASE | size | flags) for name, flags in WHOLE.items()]
 
 
 def assert_right(case: Case, mode, dtype: torch.dtype) -> None:
@@ -81,6 +92,12 @@ def test_flag(mode, case):
     """sm_80 has float16 in the long cases, sm_90 in the short ones; bfloat16 in the others."""
     long = case.Nq == LONG["Nq"]
     assert_right(case, mode, mode.dtypes[long == (mode.name == "sm_80")])
+
+
+@pytest.mark.parametrize("mode", modes("sm_80", "sm_90", "gpu"), indirect=True)
+@pytest.mark.parametrize("case", whole_cases(), ids=str)
+def test_whole_tiles(mode, case):
+    assert_right(case, mode, mode.dtypes[mode.name == "sm_80"])
 
 
 @pytest.mark.parametrize("mode", modes("sm_80", "sm_90", "gpu"), indirect=True)

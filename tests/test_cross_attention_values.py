@@ -15,8 +15,10 @@ from xattn_kernels import KeyInterval, cross_attention
 from xattn_kernels.reference import philox_keep
 
 BASE = dict(B=2, Hq=2, Hkv=2, Nk=75, D=32)
-LENGTHS = {"short": 6, "long": 70}
-each_length = pytest.mark.parametrize("Nq", LENGTHS.values(), ids=LENGTHS)
+# few and many rows; many tiles, some of them whole, and nothing but out: two loops in 16 bit
+SIZES = {"short": dict(Nq=6), "long": dict(Nq=70), "out": dict(Nq=150, Nk=280, returns="out")}
+each_size = pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+each_length = pytest.mark.parametrize("Nq", [6, 70], ids=["short", "long"])
 
 
 def visible(c: Case, mask) -> torch.Tensor:
@@ -35,12 +37,12 @@ def assert_exact_zeros(found: dict, seen: torch.Tensor) -> None:
         assert (found[name].transpose(0, 1)[:, unseen] == 0).all(), f"{name} of a key nobody sees"
 
 
-@each_length
+@each_size
 @pytest.mark.parametrize(
     "mask", ["empty_rows", "unsorted", "empty_batch", "all_empty", "both_ends"]
 )
-def test_empty_rows_and_unseen_keys(mode, mask, Nq):
-    c = Case(f"zeros_{mask}", mask=mask, Nq=Nq, **mode.sizes)
+def test_empty_rows_and_unseen_keys(mode, mask, size):
+    c = Case(f"zeros_{mask}", mask=mask, **mode.sizes | size)
     call = written_out(build(c, mode.dtypes[0], mode.device))
     assert_exact_zeros(run(call, "triton"), visible(c, call.options["mask"]))
 
@@ -71,7 +73,7 @@ def assert_garbage_stays_out(c: Case, backend: str, dtype: torch.dtype, device: 
         assert torch.equal(t, expected[name]), name
 
 
-@each_length
+@each_size
 @pytest.mark.parametrize(
     ("mask", "value", "bias"),
     [
@@ -80,18 +82,18 @@ def assert_garbage_stays_out(c: Case, backend: str, dtype: torch.dtype, device: 
         ("padding_left", math.nan, "BHQK"),
     ],
 )
-def test_padding_may_hold_anything(mode, mask, value, bias, Nq):
-    c = Case(f"garbage_{mask}", mask=mask, bias=bias, Nq=Nq, **mode.sizes)
+def test_padding_may_hold_anything(mode, mask, value, bias, size):
+    c = Case(f"garbage_{mask}", mask=mask, bias=bias, **mode.sizes | size)
     assert_garbage_stays_out(c, "triton", mode.dtypes[0], mode.device, value)
 
 
 @pytest.mark.parametrize("mode", modes("interpreter", "gpu"), indirect=True)
-@each_length
-def test_intervals_beyond_the_keys_are_clamped(mode, Nq, monkeypatch):
+@each_size
+def test_intervals_beyond_the_keys_are_clamped(mode, size, monkeypatch):
     """By the kernels: tensors on a GPU are not looked at before."""
     monkeypatch.setattr(KeyInterval, "check", lambda self, Nk: None)
-    c = Case("beyond", mask="same_for_all", Nq=Nq, **mode.sizes)
-    call = build(c, mode.dtypes[1], mode.device)
+    c = Case("beyond", mask="same_for_all", **mode.sizes | size)
+    call = build(c, mode.dtypes["returns" not in size], mode.device)
     found = []
     for start, stop in ((0, c.Nk), (-3, c.Nk + 5)):
         bounds = torch.tensor([start, stop], dtype=torch.int32, device=mode.device)

@@ -29,8 +29,8 @@ class Config:
 @dataclass(frozen=True)
 class Row:
     """Applies up to `width` columns and `rows` query rows; `plain` False to calls with any flag
-    (bool mask, bias, softcap, dropout, statistics), `chunked` True to widths that are not a power
-    of two and take several loads; None to both."""
+    (bool mask, bias, softcap, dropout, statistics, scales of a group), `chunked` True to widths
+    that are not a power of two and take several loads; None to both."""
 
     families: tuple[str, ...]
     itemsize: int
@@ -75,10 +75,11 @@ TABLE = {
         *_rows(MMA, HALF, True, True, (64, 64, (64, 64, 4, 1)), (256, 64, (64, 32, 8, 2))),
         *_rows(ALL, HALF, True, None, (128, 16, (16, 64, 4, 3)), (256, 16, (16, 32, 4, 2)),
                (64, 32, (32, 64, 4, 3)), (128, 32, (32, 64, 4, 2)), (256, 32, (32, 32, 4, 1)),
-               (128, 64, (64, 64, 4, 2)), (64, ANY, (128, 64, 4, 2))),
-        *_rows(HOPPER, HALF, True, None, (128, ANY, (128, 128, 8, 2)), (256, ANY, (128, 64, 8, 2))),
+               (128, 64, (64, 64, 4, 2))),
+        *_rows(NOT_SMALL, HALF, True, None, (64, ANY, (128, 64, 4, 2))),
+        *_rows(HOPPER, HALF, True, None, (128, ANY, (128, 128, 8, 2))),
         *_rows(NOT_HOPPER, HALF, True, None, (128, ANY, (128, 64, 8, 2))),
-        *_rows(BLACKWELL, HALF, True, None, (256, ANY, (128, 32, 8, 2))),
+        *_rows(WGMMA, HALF, True, None, (256, ANY, (128, 32, 8, 2))),
         *_rows(MMA, HALF, True, True, (256, ANY, (128, 32, 8, 2))),
         *_rows(MMA, HALF, True, None, (256, ANY, (64, 32, 8, 2))),
         *_rows(ALL, HALF, False, None, (256, 16, (16, 32, 4, 1)), (128, ANY, (32, 32, 4, 1)),
@@ -102,7 +103,7 @@ TABLE = {
         *_rows(HOPPER, HALF, True, None, (128, ANY, (128, 64, 8, 2))),
         *_rows(WGMMA, HALF, True, None, (256, ANY, (128, 32, 8, 2))),
         *_rows(MMA, HALF, True, None, (64, ANY, (128, 64, 8, 2)), (128, ANY, (128, 32, 8, 2)),
-               (256, ANY, (64, 32, 8, 1))),
+               (256, ANY, (32, 32, 8, 1))),
         *_rows(ALL, HALF, False, True, (128, ANY, (16, 32, 8, 1))),
         *_rows(ALL, HALF, False, None, (128, ANY, (32, 32, 4, 1)), (256, ANY, (16, 32, 8, 1))),
         *_rows(ALL, FLOAT32, False, None, (64, ANY, (16, 32, 4, 1)), (128, ANY, (16, 32, 8, 1)),
@@ -116,9 +117,9 @@ TABLE = {
     "fused": [
         *_rows(BLACKWELL, HALF, True, True, (128, 16, (16, 16, 4, 1)), (128, 32, (32, 16, 8, 1))),
         *_rows(("hopper", *MMA), HALF, True, True, (128, 16, (16, 16, 4, 1)),
-               (128, 32, (32, 16, 4, 1))),
+               (128, 32, (32, 16, 4, 1, *BOUND))),
         *_rows(ALL, HALF, True, True, (128, ANY, (64, 16, 8, 1)), (256, ANY, (16, 16, 4, 1))),
-        *_rows(WGMMA, HALF, True, None, (64, 16, (16, 64, 4, 3)), (64, 32, (32, 64, 4, 2))),
+        *_rows(WGMMA, HALF, True, None, (64, 16, (16, 64, 4, 3)), (64, 32, (32, 64, 8, 2))),
         *_rows(ALL, HALF, True, None, (128, 16, (16, 32, 4, 2)), (128, 32, (32, 32, 4, 2))),
         *_rows(WGMMA, HALF, True, None, (64, 64, (64, 64, 4, 2))),
         *_rows(ALL, HALF, True, None, (128, ANY, (64, 32, 8, 1)), (256, ANY, (16, 32, 8, 1))),
@@ -202,7 +203,7 @@ def find_row(kernel: str, arch: int, D: int, Dv: int, itemsize: int, plain: bool
     """The first row of TABLE[kernel] that fits a call.
 
     arch: compute capability times ten; D, Dv: head widths, at most 256; itemsize: bytes of an
-    element of q; plain: no bool mask, bias, softcap, dropout or statistics; rows: query rows that
+    element of q; plain: no flag, see `Row`; rows: query rows that
     share a key head, Nq * Hq / Hkv.
     """
     family = FAMILIES.get(arch, "small")

@@ -137,12 +137,10 @@ class Call:
     group = property(lambda self: self.Hq // self.Hkv)
 
     def plain(self, statistics: bool) -> bool:
-        """Whether a score is a product and a scale, nothing else."""
-        return not (
-            self.softcap
-            or statistics
-            or any(t is not None for t in (self.mask, self.bias, self.seed))
-        )
+        """Whether a score is a product and one scale of its key head, nothing else."""
+        flags = (self.mask, self.bias, self.softcap or None, self.seed, statistics or None)
+        one_scale = self.scale_tensor is None or self.group == 1
+        return one_scale and all(flag is None for flag in flags)
 
     def two_loops(self, config: Config, block: int, statistics: bool) -> bool:
         """Whether a walk over tiles is two loops, see `keys_of_part`: where the tensor cores wait
