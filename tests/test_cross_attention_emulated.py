@@ -69,7 +69,7 @@ def cases(length: str) -> list[Case]:
 
 
 def whole_cases() -> list[Case]:
-    size = dict(Nq=150, Nk=280, returns="out")
+    size = dict(B=1, Nq=90, Nk=150, returns="out")
     return [Case(name, **BASE | size | flags) for name, flags in WHOLE.items()]
 
 
