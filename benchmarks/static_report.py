@@ -175,6 +175,8 @@ def regressions(old: KernelReport, new: KernelReport) -> list[str]:
     before, after = (r.always.get("tensor", 0) + r.one_warp.get("tensor", 0) for r in (old, new))
     if before and not after:
         found.append(f"{where}: the main loop lost its {before} tensor-core instructions")
+    if old.cut and not new.cut:
+        found.append(f"{where}: one loop over all tiles, which were two, whole ones without masks")
     if new.per_1000 > old.per_1000 * GROWTH:
         found.append(
             f"{where}: {old.per_1000:g} instructions per 1,000 pairs became {new.per_1000:g}, "
@@ -242,11 +244,12 @@ def main() -> int:
     print(file=sys.stderr)
     if args.out:
         path = report_file(args.out, rows[0].triton)
-        old = {report.key: report for report in read(path)}
+        old = read(path)
+        before = {report.key: report for report in old}
         for report in reports:
-            for worse in regressions(old.get(report.key, report), report):
+            for worse in regressions(before.get(report.key, report), report):
                 print(worse)
-        write(merge(list(old.values()), reports), path)
+        write(merge(old, reports), path)
         if args.grid:
             compile_grid.write(rows, args.out)
     print(f"{len(reports)} kernels of {len(tasks)} calls, {n_faults} with faults")

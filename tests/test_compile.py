@@ -1,5 +1,7 @@
 """A sample of the compile grid: every kernel and architecture, no spills, tensor cores in use."""
 
+from dataclasses import replace
+
 import pytest
 
 pytest.importorskip("triton", reason="the compile grid needs Triton, not a GPU")
@@ -70,13 +72,20 @@ def test_the_grid_takes_every_row_of_the_table(monkeypatch):
 
 
 def test_the_grid_reports_a_spill():
-    """A tile far too large for the registers must be reported, or the gate gates nothing."""
+    """More than the registers hold must be reported, or the gate gates nothing."""
     import xattn_kernels.triton_kernels.launch as launch
     from xattn_kernels.triton_kernels.configs import Config
 
-    lookup, launch.lookup = launch.lookup, lambda *args, **kwargs: Config(128, 128, 4, 1)
+    lookup, launch.lookup = launch.lookup, lambda *args, **kwargs: Config(16, 32, 1, 1, 32)
     try:
-        rows = compile_case((80, Case("too-large", 128, 128, "bfloat16", 256)))
+        rows = compile_case((80, Case("too-large", 64, 64, "bfloat16", 16)))
     finally:
         launch.lookup = lookup
     assert any("spill" in why for row in rows for why in faults(row))
+
+
+def test_a_kernel_of_two_cases_is_in_the_rows_of_both():
+    """Triton compiles it once in a process, whose rows must not depend on what came before."""
+    case = next(c for c in cases() if c.name == "decode1-D64-Dv64")
+    first, again = (compile_case((90, replace(case, name=name))) for name in ("first", "again"))
+    assert [replace(row, case="again") for row in first] == again

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from calls import assert_right, build
-from cases import CASES, PAIRS
+from cases import CASES, PAIRS, Case
 from xattn_kernels import sdpa
 from xattn_kernels.cross_attention import cross_attention, triton_reasons
 
@@ -16,15 +16,28 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
+def compiled_for(c: Case) -> tuple:
+    """What a kernel is compiled for: cases that agree in it share one."""
+    regime = sum(c.Nq * c.Hq // c.Hkv > rows for rows in (16, 32, 64))
+    mask = "interval" if c.mask and "bool" not in c.mask else c.mask
+    scale = len(c.scale) if isinstance(c.scale, tuple) else 0
+    sizes = [1 if n == 1 else n % 16 == 0 for n in (c.B, c.Hkv, c.Nq, c.Nk)]
+    return (
+        c.D, c.Dv, c.Hq // c.Hkv, regime, mask, c.bias, c.bias_dtype, scale,
+        c.softcap is None, c.dropout_p > 0, c.returns, c.layout, *sizes,
+    )  # fmt: skip
+
+
 def everywhere() -> list:
     """(mode, case, dtype): interpreted in two dtypes, emulated on one architecture each, on a GPU
     in all. Many row tiles, pairs of flags and float16 are left out of a fast run: the interpreter
-    is slow by the tile."""
-    found = []
-    for n, case in enumerate(CASES):
+    is slow by the tile. Emulation is slow by the compilation, so cases that can share one do."""
+    found, kinds = [], {}
+    for case in CASES:
         for dtype in DTYPES[:2]:
             slow = dtype == torch.float16 or case.Nq > 35 or case in PAIRS
             found.append(("interpreter", case, dtype, [pytest.mark.slow] * slow))
+        n = kinds.setdefault(compiled_for(case), len(kinds))
         arch = "sm_89" if n % 8 == 7 else ("sm_80", "sm_90")[n % 2]
         found.append((arch, case, DTYPES[1 + n // 2 % 2], [pytest.mark.emulated]))
         found += [("gpu", case, dtype, [pytest.mark.gpu]) for dtype in DTYPES]

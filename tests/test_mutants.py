@@ -1,6 +1,7 @@
 """Every mutant still is one: its snippet is in the source once, its tests exist."""
 
 import ast
+import re
 from functools import lru_cache
 
 import pytest
@@ -37,6 +38,13 @@ def test_tests_that_should_see_it_exist(mutant):
             assert f"test_{name.partition('[')[0]}" in functions_of(file)
         else:
             assert test.partition("-")[0] in BY_NAME
+
+
+def test_the_page_is_of_these_mutants():
+    page = (ROOT / "docs" / "mutants.md").read_text()
+    rows = re.findall(r"^\| ([\w-]+) \| `([\w.]+)` \|", page, re.MULTILINE)
+    assert rows == [(m.name, f"{m.file}.{m.function}") for m in MUTANTS], "run make mutants"
+    assert "**nothing**" not in page
 
 
 def test_names_are_unique():

@@ -196,7 +196,7 @@ def test_the_bound_is_the_busiest_unit():
 OLD = KernelReport(
     90, "case", "forward", registers=168, spills=0, stack=0, shared=0, blocks_per_sm=1,
     num_warps=8, num_stages=2, block_q=64, block_k=64, tiles=1, per_1000=100.0,
-    always={"tensor": 8, "float": 20},
+    always={"tensor": 8, "float": 20}, cut={"tensor": 8, "select": 9},
 )  # fmt: skip
 
 
@@ -206,6 +206,7 @@ OLD = KernelReport(
         (dict(spills=8), "0 spilled bytes became 8"),
         (dict(per_1000=104.0), "sm_90 case forward: 100 instructions per 1,000 pairs became 104"),
         (dict(always={"float": 500}), "lost its 8 tensor-core instructions"),
+        (dict(cut={}), "one loop over all tiles, which were two"),
     ],
 )
 def test_a_regression_is_named(change: dict, words: str):
