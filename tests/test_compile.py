@@ -17,7 +17,7 @@ from benchmarks.compile_grid import (
 )
 from benchmarks.compile_grid import launch as launch_case
 
-# One case in four, spread over the architectures; test_static_report.py compiles ALWAYS on each.
+# One case in four, spread over the architectures; test_static_report.py compiles ALWAYS.
 SAMPLE = [
     (ARCHS[n % len(ARCHS)], c)
     for n, c in enumerate(c for c in cases() if c.name not in ALWAYS)

@@ -31,7 +31,8 @@ def compiled_for(c: Case) -> tuple:
 def everywhere() -> list:
     """(mode, case, dtype): interpreted in two dtypes, emulated on one architecture each, on a GPU
     in all. Many row tiles, pairs of flags and float16 are left out of a fast run: the interpreter
-    is slow by the tile. Emulation is slow by the compilation, so cases that can share one do."""
+    is slow by the tile. Emulation is slow by the compilation: cases that can share one do, and
+    pairs of flags are left to the case with all of them."""
     found, kinds = [], {}
     for case in CASES:
         for dtype in DTYPES[:2]:
@@ -39,7 +40,8 @@ def everywhere() -> list:
             found.append(("interpreter", case, dtype, [pytest.mark.slow] * slow))
         n = kinds.setdefault(compiled_for(case), len(kinds))
         arch = "sm_89" if n % 8 == 7 else ("sm_80", "sm_90")[n % 2]
-        found.append((arch, case, DTYPES[1 + n // 2 % 2], [pytest.mark.emulated]))
+        if case not in PAIRS:
+            found.append((arch, case, DTYPES[1 + n // 2 % 2], [pytest.mark.emulated]))
         found += [("gpu", case, dtype, [pytest.mark.gpu]) for dtype in DTYPES]
     return [
         pytest.param(mode, case, dtype, id=f"{mode}-{case}-{str(dtype)[6:]}", marks=marks)

@@ -85,6 +85,7 @@ def test_nothing_is_kept_without_gradients(mode, launched):
     assert launched == ["forward_kernel"] * 2
 
 
+@pytest.mark.taking_turns
 @each_length
 @pytest.mark.parametrize("used", ["out", "lse", "entropy"])
 def test_one_output_used(mode, Nq, used):
@@ -103,6 +104,7 @@ def test_one_output_used(mode, Nq, used):
         assert_as_accurate(*grads, f"d{n}", size=1.0, rounded_to=mode.dtypes[1])
 
 
+@pytest.mark.taking_turns
 @each_length
 def test_gradient_of_a_sum(mode, Nq):
     """out.sum() gives an expanded gradient, all of whose strides are 0."""
@@ -145,6 +147,7 @@ def test_inputs_are_left_alone(mode, Nq):
     assert all(t._version == 0 for t in tensors[: len(call.leaves)])
 
 
+@pytest.mark.taking_turns
 @pytest.mark.slow
 @pytest.mark.parametrize("splits", [1, 3])
 @each_length
@@ -218,6 +221,7 @@ SPLIT = [
 ]
 
 
+@pytest.mark.taking_turns
 @pytest.mark.slow
 @each_length
 @pytest.mark.parametrize(

@@ -164,6 +164,7 @@ def poison():
     torch.use_deterministic_algorithms(before)
 
 
+@pytest.mark.taking_turns
 @pytest.mark.slow
 @each_length
 @pytest.mark.parametrize(
