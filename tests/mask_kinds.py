@@ -196,7 +196,7 @@ def make_mask(name: str, c, g) -> KeyInterval | Tensor:
 def possible(name: str, c) -> bool:
     """Whether the case's sizes allow the mask."""
     least = {"nonempty": c.Nk, "one_key": c.Nk, "both_ends": c.Nk - 2, "packed": c.Nq,
-             "empty_batch": c.B}  # fmt: skip
+             "empty_batch": c.B, "across_tiles": c.Nk - 32}  # fmt: skip
     if name.startswith("qformer"):
         return c.Nk >= c.Nq
     return least.get(name, 1) > 0
