@@ -124,7 +124,7 @@ class CompileOnlyDriver:
 
 @contextlib.contextmanager
 def compile_only(arch: int) -> Iterator[list]:
-    """Inside, a launch compiles for `arch` and runs nothing; yields what was compiled."""
+    """Inside, a launch compiles for `arch` and runs nothing; yields each kernel launched."""
     from triton import knobs
     from triton.runtime import jit
     from triton.runtime.driver import driver
@@ -291,7 +291,7 @@ def main() -> int:
     print(file=sys.stderr)
     if args.out:
         write(rows, args.out)
-    print(f"{len(rows)} kernels compiled from {len(tasks)} calls, {n_faults} with faults")
+    print(f"{len(rows)} rows, kernels of {len(tasks)} calls, {n_faults} with faults")
     return 1 if n_faults else 0
 
 

@@ -37,8 +37,8 @@ exceed if every unit overlaps perfectly with every other; the unit behind it is 
 It leaves out latency, waiting, memory traffic and everything outside the loop, so it predicts no
 time.
 
-`make static-report` counts the whole grid; `tests/test_static_report.py` fails when a main loop
-grows by more than 3 % over the committed file of the same Triton version.
+`make static-report` counts the whole grid; `tests/test_static_report.py` counts a sample and fails
+when a main loop grows by more than 3 % over the committed file of the same Triton version.
 """
 RIVALS = """\
 ## Beside other kernels

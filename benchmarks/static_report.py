@@ -18,6 +18,7 @@ import json
 import multiprocessing
 import re
 import sys
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -176,12 +177,24 @@ def regressions(old: KernelReport, new: KernelReport) -> list[str]:
     if before and not after:
         found.append(f"{where}: the main loop lost its {before} tensor-core instructions")
     if old.cut and not new.cut:
-        found.append(f"{where}: one loop over all tiles, which were two, whole ones without masks")
+        found.append(f"{where}: the loop over whole tiles is gone, every tile is masked")
     if new.per_1000 > old.per_1000 * GROWTH:
         found.append(
             f"{where}: {old.per_1000:g} instructions per 1,000 pairs became {new.per_1000:g}, "
             f"{old.always} became {new.always}"
         )
+    return found
+
+
+def all_regressions(old: list[KernelReport], new: list[KernelReport]) -> list[str]:
+    """Of every kernel; those with one key, such as the two dq of attention weights, by order."""
+    before = defaultdict(list)
+    for report in old:
+        before[report.key].append(report)
+    found = []
+    for report in new:
+        if before[report.key]:
+            found += regressions(before[report.key].pop(0), report)
     return found
 
 
@@ -245,14 +258,14 @@ def main() -> int:
     if args.out:
         path = report_file(args.out, rows[0].triton)
         old = read(path)
-        before = {report.key: report for report in old}
-        for report in reports:
-            for worse in regressions(before.get(report.key, report), report):
-                print(worse)
+        for worse in all_regressions(old, reports):
+            print(worse)
         write(merge(old, reports), path)
         if args.grid:
             compile_grid.write(rows, args.out)
-    print(f"{len(reports)} kernels of {len(tasks)} calls, {n_faults} with faults")
+    print(
+        f"{len(reports)} rows, each a kernel of one of {len(tasks)} calls, {n_faults} with faults"
+    )
     return 1 if n_faults else 0
 
 

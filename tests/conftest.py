@@ -69,22 +69,20 @@ def find_ptxsim() -> ModuleType:
 
 @contextmanager
 def without_assembler() -> Iterator[None]:
-    """Triton stops at the PTX, which is what ptxsim executes; the assembler is a fifth of the time
-    of compiling. In a cache of their own, so that nobody finds kernels without a binary."""
+    """Triton stops at the PTX, which is what ptxsim executes: the assembler is a fifth of the time
+    of compiling. It sees what the compile grid has, not each shape that is emulated. The cache is a
+    folder of its own, as Triton 3.6 does not tell these kernels by their key from whole ones."""
     from triton import knobs
 
-    def stop_at_ptx(*stages_of):
-        if not stages_of:  # what Triton 3.9 tells kernels of other stages apart by
+    def stop_at_ptx(backend=None, stages=None, *_):
+        if stages is None:  # Triton 3.9 asks for a part of the key
             return "only PTX", "only PTX"
-        stages_of[1]["cubin"] = lambda ptx, metadata: b""
+        stages["cubin"] = lambda ptx, metadata: b""
 
-    before = knobs.runtime.add_stages_inspection_hook, knobs.cache.dir
-    knobs.runtime.add_stages_inspection_hook = stop_at_ptx
-    knobs.cache.dir = str(Path(before[1], "only_ptx"))
-    try:
+    with knobs.runtime.scope(), knobs.cache.scope():
+        knobs.runtime.add_stages_inspection_hook = stop_at_ptx
+        knobs.cache.dir = str(Path(knobs.cache.dir, "only_ptx"))
         yield
-    finally:
-        knobs.runtime.add_stages_inspection_hook, knobs.cache.dir = before
 
 
 @contextmanager
@@ -125,24 +123,38 @@ def pytest_addoption(parser):
     parser.addoption("--share", help="n/m: each m-th test from the n-th on, counted from 0")
 
 
+def position(mark: pytest.Mark, params: dict[str, Any]) -> int:
+    """Of the set of values among those of its `parametrize`."""
+    names = mark.args[0] if isinstance(mark.args[0], tuple) else (mark.args[0],)
+    for n, values in enumerate(mark.args[1]):
+        values = values if len(names) > 1 else (values,)
+        if all(params[name] is value for name, value in zip(names, values, strict=True)):
+            return n
+    raise ValueError(f"{params} has no value of {mark}")
+
+
 def has_its_turn(item: pytest.Item) -> bool:
-    """Marked `taking_turns`, a test is emulated on sm_80 for one set of parameters and on sm_90 for
-    the next: compiling takes most of the time, and nothing that is tested asks for both."""
-    indices = dict(item.callspec.indices) if hasattr(item, "callspec") else {}
-    if "mode" not in indices or not item.get_closest_marker("taking_turns"):
+    """Whether a test runs here: marked `taking_turns`, each set of parameters is emulated on one
+    architecture only, and whatever one parameter is, both are reached through the others."""
+    if item.get_closest_marker("taking_turns") is None:
         return True
-    del indices["mode"]
-    other = ("sm_90", "sm_80")[sum(indices.values()) % 2]
-    return item.callspec.params["mode"] != other
+    params = item.callspec.params
+    marks = [m for m in item.iter_markers("parametrize") if m.args[0] != "mode"]
+    n = sum(position(mark, params) for mark in marks)
+    return params["mode"] != ("sm_90", "sm_80")[n % 2]
 
 
 def pytest_collection_modifyitems(config, items):
-    found = [item for item in items if has_its_turn(item)]
+    found = items
+    if not any("[" in str(wanted) for wanted in config.args):  # whoever names one test gets it
+        found = [item for item in items if has_its_turn(item)]
     if share := config.getoption("share"):
         n, m = map(int, share.split("/"))
         found = found[n::m]
-    config.hook.pytest_deselected(items=list(set(items) - set(found)))
-    items[:] = found
+    if len(found) < len(items):
+        kept = set(found)
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = found
 
 
 @pytest.hookimpl(wrapper=True)

@@ -61,7 +61,7 @@ FORWARD = [
     ),
     *mutants("cross_attention", "forward",
         ("forward-scale-zero", "scale >= SMALLEST_SCALE", "scale > 0.0",
-         "-inf * 0 under a scale that float32 rounds to 0", FLAG + "[scale_tiny_short-sm_90]"),
+         "-inf * 0 under a scale that float32 rounds to 0", FLAG + "[scale_tiny-short-sm_90]"),
         mode="emulated",
     ),
     *mutants("cross_attention", "forward_kernel",

@@ -17,7 +17,7 @@ from benchmarks.compile_grid import (
 )
 from benchmarks.compile_grid import launch as launch_case
 
-# One case in four, spread over the architectures; test_static_report.py compiles ALWAYS.
+# One case in four, spread over the architectures; test_static_report.py samples ALWAYS.
 SAMPLE = [
     (ARCHS[n % len(ARCHS)], c)
     for n, c in enumerate(c for c in cases() if c.name not in ALWAYS)
@@ -78,7 +78,7 @@ def test_the_grid_reports_a_spill():
 
     lookup, launch.lookup = launch.lookup, lambda *args, **kwargs: Config(16, 32, 1, 1, 32)
     try:
-        rows = compile_case((80, Case("too-large", 64, 64, "bfloat16", 16)))
+        rows = compile_case((80, Case("too-few-registers", 64, 64, "bfloat16", 16)))
     finally:
         launch.lookup = lookup
     assert any("spill" in why for row in rows for why in faults(row))

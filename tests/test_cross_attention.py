@@ -9,6 +9,7 @@ import torch
 
 from calls import assert_right, build
 from cases import CASES, PAIRS, Case
+from cases import FLAGS as PAIRED
 from xattn_kernels import sdpa
 from xattn_kernels.cross_attention import cross_attention, triton_reasons
 
@@ -17,7 +18,7 @@ each_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
 def compiled_for(c: Case) -> tuple:
-    """What a kernel is compiled for: cases that agree in it share one."""
+    """What kernels are compiled for: cases that agree in it share most of theirs."""
     regime = sum(c.Nq * c.Hq // c.Hkv > rows for rows in (16, 32, 64))
     mask = "interval" if c.mask and "bool" not in c.mask else c.mask
     scale = len(c.scale) if isinstance(c.scale, tuple) else 0
@@ -28,20 +29,34 @@ def compiled_for(c: Case) -> tuple:
     )  # fmt: skip
 
 
+def emulated() -> dict[str, tuple[str, torch.dtype]]:
+    """The architecture and dtype of each case. Emulation is slow by the compilation, so cases that
+    share kernels take one dtype and, where only their values differ, two architectures; of pairs of
+    flags those with a bool mask are there, as the case with all flags has an interval."""
+    found, kinds = {}, {}
+    for case in CASES:
+        if case in PAIRS and case.mask != PAIRED["bool"]["mask"]:
+            continue
+        n, members = kinds.setdefault(compiled_for(case), (len(kinds), []))
+        other = len(members) % 2 if case.mask is None else 0
+        members.append(case)
+        arch = "sm_89" if n % 8 == 7 else ("sm_80", "sm_90")[(n + other) % 2]
+        found[case.name] = arch, DTYPES[1 + n // 2 % 2]
+    return found
+
+
 def everywhere() -> list:
-    """(mode, case, dtype): interpreted in two dtypes, emulated on one architecture each, on a GPU
-    in all. Many row tiles, pairs of flags and float16 are left out of a fast run: the interpreter
-    is slow by the tile. Emulation is slow by the compilation: cases that can share one do, and
-    pairs of flags are left to the case with all of them."""
-    found, kinds = [], {}
+    """(mode, case, dtype): interpreted in two dtypes, emulated where `emulated` says, on a GPU in
+    all. Many row tiles, pairs of flags and float16 are left out of a fast run: the interpreter is
+    slow by the tile."""
+    found, once = [], emulated()
     for case in CASES:
         for dtype in DTYPES[:2]:
             slow = dtype == torch.float16 or case.Nq > 35 or case in PAIRS
             found.append(("interpreter", case, dtype, [pytest.mark.slow] * slow))
-        n = kinds.setdefault(compiled_for(case), len(kinds))
-        arch = "sm_89" if n % 8 == 7 else ("sm_80", "sm_90")[n % 2]
-        if case not in PAIRS:
-            found.append((arch, case, DTYPES[1 + n // 2 % 2], [pytest.mark.emulated]))
+        if case.name in once:
+            arch, dtype = once[case.name]
+            found.append((arch, case, dtype, [pytest.mark.emulated]))
         found += [("gpu", case, dtype, [pytest.mark.gpu]) for dtype in DTYPES]
     return [
         pytest.param(mode, case, dtype, id=f"{mode}-{case}-{str(dtype)[6:]}", marks=marks)

@@ -62,12 +62,6 @@ WHOLE = {
 BASE = dict(B=2, Hq=2, Hkv=2, D=32, returns="statistics")
 
 
-def cases(length: str) -> list[Case]:
-    return [
-        Case(f"{name}_{length}", **BASE | LENGTHS[length] | flags) for name, flags in FLAGS.items()
-    ]
-
-
 def whole_cases() -> list[Case]:
     size = dict(B=1, Nq=90, Nk=150, returns="out")
     return [Case(name, **BASE | size | flags) for name, flags in WHOLE.items()]
@@ -78,6 +72,7 @@ def assert_right(case: Case, mode, dtype: torch.dtype) -> None:
     assert_agrees(ours, case, dtype, mode.device)
 
 
+@pytest.mark.taking_turns
 @pytest.mark.parametrize("mode", modes("sm_80", "sm_90", "gpu"), indirect=True)
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("mask", MASKS)
@@ -86,12 +81,14 @@ def test_mask(mode, mask, length):
     assert_right(case, mode, mode.dtypes[0])
 
 
+@pytest.mark.taking_turns
 @pytest.mark.parametrize("mode", modes("sm_80", "sm_90", "gpu"), indirect=True)
-@pytest.mark.parametrize("case", cases("short") + cases("long"), ids=str)
-def test_flag(mode, case):
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("flag", FLAGS)
+def test_flag(mode, flag, length):
     """sm_80 has float16 in the long cases, sm_90 in the short ones; bfloat16 in the others."""
-    long = case.Nq == LONG["Nq"]
-    assert_right(case, mode, mode.dtypes[long == (mode.name == "sm_80")])
+    case = Case(f"{flag}_{length}", **BASE | LENGTHS[length] | FLAGS[flag])
+    assert_right(case, mode, mode.dtypes[(length == "long") == (mode.name == "sm_80")])
 
 
 @pytest.mark.parametrize("mode", modes("sm_80", "sm_90", "gpu"), indirect=True)
