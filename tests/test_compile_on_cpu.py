@@ -39,6 +39,7 @@ def test_cross_attention(mask):
     assert_same(lambda q, k, v: (cross_attention(q, k, v, mask=mask),), inputs, [])
 
 
+@pytest.mark.slow
 @each_mask
 @pytest.mark.parametrize("need_weights", [True, False])
 def test_module(mask, need_weights):

@@ -64,6 +64,7 @@ def test_fakes_have_the_strides_of_the_results(mode, flags, layout):
             assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_torch_compile(mode, backend):
     """One graph, with the mask built inside it; results and gradients as without the compiler."""

@@ -31,6 +31,7 @@ TILES = torch.tensor(
 PARTS = {ALL: [1, 2, 3, 4], WHOLE: [1], CUT: [2, 3, 4]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_tiles", [2, 255, 256, 257, 700])
 @pytest.mark.parametrize("share", [0.01, 0.97])
 @pytest.mark.parametrize("part", PARTS, ids=["all", "whole", "cut"])
