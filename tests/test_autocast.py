@@ -68,6 +68,7 @@ def test_backward_of_sdpa_under_autocast(flags):
     assert_equal(cast, plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("need_weights", [True, False])
 def test_module_under_autocast(need_weights, dropout):

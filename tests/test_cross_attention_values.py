@@ -22,7 +22,10 @@ SIZES = {
     "long": dict(Nq=70),
     "out": dict(Nq=70, Nk=150, returns="out", **ONE_HEAD),
 }
-each_size = pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+each_size = pytest.mark.parametrize(
+    "size",
+    [pytest.param(s, marks=[pytest.mark.slow] * (n == "out"), id=n) for n, s in SIZES.items()],
+)
 each_length = pytest.mark.parametrize("Nq", [6, 70], ids=["short", "long"])
 
 
