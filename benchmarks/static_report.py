@@ -263,9 +263,7 @@ def main() -> int:
         write(merge(old, reports), path)
         if args.grid:
             compile_grid.write(rows, args.out)
-    print(
-        f"{len(reports)} rows, each a kernel of one of {len(tasks)} calls, {n_faults} with faults"
-    )
+    print(f"{len(reports)} rows, kernels of {len(tasks)} calls, {n_faults} with faults")
     return 1 if n_faults else 0
 
 
