@@ -9,11 +9,14 @@ iteration of one block, in cycles of a multiprocessor, each unit on its own and 
 
 - issue: four schedulers, one warp instruction per cycle each;
 - tensor: the multiply-adds that the instructions do over the architecture's rate;
-- exp, fma, alu: 32 lanes per warp instruction over the results per cycle of the guide's table
+- exp, fma, imad, alu: 32 lanes per warp instruction over the results per cycle of the guide's table
   "Throughput of native arithmetic instructions" (exponentials and other MUFU; float32 add,
-  multiply, fma, and integer multiply-add, which shares their pipe; compare, select, logic, shift,
-  convert). A packed instruction (FFMA2 and its like) does two results per lane;
-- shared: 128 bytes per cycle, without bank conflicts and without what wgmma and tcgen05 read.
+  multiply, fma, and integer multiply-add, which shares their pipe; the latter alone, which has half
+  of that pipe where it is 128 wide; compare, select, logic, shift, convert). A packed instruction
+  (FFMA2 and its like) does two results per lane. 12.0 does integers in its float32 pipe; 128 per
+  cycle for all of alu is the most it can be, not a published figure, as is 64 for F2FP conversions;
+- shared: 128 bytes per cycle, without bank conflicts and without what asynchronous copies write
+  and wgmma and tcgen05 read.
 
 bound = (multiply-adds that the tile needs, in cycles) / (the busiest unit's cycles). Latency,
 waiting, memory and work outside the loop are not in it, so a kernel reaches less. It compares
@@ -45,6 +48,7 @@ class Multiprocessor:
     fma: int  # float32 results per cycle
     registers: int = 65536
     exp: int = 16
+    imad: int = 64
     alu: int = 64
     tensor_memory: int = 512  # columns, where there is one
 
@@ -54,7 +58,7 @@ MULTIPROCESSORS = {
     89: Multiprocessor(48, 24, 100 << 10, 512, 512, 128),
     90: Multiprocessor(64, 32, 228 << 10, 2048, 1288, 128),
     100: Multiprocessor(64, 32, 228 << 10, 4096, 1024, 128),
-    120: Multiprocessor(48, 24, 100 << 10, 512, 512, 128),
+    120: Multiprocessor(48, 24, 100 << 10, 512, 512, 128, alu=128),
 }
 SCHEDULERS = 4
 SHARED_BYTES = 128  # per cycle
@@ -112,7 +116,7 @@ def tensor_cycles(arch: int, instructions: list[Instruction], needed: int, tf32:
 def cycles(arch: int, loop: MainLoop, num_warps: int, needed: int, tf32: bool) -> dict[str, float]:
     """Cycles of each unit for one iteration of a block that needs `needed` multiply-adds."""
     has = MULTIPROCESSORS[arch]
-    rates = {"exp": has.exp, "fma": has.fma, "alu": has.alu}
+    rates = {"exp": has.exp, "fma": has.fma, "imad": has.imad, "alu": has.alu}
     found = dict.fromkeys(("issue", "tensor", *rates, "shared"), 0.0)
     products: list[Instruction] = []
     for part, warps in ((loop.always, num_warps), (loop.one_warp, 1)):
@@ -122,6 +126,8 @@ def cycles(arch: int, loop: MainLoop, num_warps: int, needed: int, tf32: bool) -
             if at := pipe(i):
                 results = 2 if i.root.endswith("2") and i.root[0] == "F" and at == "fma" else 1
                 found[at] += 32 * warps * results / rates[at]
+            if i.root == "IMAD":
+                found["imad"] += 32 * warps / rates["imad"]
             found["shared"] += shared_bytes(i) * warps / SHARED_BYTES
     found["tensor"] = tensor_cycles(arch, products, needed, tf32)
     return found

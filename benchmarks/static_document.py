@@ -48,8 +48,8 @@ The same counting for three implementations at {shape}:
 - **ours**: the grid's `many2048` case, which has key intervals, any strides, and bounds on every
   row;
 - **textbook**: `benchmarks/rivals/textbook.py`, flash attention with nothing around it, lengths
-  divisible by the tile, the best of a short list of tiles; its masked loop is the causal one (a
-  dash where that is a single tile, hence no loop);
+  divisible by the tile, with the tile, warps and stages of ours; its masked loop is the causal one
+  (a dash where that is a single tile, hence no loop);
 - **flex**: what `torch.compile` (torch {torch}) makes of FlexAttention with a "last image" mask,
   in torch's default configuration for that device. It knows sizes and strides at compile time.
   Its backward is one kernel, so dq and dkdv share its registers and spills.
@@ -70,12 +70,21 @@ What brought our counts down, the largest part first:
   own, and on mma architectures carried the scores through shared memory in between.
 - **Tiles to fit that layout**: at least 16 rows of a product for each warp, as several warps would
   compute the same rows otherwise.
-- **The scale after the maximum**: the maximum of the bare products, and the scale in the multiply-
-  add that the exponential needs anyway.
+- **-delta within the product.** What the backward subtracts from every <dout, v> is stored negated
+  and added, which makes it what the product's own sum starts from. An mma takes that as an operand;
+  a wgmma wants it in its accumulators, and gains only where it replaces a load.
+- **Addresses** of the rows of a tile are one number that moves and a tensor that stays.
+- **The scale after the maximum**: the maximum of the bare products is scaled once for a row, and
+  the scores in the multiply-add that the exponential needs anyway.
+- **A finite start of the maximum**: the lowest float32, above no score but -inf. A row without keys
+  then needs no select for -inf - -inf.
 - **Rows without keys** are cleared once, at the store, instead of in every tile.
-- **Addresses of rows** that follow each other are one number that moves and a tensor that stays.
 - **Block numbers are read again** before the store, so that nothing of its addresses occupies
   registers during the loops.
+
+What the textbook's kernels keep ahead of ours where they do: their strides are known when they are
+compiled, so the rows of a tile differ by an immediate offset of one address. Ours take any strides,
+two instructions for each 64-bit address and, on Ampere, a multiplication for each tile.
 """
 CONFLICTS = """\
 ## Bank conflicts

@@ -178,11 +178,13 @@ def regressions(old: KernelReport, new: KernelReport) -> list[str]:
         found.append(f"{where}: the main loop lost its {before} tensor-core instructions")
     if old.cut and not new.cut:
         found.append(f"{where}: the loop over whole tiles is gone, every tile is masked")
-    if new.per_1000 > old.per_1000 * GROWTH:
-        found.append(
-            f"{where}: {old.per_1000:g} instructions per 1,000 pairs became {new.per_1000:g}, "
-            f"{old.always} became {new.always}"
-        )
+    tiles = (("whole", old.per_1000, new.per_1000), ("cut", old.per_1000_cut, new.per_1000_cut))
+    for tile, before, after in tiles:
+        if after > before * GROWTH:
+            found.append(
+                f"{where}: {before:g} instructions per 1,000 pairs of a {tile} tile became "
+                f"{after:g}, {old.always} became {new.always}"
+            )
     return found
 
 

@@ -85,6 +85,7 @@ HEADS = [
     *[Case(f"group_{h // n}", Hq=h, Hkv=n, B=1) for h, n in [(2, 1), (6, 2), (8, 2), (8, 1)]],
     *[Case(f"group_{g}_long", Hq=2 * g, Hkv=2, B=1, Nq=70 // g, returns="out") for g in (2, 3, 4)],
     Case("group_8_long", Hq=8, Hkv=1, B=1, Nq=19, mask="nonempty"),
+    Case("batches_long", **LONG | dict(B=2, Hq=2, Hkv=2), returns="lse"),
 ]
 
 PLACED = [
@@ -97,6 +98,7 @@ PLACED = [
         for layout in ("BNHD", "sliced", "far_apart")
     ],
     Case("layout_far_apart", layout="far_apart", mask="nonempty"),
+    Case("layout_far_tiles", layout="far_apart", **LONG | dict(Nq=65, Nk=65)),
     Case("layout_far_batches", layout="far_batches", B=3, returns="out"),
     Case("layout_far_heads", layout="far_heads", B=1, Hq=3, Hkv=3, returns="out"),
     Case("layout_far_heads_long", layout="far_heads", returns="out", **LONG | dict(Hq=3, Hkv=3)),
@@ -139,6 +141,11 @@ SCALED = [
     Case("scale_negative", scale=-0.3),
     Case("scale_negative_lse", scale=-0.3, returns="lse"),
     Case("scale_zero_lse", scale=0.0, returns="lse"),
+    # the lowest score times such a scale is out of float32's range
+    *[
+        Case(f"mask_{m}_scale_{n}", scale=n**0.5, mask=m, returns="lse")
+        for m, n in (("empty_rows", 3), ("empty_rows", 5), ("both_ends", 7), ("unsorted", 2))
+    ],
     Case("scale_tensor", scale=(0.4,)),
     Case("scale_heads", scale=(0.4, 0.1)),
     Case("scale_heads_signs", Hq=3, Hkv=1, scale=(-0.4, 0.0, 0.2)),

@@ -79,6 +79,8 @@ def test_sdpa(case, dtype, device):
         pytest.skip("no CUDA device")
     if case.values == "infinite_k":
         pytest.skip("torch's kernel makes NaN of an infinite key at other positions than eager")
+    if case.name == "layout_far_tiles" and (device, dtype) == ("cpu", torch.bfloat16):
+        pytest.skip("torch's kernel copies keys together with the memory between them")
     case = replace(case, returns="out")
     call = build(case, dtype, device)
     if reasons := sdpa.reasons(call.inputs()):

@@ -56,6 +56,7 @@ WHOLE = {
     "whole_tiles": {},
     "whole_tiles_padding": dict(mask="padding"),
     "whole_tiles_causal": dict(mask="causal"),
+    "whole_tiles_nonempty": dict(mask="nonempty"),  # rows without a key in the first tile
     "whole_tiles_ragged": dict(mask="ragged", scale=(0.3, -0.2)),
     "whole_tiles_group": dict(mask="causal", Hq=6, Hkv=2),
 }

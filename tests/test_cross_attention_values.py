@@ -141,6 +141,23 @@ def test_what_is_not_finite_stays_out_of_rows_without_keys(mode, mask, where, Nq
             assert torch.equal(ours[name].isnan(), eager[name].isnan()), name
 
 
+@pytest.mark.parametrize("mode", modes("interpreter", "sm_80", "gpu"), indirect=True)
+@each_length
+@pytest.mark.parametrize("mask", ["nonempty", "causal"])
+def test_an_infinite_gradient_stays_within_its_interval(mode, mask, Nq):
+    """Beyond it dv alone may be 0 * inf, as far as tiles reach."""
+    c = Case("infinite_dout", Nq=Nq, mask=mask, returns="out", **mode.sizes)
+    call, row = build(c, mode.dtypes[0], mode.device), Nq // 2
+    call.upstream["out"][:, :, row] = math.inf
+    ours = run(call, "triton")
+    assert ours["out"].isfinite().all()
+    finite = ours["dq"].isfinite().all((0, 1, 3))
+    assert finite.sum() == Nq - 1 and not finite[row]
+    seen = visible(c, call.options["mask"])[:, None, row]
+    assert not seen.all()
+    assert torch.equal(~ours["dk"].isfinite().all(3), seen.expand(ours["dk"].shape[:3]))
+
+
 @pytest.mark.parametrize("mode", modes("interpreter", "gpu"), indirect=True)
 @each_length
 def test_a_row_whose_scores_are_all_minus_infinity_has_no_gradient(mode, Nq):

@@ -194,11 +194,17 @@ def test_the_bound_is_the_busiest_unit():
     # 8 cycles of a scheduler's tensor core against 3 * 8 of its exponentials
     busy = cycles(80, sass.MainLoop((product, exp, exp, exp), (), ()), 4, needed, False)
     assert bound(80, busy, needed, False) == (8 / 24, "exp")
+    # integer multiply-adds have half of the float pipe where it is 128 wide
+    for arch, name in ((80, "fma"), (90, "imad")):
+        many = cycles(
+            arch, sass.MainLoop((sass.Instruction("IMAD.WIDE"),) * 9, (), ()), 4, 0, False
+        )
+        assert max(many, key=many.__getitem__) == name and many["imad"] == 9 * 4 * 32 / 64
 
 
 OLD = KernelReport(
     90, "case", "forward", registers=168, spills=0, stack=0, shared=0, blocks_per_sm=1,
-    num_warps=8, num_stages=2, block_q=64, block_k=64, tiles=1, per_1000=100.0,
+    num_warps=8, num_stages=2, block_q=64, block_k=64, tiles=1, per_1000=100.0, per_1000_cut=150.0,
     always={"tensor": 8, "float": 20}, cut={"tensor": 8, "select": 9},
 )  # fmt: skip
 
@@ -207,7 +213,11 @@ OLD = KernelReport(
     ("change", "words"),
     [
         (dict(spills=8), "0 spilled bytes became 8"),
-        (dict(per_1000=104.0), "sm_90 case forward: 100 instructions per 1,000 pairs became 104"),
+        (
+            dict(per_1000=104.0),
+            "case forward: 100 instructions per 1,000 pairs of a whole tile bec",
+        ),
+        (dict(per_1000_cut=156.0), "150 instructions per 1,000 pairs of a cut tile became 156"),
         (dict(always={"float": 500}), "lost its 8 tensor-core instructions"),
         (dict(cut={}), "the loop over whole tiles is gone"),
     ],
@@ -238,4 +248,4 @@ def test_kernels_of_one_name_are_compared_in_order():
     assert not all_regressions(old, old)
     assert not all_regressions(old, [replace(OLD, arch=80)])
     (found,) = all_regressions(old, [OLD, replace(OLD, per_1000=60.0)])
-    assert "50 instructions per 1,000 pairs became 60" in found
+    assert "50 instructions per 1,000 pairs of a whole tile became 60" in found

@@ -127,13 +127,14 @@ def backward(
     lse = lse_in_score_units(call, lse)
     dq, dk, dbias, dscale, dlse = (None,) * 5
 
-    def rows(delta: Tensor) -> tuple:
-        return (dout, dout.stride(), lse, lse_low, delta, None, dweights.flatten(0, 1), strides)
+    def rows(minus_delta: Tensor) -> tuple:
+        terms = (lse, lse_low, minus_delta, None)
+        return (dout, dout.stride(), *terms, dweights.flatten(0, 1), strides)
 
     terms = rows(torch.zeros_like(lse))
     if own_lse:
         *_, dlse = backward_dq(call, config, terms, None, False, True)
-        terms = rows(-dlse)
+        terms = rows(dlse)
     if needs[0] or needs[3] or needs[4]:
         dq, dscale, _, _, dlse = backward_dq(call, config, terms, None, False, needs[4])
     if needs[1]:

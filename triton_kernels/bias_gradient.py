@@ -12,23 +12,23 @@ from torch import Tensor
 from .launch import Call
 from .scores import (
     forbid_outside,
-    kept,
     key_ranges,
     log2_probability,
-    plus_weight_gradient,
+    plus_rows,
+    probability_gradient,
     row_offsets,
     row_scale,
     score_gradient,
     tile_scores,
 )
-from .tiles import dot_nt, load_rows, load_tile, times
+from .tiles import dot_nt, load_rows, load_tile
 
 
 @triton.jit
 def dbias_kernel(
     dbias,  # float32 [n_splits, *bias.shape], contiguous
     bias_B, bias_H, bias_Nq, bias_Nk,  # each 1 or full
-    dout, stride_dout, lse, lse_low, delta, dentropy, dweights, stride_dweights,
+    dout, stride_dout, lse, lse_low, minus_delta, dentropy, dweights, stride_dweights,
     q, stride_q, k, stride_k, v, stride_v,
     bias, stride_bias, mask, stride_mask,
     start, stride_start, stop, stride_stop,
@@ -82,20 +82,19 @@ def dbias_kernel(
             )[0]  # fmt: skip
             s = forbid_outside(s, first, last, j[None, :])
             rows = (b * Hkv * GROUP + h) * Nq + i
-            row_lse, row_low, row_delta, row_dentropy = load_rows(
-                lse, lse_low, delta, dentropy, rows, row_mask, 1
+            row_lse, row_low, row_minus_delta, row_dentropy = load_rows(
+                lse, lse_low, minus_delta, dentropy, rows, row_mask, 1
             )
             log2_p = log2_probability(s, row_lse, row_low, bias)
             p = tl.exp2(log2_p)
-            dp = plus_weight_gradient(
+            dp = probability_gradient(
                 dot_nt(dout_tile, v_tile, CHUNKS_V, PRECISION), dweights,
                 row_offsets(stride_dweights, b, h_rows, i)[:, None], stride_dweights,
-                row_mask[:, None], j[None, :], Nk,
+                p_factor, seed, threshold,
+                b, h_rows[:, None], i[:, None], row_mask[:, None], j[None, :], Nk,
             )  # fmt: skip
-            dp = kept(
-                times(dp, p_factor), seed, b, h_rows[:, None], i[:, None], j[None, :], threshold
-            )
-            ds = score_gradient(p, log2_p, dp - row_delta, row_lse, dentropy, row_dentropy, True)
+            t = plus_rows(dp, row_minus_delta, True)
+            ds = score_gradient(p, log2_p, t, row_lse, dentropy, row_dentropy, True)
             # padding may hold NaN, and 0 * NaN would reach the bias beside it
             acc += forbid_outside(ds, first, last, j[None, :], 0.0)
 

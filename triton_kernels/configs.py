@@ -30,7 +30,8 @@ class Config:
 class Row:
     """Applies up to `width` columns and `rows` query rows; `plain` False to calls with any flag
     (bool mask, bias, softcap, dropout, statistics, scales of a group), `chunked` True to widths
-    that are not a power of two and take several loads; None to both."""
+    that are not a power of two and take several loads; None to both. `exact` rows want widths that
+    are multiples of 16: a mask of the last load's columns takes registers."""
 
     families: tuple[str, ...]
     itemsize: int
@@ -39,10 +40,11 @@ class Row:
     width: int
     rows: int
     config: Config | None
+    exact: bool = False
 
 
 ALL = ("hopper", "blackwell", "ampere", "small")
-HOPPER, BLACKWELL = ("hopper",), ("blackwell",)
+HOPPER, BLACKWELL, AMPERE = ("hopper",), ("blackwell",), ("ampere",)
 WGMMA, MMA = ("hopper", "blackwell"), ("ampere", "small")
 NOT_HOPPER, LARGE, SMALL = ("blackwell", *MMA), ("blackwell", "ampere"), ("small",)
 NOT_SMALL = ("hopper", *LARGE)
@@ -54,14 +56,14 @@ def register_bound(num_warps: int) -> int:
     return min(255, 65536 // (32 * num_warps))
 
 
-def _rows(families, itemsize, plain, chunked, *table) -> list[Row]:
+def _rows(families, itemsize, plain, chunked, *table, exact=False) -> list[Row]:
     """Left alone, ptxas guesses how many blocks share a multiprocessor and spills a few registers
     to fit them; told the bound it does not guess. Plain 16-bit kernels seldom spill, and the guess
     leaves room for more blocks of them."""
     bound = not (itemsize == HALF and plain)
     return [
         Row(families, itemsize, plain, chunked, width, rows, tile and Config(
-            *tile[:4], register_bound(tile[2]) if bound or len(tile) > 4 else None))
+            *tile[:4], register_bound(tile[2]) if bound or len(tile) > 4 else None), exact)
         for width, rows, tile in table
     ]  # fmt: skip
 
@@ -99,8 +101,8 @@ TABLE = {
     ],
     # one tile of query rows walks its keys and keeps dq
     "dq": [
-        *_rows(("ampere",), HALF, True, True, (128, ANY, (128, 64, 8, 2)),
-               (256, ANY, (128, 32, 8, 2))),
+        *_rows(AMPERE, HALF, True, True, (128, ANY, (128, 64, 8, 2)), exact=True),
+        *_rows(AMPERE, HALF, True, True, (64, ANY, (128, 64, 8, 2)), (256, ANY, (128, 32, 8, 2))),
         *_rows(BLACKWELL, HALF, True, None, (128, ANY, (128, 64, 8, 2, *BOUND))),
         *_rows(HOPPER, HALF, True, None, (128, ANY, (128, 64, 8, 2))),
         *_rows(WGMMA, HALF, True, None, (256, ANY, (128, 32, 8, 2))),
@@ -136,13 +138,16 @@ TABLE = {
     ],
     # one tile of keys walks the rows that reach it and keeps dk and dv
     "dkdv": [
-        *_rows(BLACKWELL, HALF, True, True, (128, ANY, (32, 16, 4, 1, *BOUND)),
-               (256, ANY, (16, 32, 8, 1))),
+        *_rows(BLACKWELL, HALF, True, True, (128, ANY, (64, 128, 8, 1, *BOUND)),
+               (160, ANY, (32, 128, 8, 1, *BOUND)), (256, ANY, (16, 32, 8, 1))),
+        *_rows(AMPERE, HALF, True, False, (64, ANY, (64, 128, 8, 2)), exact=True),
+        *_rows(AMPERE, HALF, True, None, (64, ANY, (32, 128, 8, 2))),
         *_rows(ALL, HALF, True, None, (64, ANY, (64, 128, 8, 2))),
         *_rows(HOPPER, HALF, True, None, (128, ANY, (32, 128, 8, 2))),
+        *_rows(MMA, HALF, True, True, (96, ANY, (32, 128, 8, 2)), exact=True),
         *_rows(MMA, HALF, True, None, (128, ANY, (16, 128, 8, 2))),
         *_rows(("hopper", *MMA), HALF, True, True, (256, ANY, (16, 128, 8, 2))),
-        *_rows(BLACKWELL, HALF, True, None, (128, ANY, (64, 32, 8, 2, *BOUND))),
+        *_rows(BLACKWELL, HALF, True, None, (128, ANY, (64, 128, 8, 1, *BOUND))),
         *_rows(NOT_SMALL, HALF, True, None, (256, ANY, (64, 32, 8, 1))),
         *_rows(SMALL, HALF, True, None, (256, ANY, (32, 32, 8, 1))),
         *_rows(ALL, HALF, False, True, (128, ANY, (32, 16, 4, 1))),
@@ -209,12 +214,14 @@ def find_row(kernel: str, arch: int, D: int, Dv: int, itemsize: int, plain: bool
     """
     family = FAMILIES.get(arch, "small")
     chunked = any(len(column_chunks(width, HALF)) > 1 for width in (D, Dv))
+    exact = D % 16 == Dv % 16 == 0
     for row in TABLE[kernel]:
         if (
             family in row.families
             and itemsize == row.itemsize
             and row.plain in (plain, None)
             and row.chunked in (chunked, None)
+            and (exact or not row.exact)
             and max(D, Dv) <= row.width
             and rows <= row.rows
         ):

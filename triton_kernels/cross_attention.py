@@ -15,6 +15,7 @@ from .launch import (
 )
 from .rows import merge_splits
 from .scores import (
+    LOWEST,
     cut_scores,
     exp_difference,
     kept,
@@ -81,7 +82,7 @@ def forward_kernel(
     # [BLOCK_Q, D]
     q_tile = load_tile(q, row_offsets(stride_q, b, h, i), row_mask, D, CHUNKS, ALIGN)
     # [BLOCK_Q], [BLOCK_Q, DV]
-    m = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    m = tl.full([BLOCK_Q], LOWEST, tl.float32)
     l = tl.full([BLOCK_Q], 0.0, tl.float32)
     a = tl.full([BLOCK_Q], 0.0, tl.float32)  # sum of e * log(e), for the entropy
     acc = zero_tile(BLOCK_Q, CHUNKS_V)
@@ -104,16 +105,13 @@ def forward_kernel(
             )  # fmt: skip
             cut = (k0 < full_begin) | (k0 + BLOCK_K > full_end)
             s = cut_scores(s, cut, first, last, j[None, :], PART)
-            m_new = tl.maximum(m, tl.max(s, 1))
-            # a row with no key yet keeps m = -inf; subtracting 0 there never forms inf - inf
-            m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-            e = exp_difference(s, m_safe[:, None], factor, bias)
-            alpha = exp_difference(m, m_safe, factor, bias)
+            m_new = tl.maximum(m, times(tl.max(s, 1), factor))
+            e = exp_difference(s, m_new[:, None], factor, bias)
+            alpha = exp_difference(m, m_new, None, bias)
             if entropy is not None:
-                shift = tl.where(m == float("-inf"), 0.0, m - m_safe)
-                t = tl.where(e > 0, s - m_safe[:, None], 0.0)
-                # alpha = 0 forgets what came before, though the shift may have overflowed
-                a = tl.where(alpha == 0, 0.0, alpha * (a + l * shift)) + tl.sum(e * t, 1)
+                t = tl.where(e > 0, s - m_new[:, None], 0.0)
+                # alpha = 0 forgets what came before, though m - m_new may have overflowed
+                a = tl.where(alpha == 0, 0.0, alpha * (a + l * (m - m_new))) + tl.sum(e * t, 1)
             l = l * alpha + tl.sum(e, 1)
             m = m_new
             e = kept(e, seed, b, h[:, None], i[:, None], j[None, :], threshold)
@@ -126,7 +124,7 @@ def forward_kernel(
 
     empty = l == 0
     l = tl.where(empty, 1.0, l)
-    log_l, m = tl.log(l), natural(times(m, factor), bias)
+    log_l, m = tl.log(l), natural(m, bias)
     row_lse = m + log_l
     rows = ((split * B + b) * Hkv * GROUP + h) * Nq + i
     tl.store(lse + rows, tl.where(empty, float("-inf"), row_lse), row_mask)

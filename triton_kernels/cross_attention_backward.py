@@ -26,13 +26,15 @@ from .scores import (
     kept,
     key_ranges,
     log2_probability,
-    plus_weight_gradient,
+    plus_rows,
+    probability_gradient,
     row_offsets,
     row_scale,
     run_offsets,
     score_gradient,
     split_offsets,
     through_softcap,
+    tile_offsets,
     tile_scores,
 )
 from .tiles import (
@@ -42,6 +44,8 @@ from .tiles import (
     clear_rows,
     dot_into,
     dot_nt,
+    first_column,
+    has_warpgroup_products,
     keys_of_part,
     load_rows,
     load_tile,
@@ -68,7 +72,7 @@ def dq_kernel(
     dlse,  # float32 [n_splits, B, Hq, Nq], minus the row sums of ds, or None
     dk, stride_dk, dv, stride_dv,  # [B, Hkv, Nk, *], when one tile holds all rows; else None
     dout, stride_dout,
-    lse, lse_low, delta, dentropy,  # float32 [B, Hq, Nq], see `delta_kernel`; two may be None
+    lse, lse_low, minus_delta, dentropy,  # float32 [B, Hq, Nq], see `delta_kernel`; two may be None
     dweights, stride_dweights,  # gradient of the weights, 4-d with broadcast strides, or None
     q, stride_q, k, stride_k, v, stride_v,
     bias, stride_bias, mask, stride_mask,
@@ -94,8 +98,8 @@ def dq_kernel(
     mask_rows = row_offsets(stride_mask, b, h, i)[:, None]
     weight_rows = row_offsets(stride_dweights, b, h, i)[:, None]
     rows = (b * Hkv * GROUP + h) * Nq + i
-    row_lse, row_low, row_delta, row_dentropy = load_rows(
-        lse, lse_low, delta, dentropy, rows, row_mask, 1
+    row_lse, row_low, row_minus_delta, row_dentropy = load_rows(
+        lse, lse_low, minus_delta, dentropy, rows, row_mask, 1
     )
     # [BLOCK_Q, D], [BLOCK_Q, DV]
     q_tile = load_tile(q, row_offsets(stride_q, b, h, i), row_mask, D, CHUNKS, ALIGN)
@@ -123,12 +127,12 @@ def dq_kernel(
                 stride_bias, mask, mask_rows, stride_mask, row_mask[:, None], j[None, :], Nk,
             )  # fmt: skip
             log2_p = log2_probability(s, row_lse, row_low, bias)
-            dp = plus_weight_gradient(
+            dp = probability_gradient(
                 dot_nt(dout_tile, v_tile, CHUNKS_V, PRECISION), dweights, weight_rows,
-                stride_dweights, row_mask[:, None], j[None, :], Nk,
+                stride_dweights, p_factor, seed, threshold,
+                b, h[:, None], i[:, None], row_mask[:, None], j[None, :], Nk,
             )  # fmt: skip
-            dp = kept(times(dp, p_factor), seed, b, h[:, None], i[:, None], j[None, :], threshold)
-            t = dp - row_delta
+            t = plus_rows(dp, row_minus_delta, True)
             if PART == CUT:
                 log2_p, t, th = cut_gradients(log2_p, t, th, softcap, first, last, j[None, :])
             elif PART == ALL:
@@ -176,7 +180,7 @@ def dq_kernel(
 def dkdv_kernel(
     dk, stride_dk, dv, stride_dv,  # [n_splits, B, Hkv, Nk, *]
     bounds,  # int32 [B, n_tiles, 4]: smallest and largest start and stop of each row tile, or None
-    dout, stride_dout, lse, lse_low, delta, dentropy, dweights, stride_dweights,
+    dout, stride_dout, lse, lse_low, minus_delta, dentropy, dweights, stride_dweights,
     q, stride_q, k, stride_k, v, stride_v,
     bias, stride_bias, mask, stride_mask,
     start, stride_start, stop, stride_stop,
@@ -202,6 +206,12 @@ def dkdv_kernel(
     dk_tile = zero_tile(BLOCK_K, CHUNKS)
     dv_tile = zero_tile(BLOCK_K, CHUNKS_V)
     GUARD: tl.constexpr = mask is not None or bias is not None
+    # Offsets kept apart take registers, which the mask in CUT needs as well, and so do that of
+    # padded columns, further chunks of q and dout, and the accumulators of warpgroup products.
+    EXACT: tl.constexpr = first_column(CHUNKS + CHUNKS_V, len(CHUNKS + CHUNKS_V)) == D + DV
+    SINGLE: tl.constexpr = EXACT and len(CHUNKS + CHUNKS_V) == 2 and not has_warpgroup_products()
+    FREE: tl.constexpr = EXACT and GROUP == 1  # registers: offsets of a group's rows take many
+    heads = tl.full([], GROUP, tl.int64) * Hkv
     ONE_SCALE: tl.constexpr = scale_tensor is None or GROUP == 1
     if ONE_SCALE:  # else it is a row quantity, which the loop cannot take over from a number
         rs = row_scale(scale, scale_tensor, stride_scale, hkv)
@@ -224,16 +234,23 @@ def dkdv_kernel(
                 i, h, row_mask = packed_rows(t, hkv, Nq, BLOCK_Q, GROUP)
                 rows_there = None if PART == WHOLE else row_mask
                 # [BLOCK_Q, D], [BLOCK_Q, DV]
-                rows = row_offsets(stride_q, b, h, i)
-                q_tile = load_tile(q, rows, rows_there, D, CHUNKS, ALIGN)
-                rows = row_offsets(stride_dout, b, h, i)
-                dout_tile = load_tile(dout, rows, rows_there, DV, CHUNKS_V, ALIGN)
-                at, rows = 0, (b * Hkv * GROUP + h) * Nq + i
-                if GROUP == 1:  # the rows follow each other: a number moves, the tensor stays
-                    at, rows = (b * Hkv + hkv) * Nq + t * BLOCK_Q, tl.arange(0, BLOCK_Q)
+                at, rows = tile_offsets(
+                    stride_q, b, hkv, t, i, h, BLOCK_Q, GROUP, SINGLE and PART != CUT
+                )
+                q_tile = load_tile(q, rows, rows_there, D, CHUNKS, ALIGN, at)
+                at, rows = tile_offsets(
+                    stride_dout, b, hkv, t, i, h, BLOCK_Q, GROUP, SINGLE and PART != CUT
+                )
+                dout_tile = load_tile(dout, rows, rows_there, DV, CHUNKS_V, ALIGN, at)
+                at, rows = 0, (b * heads + h) * Nq + i
+                if GROUP == 1:
+                    at, rows = tile_offsets(
+                        (heads * Nq, Nq, 1), b, hkv, t, i, h, BLOCK_Q, GROUP,
+                        PART != CUT or not EXACT,
+                    )  # fmt: skip
                 # where there is no row q and dout are 0: a p of 1 adds nothing, so no select then
-                row_lse, row_low, row_delta, row_dentropy = load_rows(
-                    lse, lse_low, delta, dentropy, rows, rows_there, 0,
+                row_lse, row_low, row_minus_delta, row_dentropy = load_rows(
+                    lse, lse_low, minus_delta, dentropy, rows, rows_there, 0,
                     float("inf") if GUARD else 0.0, at,
                 )  # fmt: skip
                 if not ONE_SCALE:
@@ -246,15 +263,13 @@ def dkdv_kernel(
                     row_mask[None, :], j[:, None], Nk,
                 )  # fmt: skip
                 log2_p = log2_probability(s, row_lse, row_low, bias)
-                dp = plus_weight_gradient(
+                dp = probability_gradient(
                     dot_nt(v_tile, dout_tile, CHUNKS_V, PRECISION), dweights,
                     row_offsets(stride_dweights, b, h, i)[None, :], stride_dweights,
-                    row_mask[None, :], j[:, None], Nk,
+                    p_factor, seed, threshold,
+                    b, h[None, :], i[None, :], row_mask[None, :], j[:, None], Nk,
                 )  # fmt: skip
-                dp = kept(
-                    times(dp, p_factor), seed, b, h[None, :], i[None, :], j[:, None], threshold
-                )
-                t_tile = dp - row_delta
+                t_tile = plus_rows(dp, row_minus_delta, FREE and PART == WHOLE)
                 if PART == CUT:
                     log2_p, t_tile, th = cut_columns(
                         log2_p, t_tile, th, softcap, start, stride_start, stop, stride_stop,
@@ -314,9 +329,9 @@ def backward(
     elif dout.stride(3) != 1:
         dout = dout.contiguous()
     dentropy = None if dentropy is None else dentropy.contiguous()
-    lse, delta = row_terms(call, out, lse, dout, dlse, dentropy, entropy)
+    lse, minus_delta = row_terms(call, out, lse, dout, dlse, dentropy, entropy)
     lse_low = None if bias is None else lse_low
-    rows = (dout, dout.stride(), lse, lse_low, delta, dentropy, None, (0,) * 4)
+    rows = (dout, dout.stride(), lse, lse_low, minus_delta, dentropy, None, (0,) * 4)
     dq, dk, dv, dbias, dscale = (None,) * 5
     statistics = dentropy is not None
     fused = call.config("fused", statistics)

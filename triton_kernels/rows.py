@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .configs import Config, column_chunks, register_bound
 from .launch import Call, compiler_options, device_guard, row_alignment
+from .scores import LOWEST
 from .tiles import (
     LN2,
     LOG2E,
@@ -41,15 +42,14 @@ def merge_kernel(
 ):  # fmt: skip
     """out = sum_c w_c out_c with w_c = exp(lse_c - lse); entropy = sum_c w_c (H_c - ln w_c)."""
     b, h, n, r, there = rows_of(H, N, BLOCK)
-    m = tl.full([BLOCK], float("-inf"), tl.float32)
+    m = tl.full([BLOCK], LOWEST, tl.float32)
     for c in range(n_splits):
         at = tl.cast(c, tl.int64) * n_rows + r
         m = tl.maximum(m, tl.load(lse_parts + at, there, float("-inf")))
-    m_safe = tl.where(m == float("-inf"), 0.0, m)
     l = tl.full([BLOCK], 0.0, tl.float32)
     for c in range(n_splits):
         at = tl.cast(c, tl.int64) * n_rows + r
-        l += tl.exp(part_lse(lse_parts, low_parts, at, there, m_safe))
+        l += tl.exp(part_lse(lse_parts, low_parts, at, there, m))
     empty = l == 0
     log_l = tl.log(tl.where(empty, 1.0, l))
     acc = zero_tile(BLOCK, CHUNKS_V)
@@ -58,7 +58,7 @@ def merge_kernel(
     for c in range(n_splits):
         part = tl.cast(c, tl.int64)
         at = part * n_rows + r
-        log_w = part_lse(lse_parts, low_parts, at, there, m_safe) - log_l
+        log_w = part_lse(lse_parts, low_parts, at, there, m) - log_l
         w = tl.exp(log_w)
         rows = part * stride_parts[0] + b * stride_parts[1]
         rows += h * stride_parts[2] + n * stride_parts[3]
@@ -69,10 +69,10 @@ def merge_kernel(
             row_entropy += w * (tl.load(entropy_parts + at, there, 0.0) - log_w)
             part_max = w * tl.load(max_parts + at, there, 0.0)
             row_max = tl.maximum(row_max, part_max, propagate_nan=tl.PropagateNan.ALL)
-    row_lse = m_safe + log_l
+    row_lse = m + log_l
     tl.store(lse + r, tl.where(empty, float("-inf"), row_lse), there)
     if lse_low is not None:
-        tl.store(lse_low + r, tl.where(empty, 0.0, (m_safe - row_lse + log_l) * LOG2E), there)
+        tl.store(lse_low + r, tl.where(empty, 0.0, (m - row_lse + log_l) * LOG2E), there)
     if entropy is not None:
         tl.store(entropy + r, row_entropy, there)
         tl.store(max_probability + r, row_max, there)
@@ -99,7 +99,7 @@ def add_tiles(a, b, CHUNKS: tl.constexpr):
 
 @triton.jit
 def delta_kernel(
-    unit_lse, delta,  # float32 [B, H, N]
+    unit_lse, minus_delta,  # float32 [B, H, N]
     lse,  # float32 [B, H, N], natural logarithm
     out, stride_out, dout, stride_dout,  # [B, H, N, DV]
     dlse, dentropy, entropy,  # float32 [B, H, N], or None
@@ -107,7 +107,8 @@ def delta_kernel(
     NATURAL: tl.constexpr,  # the unit of the scores, see `tile_scores`
     DV: tl.constexpr, CHUNKS_V: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """delta = <out, dout> - dlse + dentropy * entropy: what eq. ds subtracts from dp, per row.
+    """delta = <out, dout> - dlse + dentropy * entropy: what eq. ds subtracts from dp, per row; it
+    is negated as <dout, v> is summed onto it.
 
     unit_lse is lse in the unit of the scores, with +inf in place of -inf, so that a row without
     keys has p = 0.
@@ -125,7 +126,7 @@ def delta_kernel(
     row_lse = tl.load(lse + r, there, 0.0)
     empty = row_lse == float("-inf")
     # NaN that arrives at a row without keys must not reach its dq
-    tl.store(delta + r, tl.where(empty, 0.0, total), there)
+    tl.store(minus_delta + r, tl.where(empty, 0.0, -total), there)
     if not NATURAL:
         row_lse *= LOG2E
     tl.store(unit_lse + r, tl.where(empty, float("inf"), row_lse), there)
@@ -172,18 +173,18 @@ def row_terms(
     call: Call, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
     dentropy: Tensor | None, entropy: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(lse in the unit of the scores, delta) float32 [B, H, N], see `delta_kernel`."""
+    """(lse in the unit of the scores, -delta) float32 [B, H, N], see `delta_kernel`."""
     B, H, N, DV = out.shape
-    unit_lse, delta = (torch.empty_like(lse) for _ in range(2))
+    unit_lse, minus_delta = (torch.empty_like(lse) for _ in range(2))
     with device_guard(out.device):
         delta_kernel[(B * H * triton.cdiv(N, ROWS),)](
-            unit_lse, delta, lse, out, out.stride(), dout, dout.stride(),
+            unit_lse, minus_delta, lse, out, out.stride(), dout, dout.stride(),
             None if dlse is None else dlse.contiguous(), dentropy,
             None if dentropy is None else entropy, H, N, NATURAL=call.bias is not None,
             DV=DV, CHUNKS_V=column_chunks(DV, out.element_size()), BLOCK=ROWS,
             ALIGN=row_alignment(out, dout), **compiler_options(MAX_REGISTERS),
         )  # fmt: skip
-    return unit_lse, delta
+    return unit_lse, minus_delta
 
 
 def lse_in_score_units(call: Call, lse: Tensor) -> Tensor:

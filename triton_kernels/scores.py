@@ -7,7 +7,11 @@ shapes that broadcast, [BLOCK_Q, 1] with [1, BLOCK_K], or transposed; the tile f
 import triton
 import triton.language as tl
 
-from .tiles import ALL, CUT, LN2, LOG2E, dropout_keep, row_bounds, tanh
+from .tiles import ALL, CUT, LN2, LOG2E, dropout_keep, row_bounds, tanh, times
+
+# Of float32, above no score but -inf: a maximum that starts here is finite, also in a row without
+# keys, where exp(-inf - maximum) is 0 and never that of -inf - -inf.
+LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
@@ -32,6 +36,23 @@ def run_offsets(stride, b, h, first, ROWS: tl.constexpr):
     zero = tl.full([], 0, tl.int64)
     base = b * stride[0] + (zero + h) * stride[1] + (zero + first) * stride[2]
     return base + tl.arange(0, ROWS).to(tl.int64) * stride[2]
+
+
+@triton.jit
+def tile_offsets(
+    stride, b, hkv, tile, i, h, BLOCK_Q: tl.constexpr, GROUP: tl.constexpr, APART: tl.constexpr
+):
+    """(number, tensor), which add up to `row_offsets` of the packed rows (i, h) of a query tile.
+
+    Rows without a group follow each other; all that a loop moves is then the number, if it is kept
+    APART from the tensor, which stays in registers.
+    """
+    zero = tl.full([], 0, tl.int64)
+    if APART and GROUP == 1:
+        at = b * stride[0] + (zero + hkv) * stride[1] + (zero + tile) * BLOCK_Q * stride[2]
+        return at, tl.arange(0, BLOCK_Q).to(tl.int64) * stride[2]
+    else:
+        return zero, row_offsets(stride, b, h, i)
 
 
 @triton.jit
@@ -74,9 +95,9 @@ def tile_scores(
 
 @triton.jit
 def exp_difference(s, m, factor, bias):
-    """exp(s - m) of scores, whatever their unit; a factor not yet in them is one multiply-add."""
+    """exp(s - m) of scores, whatever their unit; what s still lacks of m's is `factor`, or None."""
     if factor is not None:
-        return tl.exp2(s * factor - m * factor)
+        return tl.exp2(s * factor - m)
     elif bias is not None:
         return tl.exp2((s - m) * LOG2E)
     else:
@@ -166,19 +187,31 @@ def kept(p, seed, b, h, i, j, threshold):
 
 
 @triton.jit
-def plus_weight_gradient(dp, dweights, rows, stride, row_mask, j, Nk):
-    """dp, to which the gradient of the weights is added where they were returned as well."""
+def probability_gradient(
+    dp, dweights, weight_rows, stride_dweights, p_factor, seed, threshold, b, h, i, row_mask, j, Nk
+):
+    """dp of eq. ds from <dout, v>, to which the gradient of the weights is added where they were
+    returned as well."""
     if dweights is not None:
-        at = rows + j.to(tl.int64) * stride[3]
-        return dp + tl.load(dweights + at, row_mask & (j < Nk), 0.0).to(tl.float32)
+        at = weight_rows + j.to(tl.int64) * stride_dweights[3]
+        dp += tl.load(dweights + at, row_mask & (j < Nk), 0.0).to(tl.float32)
+    return kept(times(dp, p_factor), seed, b, h, i, j, threshold)
+
+
+@triton.jit
+def plus_rows(dp, row, IN_PRODUCT: tl.constexpr):
+    """dp + row, a row quantity. Of a plain sum with a product the compiler makes what the product
+    itself starts from: free in an mma, but it takes registers early. A multiply-add stays apart.
+    """
+    if IN_PRODUCT:
+        return dp + row
     else:
-        return dp
+        return tl.fma(tl.broadcast_to(row, dp.shape), tl.full(dp.shape, 1.0, tl.float32), dp)
 
 
 @triton.jit
 def score_gradient(p, log2_p, t, lse, dentropy, row_dentropy, GUARD: tl.constexpr):
-    """ds of the capped scores, eq. ds; t = dp - delta, where delta already holds
-    -dlse + dentropy * entropy.
+    """ds of the capped scores, eq. ds; t = dp - delta, see `delta_kernel`.
 
     GUARD: it is summed over rows, some of which may have no key: dp may be infinite or NaN there,
     which p = 0 does not clear.

@@ -8,7 +8,7 @@ intervals. A head width is covered by chunks whose widths are powers of two, suc
 
 import triton
 import triton.language as tl
-from triton.language.target_info import is_cuda
+from triton.language.target_info import current_target, is_cuda
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -20,6 +20,13 @@ INTERPRETING = tl.constexpr(triton.knobs.runtime.interpret)
 @triton.constexpr_function
 def first_column(CHUNKS, i):
     return sum(int(c) for c in CHUNKS[:i])
+
+
+@triton.constexpr_function
+def has_warpgroup_products():
+    """Whether products are those of wgmma or tcgen05: on 9.x and 10.x; 12.x has mma alone."""
+    target = current_target()
+    return target is not None and target.backend == "cuda" and 90 <= target.arch < 120
 
 
 @triton.jit
@@ -87,9 +94,13 @@ def row_dot(a, b, CHUNKS: tl.constexpr):
 
 
 @triton.jit
-def load_tile(base, rows, row_mask, WIDTH: tl.constexpr, CHUNKS: tl.constexpr, ALIGN: tl.constexpr):
+def load_tile(
+    base, rows, row_mask, WIDTH: tl.constexpr, CHUNKS: tl.constexpr, ALIGN: tl.constexpr, first=None
+):
     """Rows at element offsets `rows` (int64 [ROWS], multiples of ALIGN), zero where masked; with
-    None for row_mask all of them are there."""
+    None for row_mask all of them are there. `first`: a number to add to the offsets."""
+    if first is not None:
+        base += tl.multiple_of(first, [ALIGN])
     tile = ()
     for i in tl.static_range(len(CHUNKS)):
         cols = first_column(CHUNKS, i) + tl.arange(0, CHUNKS[i])
@@ -275,22 +286,23 @@ def rows_of_part(begin, end, n_whole, PART: tl.constexpr):
 
 @triton.jit
 def load_rows(
-    lse, lse_low, delta, dentropy, rows, row_mask, AXIS: tl.constexpr, no_row=float("inf"), at=0
-):
-    """(lse, lse_low, delta, dentropy) of the rows at + `rows`, 0 for None; with a dimension of one
-    at AXIS.
+    lse, lse_low, minus_delta, dentropy, rows, row_mask, AXIS: tl.constexpr,
+    no_row=float("inf"), at=0,
+):  # fmt: skip
+    """(lse, lse_low, minus_delta, dentropy) of the rows at + `rows`, 0 for None; with a dimension
+    of one at AXIS.
 
     lse is +inf for a row without keys, so that p = 0, and `no_row` where there is no row.
     """
     row_lse = load_row(lse + at, rows, row_mask, no_row, AXIS)
-    row_low, row_delta, row_dentropy = 0.0, 0.0, 0.0
+    row_low, row_minus_delta, row_dentropy = 0.0, 0.0, 0.0
     if lse_low is not None:
         row_low = load_row(lse_low + at, rows, row_mask, 0.0, AXIS)
-    if delta is not None:
-        row_delta = load_row(delta + at, rows, row_mask, 0.0, AXIS)
+    if minus_delta is not None:
+        row_minus_delta = load_row(minus_delta + at, rows, row_mask, 0.0, AXIS)
     if dentropy is not None:
         row_dentropy = load_row(dentropy + at, rows, row_mask, 0.0, AXIS)
-    return row_lse, row_low, row_delta, row_dentropy
+    return row_lse, row_low, row_minus_delta, row_dentropy
 
 
 @triton.jit
