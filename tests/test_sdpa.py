@@ -49,7 +49,13 @@ def within_reach(c: Case) -> Case:
 FINITE = [c for c in CASES if c.values != "infinite_k"]
 OURS = {replace(c, name=""): c for c in map(within_reach, FINITE + BLOCKED)}.values()
 CALLS = [
-    *[(c, dtype) for c in OURS for dtype in (torch.float32, torch.bfloat16)],
+    *[
+        (c, dtype)
+        for c in OURS
+        for dtype in (torch.float32, torch.bfloat16)
+        # torch's kernel copies bfloat16 keys together with the memory between them
+        if (c.name, dtype) != ("layout_far_tiles", torch.bfloat16)
+    ],
     *[(within_reach(c), dtype) for c in BLOCKED for dtype in (torch.float16, torch.float64)],
 ]
 
