@@ -142,7 +142,7 @@ TABLE = {
                (160, ANY, (32, 128, 8, 1, *BOUND)), (256, ANY, (16, 32, 8, 1))),
         *_rows(AMPERE, HALF, True, False, (64, ANY, (64, 128, 8, 2)), exact=True),
         *_rows(AMPERE, HALF, True, None, (64, ANY, (32, 128, 8, 2))),
-        *_rows(ALL, HALF, True, None, (64, ANY, (64, 128, 8, 2))),
+        *_rows(("hopper", "blackwell", "small"), HALF, True, None, (64, ANY, (64, 128, 8, 2))),
         *_rows(HOPPER, HALF, True, None, (128, ANY, (32, 128, 8, 2))),
         *_rows(MMA, HALF, True, True, (96, ANY, (32, 128, 8, 2)), exact=True),
         *_rows(MMA, HALF, True, None, (128, ANY, (16, 128, 8, 2))),
