@@ -156,7 +156,7 @@ def scales(draw, c: Case) -> tuple[float, ...] | float | None:
         return 3e-5
     if "peaked" in c.values:  # a float32 score of 400 leaves 5 digits to any probability
         return None
-    number = pick(0.7, 0.0, -0.3, 1.0, 0.05)
+    number = pick(0.7, 0.0, -0.3, 1.0, 0.05, 3**0.5, 20.0)
     kind = draw(pick("default", "default", "number", "one", "heads"))
     if kind == "default":
         return None
