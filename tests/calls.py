@@ -157,18 +157,24 @@ def run(call: Call, backend: str) -> Tensors:
 
 
 @torch.no_grad()
-def magnitudes(call: Call) -> dict[str, float]:
-    """For each gradient of a call in float64 the size of what is summed in it.
+def magnitudes(call: Call, dtype: torch.dtype) -> dict[str, float]:
+    """For each gradient of a call in float64 the size of what is summed in it, given in `dtype`.
 
     Rounding is relative to the terms, not to their sum, which may cancel to nothing: terms of one
-    row of scores share an error and add up, errors of different rows are independent.
+    row of scores share an error and add up, errors of different rows are independent. A backward
+    may compute its scores by another sum than the forward did (PyTorch's kernels do): they then
+    differ by a rounding of the products summed, and a probability by as much, relative to itself.
     """
     x = call.inputs()
     s = reference.scores(x)
     p, lse, entropy, _ = reference.softmax(s)
     if call.leaves.get("lse") is not None:
         p = (s - x.lse.masked_fill(x.lse == -torch.inf, torch.inf)[..., None]).exp()
-    v, k = (t.repeat_interleave(x.Hq // x.Hkv, 1) for t in (x.v, x.k))
+    # padding may hold NaN, which 0 does not undo
+    v, k = (t.nan_to_num(0, 0, 0).repeat_interleave(x.Hq // x.Hkv, 1) for t in (x.v, x.k))
+    scale = x.scale.view(1, -1, 1, 1) if isinstance(x.scale, Tensor) else x.scale
+    rounding = torch.finfo(torch.promote_types(dtype, torch.float32)).eps / FLOOR[dtype]
+    p = p * (1 + rounding * ((scale * x.q).abs() @ k.abs().mT))
     kept = reference.drop(p, x)
     if "weights" in call.upstream:
         dp, dout = call.upstream["weights"], torch.zeros_like(x.q)
@@ -176,6 +182,8 @@ def magnitudes(call: Call) -> dict[str, float]:
     else:
         dout = call.upstream.get("out", x.q.new_zeros(*x.q.shape[:3], x.Dv))
         dp = dout @ v.mT
+        # below its smallest normal number a dtype rounds by a fixed amount, here each number of out
+        dp = dp.abs() + torch.finfo(dtype).tiny * dout.norm(dim=-1, keepdim=True)
     sums = (kept * dp.abs()).sum(-1, keepdim=True)
     terms = kept * dp.abs() + (0 if "lse" in call.leaves else p * sums)
     for name, row in (
@@ -185,7 +193,6 @@ def magnitudes(call: Call) -> dict[str, float]:
         if name in call.upstream:
             terms = terms + p * (row * call.upstream[name].abs()[..., None]).nan_to_num(0, 0, 0)
     qk = x.q @ k.mT
-    scale = x.scale.view(1, -1, 1, 1) if isinstance(x.scale, Tensor) else x.scale
     over = [d for d in range(4) if x.bias is not None and x.bias.shape[d] == 1]
     sizes = {
         "dq": (scale * terms) @ k.abs(),
@@ -201,7 +208,7 @@ def magnitudes(call: Call) -> dict[str, float]:
 
 def compute_expected(call: Call) -> Expected:
     exact = call.in_double()
-    return run(call, "eager"), run(exact, "eager"), magnitudes(exact)
+    return run(call, "eager"), run(exact, "eager"), magnitudes(exact, call.leaves["q"].dtype)
 
 
 @lru_cache(None)

@@ -151,12 +151,14 @@ def value_names(draw, c: Case, reach: Reach) -> str:
 
 
 @st.composite
-def scales(draw, c: Case) -> tuple[float, ...] | float | None:
+def scales(draw, c: Case, reach: Reach) -> tuple[float, ...] | float | None:
     if "overflow" in c.values:
         return 3e-5
     if "peaked" in c.values:  # a float32 score of 400 leaves 5 digits to any probability
         return None
-    number = pick(0.7, 0.0, -0.3, 1.0, 0.05, 3**0.5, 20.0)
+    wild = set(NOT_FINITE) & set(c.values.split())
+    zero = [0.0] * (not wild or reach.backend != "sdpa")  # PyTorch's kernels: 0 * NaN is 0
+    number = pick(0.7, -0.3, 1.0, 0.05, 3**0.5, *zero)
     kind = draw(pick("default", "default", "number", "one", "heads"))
     if kind == "default":
         return None
@@ -182,7 +184,7 @@ def calls(draw, reach: Reach, op: str = "cross_attention") -> Drawn:
     c = replace(c, values=draw(value_names(c, reach)), layout=draw(layouts()))
     if c.bias is not None:
         c = replace(c, bias_dtype=draw(sometimes(None, st.sampled_from(reach.bias_dtypes))))
-    c = replace(c, scale=draw(scales(c)))
+    c = replace(c, scale=draw(scales(c, reach)))
     if reach.flags or op == "attention_weights":
         c = replace(c, softcap=draw(sometimes(None, pick(2.0, 0.2, 50.0))))
         # what is dropped of a row that is not finite is 0 or NaN, as the order of products has it

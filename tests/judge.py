@@ -137,6 +137,7 @@ def one_round(drawn: SearchStrategy[Drawn], seed: int, judge) -> Counter[str]:
     @settings(
         max_examples=CALLS_PER_ROUND, database=None, deadline=None,
         phases=(Phase.generate, Phase.shrink), suppress_health_check=list(HealthCheck),
+        report_multiple_bugs=False,
     )  # fmt: skip
     @given(drawn)
     def each(d: Drawn) -> None:
