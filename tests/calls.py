@@ -173,8 +173,9 @@ def magnitudes(call: Call, dtype: torch.dtype) -> dict[str, float]:
     # padding may hold NaN, which 0 does not undo
     v, k = (t.nan_to_num(0, 0, 0).repeat_interleave(x.Hq // x.Hkv, 1) for t in (x.v, x.k))
     scale = x.scale.view(1, -1, 1, 1) if isinstance(x.scale, Tensor) else x.scale
-    rounding = torch.finfo(torch.promote_types(dtype, torch.float32)).eps / FLOOR[dtype]
-    p = p * (1 + rounding * ((scale * x.q).abs() @ k.abs().mT))
+    eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    rounding = eps / FLOOR[dtype] * ((scale * x.q).abs() @ k.abs().mT)  # of a score
+    p = p * (1 + rounding)
     kept = reference.drop(p, x)
     if "weights" in call.upstream:
         dp, dout = call.upstream["weights"], torch.zeros_like(x.q)
@@ -188,7 +189,7 @@ def magnitudes(call: Call, dtype: torch.dtype) -> dict[str, float]:
     terms = kept * dp.abs() + (0 if "lse" in call.leaves else p * sums)
     for name, row in (
         ("lse", torch.ones_like(s)),
-        ("entropy", (s - lse[..., None]).abs() + entropy[..., None]),
+        ("entropy", (s - lse[..., None]).abs() + entropy[..., None] + rounding),
     ):
         if name in call.upstream:
             terms = terms + p * (row * call.upstream[name].abs()[..., None]).nan_to_num(0, 0, 0)

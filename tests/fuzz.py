@@ -67,14 +67,17 @@ class Reach:
     flags: bool = True  # softcap, dropout, lse, statistics
     longest: int = 140
     not_finite: Sequence[str] = NOT_FINITE
+    bias_values: Sequence[str] = tuple(BIAS_VALUES)
 
 
 HALVES = (torch.float16, torch.bfloat16)
 INTERPRETED = Reach("triton", (torch.float32, torch.float16), (torch.float32, *HALVES), tiles=2)
-# torch's kernels read NaN or infinity in a query or a key as 0 in some places, see the docstring
+# torch's kernels read NaN or infinity in a query or a key as 0 in some places, see the docstring;
+# a float32 score beside -1e9 is a multiple of 64, whichever way it is rounded
 SDPA = Reach(
     "sdpa", (torch.float32, torch.float64, *HALVES), (torch.float32, torch.float64, *HALVES),
     tiles=40, flags=False, longest=600, not_finite=("nan_v", "infinite_v"),
+    bias_values=[name for name in BIAS_VALUES if name != "bias_minus_1e9"],
 )  # fmt: skip
 
 
@@ -138,14 +141,16 @@ def mask_names(draw, c: Case) -> str | None:
 
 
 @st.composite
-def value_names(draw, c: Case, reach: Reach) -> str:
+def value_names(draw, c: Case, reach: Reach, dtype: torch.dtype) -> str:
     """NaN and infinities only where nothing hides them: beside a mask a tile that is skipped and a
-    zero that meets NaN differ."""
+    zero that meets NaN differ, and a probability of 16 bits may be 0 before an infinite value."""
     names = [draw(sometimes("normal", st.sampled_from(QKV_VALUES)))]
     if c.bias is not None:
-        names.append(draw(sometimes("normal", st.sampled_from(BIAS_VALUES))))
+        names.append(draw(sometimes("normal", st.sampled_from(reach.bias_values))))
     if c.mask is None and all(n in ("normal", "bias_by_key") for n in names):
-        wild = [n for n in reach.not_finite if n != "nan_bias" or c.bias is not None]
+        no = {"nan_bias"} if c.bias is None else set()
+        no |= {"infinite_v"} if dtype in HALVES else set()
+        wild = [n for n in reach.not_finite if n not in no]
         names.append(draw(pick("normal", "normal", *wild)))
     return " ".join(n for n in names if n != "normal") or "normal"
 
@@ -181,7 +186,7 @@ def calls(draw, reach: Reach, op: str = "cross_attention") -> Drawn:
     c = Case(f"fuzz_{draw(st.integers(0, 9999))}", op=op, **lengths)
     dtype = draw(st.sampled_from(reach.dtypes))
     c = replace(c, mask=draw(mask_names(c)), bias=draw(sometimes(None, broadcast_shapes())))
-    c = replace(c, values=draw(value_names(c, reach)), layout=draw(layouts()))
+    c = replace(c, values=draw(value_names(c, reach, dtype)), layout=draw(layouts()))
     if c.bias is not None:
         c = replace(c, bias_dtype=draw(sometimes(None, st.sampled_from(reach.bias_dtypes))))
     c = replace(c, scale=draw(scales(c, reach)))
