@@ -16,6 +16,7 @@ from calls import assert_right, build, expected, run
 from cases import BY_NAME, CASES, Case
 from largest_tensor import LargestTensor
 from numerics import assert_as_accurate
+from values import reserve
 from xattn_kernels import KeyInterval, cross_attention, masks, reference, sdpa
 
 # Several blocks of rows, whose keys overlap.
@@ -213,6 +214,9 @@ def test_reasons():
     assert "entropy" in reasons(return_statistics=True)
     float8 = [t.detach().to(torch.float8_e5m2) for t in qkv(1, 2, 3, 4)]
     assert "float8" in sdpa.reasons(cross_attention.check(*float8))[0]
+    q = torch.ones(1, 1, 1, 1)
+    far = reserve((1, 1, 3, 1), (2**32, 2**32, 2**30, 1), q)
+    assert "32 bits" in sdpa.reasons(cross_attention.check(q, far, far))[0]
     on_meta = [t.to("meta") for t in qkv(1, 2, 3, 4)]
     meta_mask = masks.causal(3, 4, device="meta")
     assert "meta" in sdpa.reasons(cross_attention.check(*on_meta, mask=meta_mask))[0]

@@ -47,6 +47,10 @@ def reasons(x: CrossAttentionInputs) -> list[str]:
         "torch's kernels return no lse": x.return_lse,
         "torch's kernels return no entropy or max_probability": x.return_statistics,
         "on the meta device a KeyInterval has no values": x.interval is not None and x.q.is_meta,
+        "a head width of 1 whose rows reach over 2^31 elements: BLAS counts 32 bits": any(
+            t.is_cpu and t.shape[3] == 1 and (t.shape[2] - 1) * t.stride(2) >= 2**31
+            for t in (x.q, x.k, x.v)
+        ),
     }
     return [reason for reason, applies in lacks.items() if applies]
 
