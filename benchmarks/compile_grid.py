@@ -97,7 +97,7 @@ def cases() -> list[Case]:
         found.append(Case(f"many2048-D{D}-dense", D, D, "bfloat16", 2048, interval=False))
     for D, (regime, rows) in itertools.product((40, 64, 128, 256), regimes[::3]):
         found.append(Case(f"{regime}{rows}-D{D}-tf32", D, D, "float32", rows, tf32=True))
-    for D in (56, 72, 192):  # padding in one load and in the last of two; the widest of two
+    for D in (56, 72, 112, 160, 192):  # padding in one load, in the last of two; rounded up
         found.append(Case(f"many2048-D{D}-Dv{D}", D, D, "bfloat16", 2048))
     found.append(Case("many2048-D64-float16", 64, 64, "float16", 2048))
     found.append(Case("many2048-gqa-D64-scale", 64, 64, "bfloat16", 2048, group=4, flags="scale"))

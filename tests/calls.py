@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cases import Case
+from magnitudes import magnitudes
 from mask_kinds import make_mask, shape_of
 from numerics import FLOOR, assert_as_accurate
 from values import LAYOUTS, VALUES, Tensors, need_memory
@@ -156,57 +157,6 @@ def run(call: Call, backend: str) -> Tensors:
     return found | {f"d{n}": g for n, g in zip(needed, grads, strict=True)}
 
 
-@torch.no_grad()
-def magnitudes(call: Call, dtype: torch.dtype) -> dict[str, float]:
-    """For each gradient of a call in float64 the size of what is summed in it, given in `dtype`.
-
-    Rounding is relative to the terms, not to their sum, which may cancel to nothing: terms of one
-    row of scores share an error and add up, errors of different rows are independent. A backward
-    may compute its scores by another sum than the forward did (PyTorch's kernels do): they then
-    differ by a rounding of the products summed, and a probability by as much, relative to itself.
-    """
-    x = call.inputs()
-    s = reference.scores(x)
-    p, lse, entropy, _ = reference.softmax(s)
-    if call.leaves.get("lse") is not None:
-        p = (s - x.lse.masked_fill(x.lse == -torch.inf, torch.inf)[..., None]).exp()
-    # padding may hold NaN, which 0 does not undo
-    v, k = (t.nan_to_num(0, 0, 0).repeat_interleave(x.Hq // x.Hkv, 1) for t in (x.v, x.k))
-    scale = x.scale.view(1, -1, 1, 1) if isinstance(x.scale, Tensor) else x.scale
-    eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
-    rounding = eps / FLOOR[dtype] * ((scale * x.q).abs() @ k.abs().mT)  # of a score
-    p = p * (1 + rounding)
-    kept = reference.drop(p, x)
-    if "weights" in call.upstream:
-        dp, dout = call.upstream["weights"], torch.zeros_like(x.q)
-        dp = dp[:, None] / x.Hq if x.average_heads else dp
-    else:
-        dout = call.upstream.get("out", x.q.new_zeros(*x.q.shape[:3], x.Dv))
-        dp = dout @ v.mT
-        # below its smallest normal number a dtype rounds by a fixed amount, here each number of out
-        dp = dp.abs() + torch.finfo(dtype).tiny * dout.norm(dim=-1, keepdim=True)
-    sums = (kept * dp.abs()).sum(-1, keepdim=True)
-    terms = kept * dp.abs() + (0 if "lse" in call.leaves else p * sums)
-    for name, row in (
-        ("lse", torch.ones_like(s)),
-        ("entropy", (s - lse[..., None]).abs() + entropy[..., None] + rounding),
-    ):
-        if name in call.upstream:
-            terms = terms + p * (row * call.upstream[name].abs()[..., None]).nan_to_num(0, 0, 0)
-    qk = x.q @ k.mT
-    over = [d for d in range(4) if x.bias is not None and x.bias.shape[d] == 1]
-    sizes = {
-        "dq": (scale * terms) @ k.abs(),
-        "dk": ((scale * terms).square().mT @ x.q.square()).sqrt(),
-        "dv": (kept.square().mT @ dout.square()).sqrt(),
-        "dbias": terms.square().sum(over).sqrt(),
-        "dscale": (terms * qk.abs()).sum(-1).square().sum((0, 2)).sqrt(),
-        "dlse": sums,
-    }
-    sizes = {name: t[t.isfinite()].abs() for name, t in sizes.items()}
-    return {name: t.max().item() if t.numel() else 0.0 for name, t in sizes.items()}
-
-
 def compute_expected(call: Call) -> Expected:
     exact = call.in_double()
     return run(call, "eager"), run(exact, "eager"), magnitudes(exact, call.leaves["q"].dtype)
@@ -228,10 +178,13 @@ def assert_agrees(ours: Tensors, c: Case, dtype: torch.dtype, device: str = "cpu
     assert_as_expected(ours, expected(c, dtype, device), c, dtype)
 
 
-def assert_as_expected(ours: Tensors, reference: Expected, c: Case, dtype: torch.dtype) -> None:
+def assert_as_expected(
+    ours: Tensors, reference: Expected, c: Case, dtype: torch.dtype, floors: float = 1.0
+) -> None:
     eager, truth, size = reference
     assert ours.keys() == truth.keys()
     for name, t in ours.items():
         coarser = max(dtype, t.dtype, key=FLOOR.get)  # of the terms and of their sum
         of_terms = dict(size=size[name], rounded_to=coarser) if name in size else {}
+        of_terms["floors"] = floors
         assert_as_accurate(t, eager[name], truth[name], f"{c}: {name}", **of_terms)

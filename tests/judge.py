@@ -100,7 +100,9 @@ def check(
         found = run(prepare(ours), drawn.backend)
         if drawn.twist == "flipped":
             assert_batch_is_independent(found, prepare(call), drawn.backend)
-    assert_as_expected(found, compute_expected(call), c, dtype)
+    # PyTorch's kernels round to 16 bits more often than once: weights, each head's dk and dv
+    floors = 2.0 if drawn.backend == "sdpa" else 1.0
+    assert_as_expected(found, compute_expected(call), c, dtype, floors)
 
 
 def first_seed(wanted: str | None) -> int:

@@ -23,6 +23,7 @@ def assert_as_accurate(
     factor: float = 2.0,
     size: float = 0.0,
     rounded_to: torch.dtype | None = None,
+    floors: float = 1.0,
 ) -> None:
     """`ours` and `eager` share a dtype, `truth` is the same function in float64.
 
@@ -30,11 +31,12 @@ def assert_as_accurate(
     times the size of the truth; the positions of inf and nan must be those of the truth. Where
     eager overflows and the truth does not, eager sets no standard and the floor is what is left.
     `size`: that of the terms of which the truth is a sum, where they may cancel; `rounded_to`:
-    the dtype to which the terms were rounded, where the sum is kept in a finer one.
+    the dtype to which the terms were rounded, where the sum is kept in a finer one; `floors`: how
+    many times that of its dtype the floor is.
     """
     assert ours.shape == truth.shape, f"{name}: shape {tuple(ours.shape)}, not {tuple(truth.shape)}"
     assert ours.dtype == eager.dtype, f"{name}: dtype {ours.dtype}, not {eager.dtype}"
-    floor = FLOOR[rounded_to or ours.dtype]
+    floor = floors * FLOOR[rounded_to or ours.dtype]
     ours, eager, truth = (t.detach().double() for t in (ours, eager, truth))
     for kind in (torch.isnan, torch.isposinf, torch.isneginf):
         assert torch.equal(kind(ours), kind(truth)), f"{name}: {kind.__name__} at other positions"

@@ -106,6 +106,8 @@ TABLE = {
         *_rows(BLACKWELL, HALF, True, None, (128, ANY, (128, 64, 8, 2, *BOUND))),
         *_rows(HOPPER, HALF, True, None, (128, ANY, (128, 64, 8, 2))),
         *_rows(WGMMA, HALF, True, None, (256, ANY, (128, 32, 8, 2))),
+        *_rows(SMALL, HALF, True, True, (64, ANY, (128, 64, 8, 2)), (128, ANY, (128, 32, 8, 2)),
+               (256, ANY, (64, 16, 8, 1))),
         *_rows(MMA, HALF, True, None, (64, ANY, (128, 64, 8, 2)), (128, ANY, (128, 32, 8, 2)),
                (256, ANY, (32, 32, 8, 1))),
         *_rows(ALL, HALF, False, True, (128, ANY, (16, 32, 8, 1))),
@@ -181,9 +183,13 @@ TABLE = {
 def column_chunks(width: int, itemsize: int) -> tuple[int, ...]:
     """Powers of two from 16 up that sum to `width`, rounded up to a multiple of 16.
 
-    Wider float32 chunks than 64 make products that ptxas cannot allocate: they are plain
-    multiply-adds, unrolled over the chunk.
+    16-bit widths above 96 other than 160 are rounded up to 128 or 256: a third chunk, or a
+    mask of columns beside two wide ones, takes registers that are not there. Wider float32 chunks
+    than 64 make products that ptxas cannot allocate: they are plain multiply-adds, unrolled over
+    the chunk.
     """
+    if itemsize == HALF and width > 96 and width != 160:
+        width = 128 if width <= 128 else 256
     width = -(-width // 16) * 16
     widest = 256 if itemsize == HALF else 64
     rest = width % widest
