@@ -141,7 +141,7 @@ TABLE = {
     # one tile of keys walks the rows that reach it and keeps dk and dv
     "dkdv": [
         *_rows(BLACKWELL, HALF, True, True, (128, ANY, (64, 128, 8, 1, *BOUND)),
-               (160, ANY, (32, 128, 8, 1, *BOUND)), (256, ANY, (16, 32, 8, 1))),
+               (160, ANY, (64, 64, 8, 1, *BOUND)), (256, ANY, (16, 32, 8, 1))),
         *_rows(AMPERE, HALF, True, False, (64, ANY, (64, 128, 8, 2)), exact=True),
         *_rows(AMPERE, HALF, True, None, (64, ANY, (32, 128, 8, 2))),
         *_rows(("hopper", "blackwell", "small"), HALF, True, None, (64, ANY, (64, 128, 8, 2))),
