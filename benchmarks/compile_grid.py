@@ -99,6 +99,7 @@ def cases() -> list[Case]:
         found.append(Case(f"{regime}{rows}-D{D}-tf32", D, D, "float32", rows, tf32=True))
     for D in (56, 72, 112, 160, 192):  # padding in one load, in the last of two; rounded up
         found.append(Case(f"many2048-D{D}-Dv{D}", D, D, "bfloat16", 2048))
+    found.append(Case("many2048-D96-Dv256", 96, 256, "bfloat16", 2048))
     found.append(Case("many2048-D64-float16", 64, 64, "float16", 2048))
     found.append(Case("many2048-gqa-D64-scale", 64, 64, "bfloat16", 2048, group=4, flags="scale"))
     found.append(Case("decode-gqa-D128", 128, 128, "bfloat16", 1, group=4))

@@ -77,7 +77,10 @@ SIZES = [
 
 WIDTHS = [
     *[Case(f"width_{d}", B=1, D=d) for d in (8, 24, 32, 40, 64, 72, 80, 96, 128, 160, 256)],
-    *[Case(f"widths_{d}_{e}", B=1, D=d, Dv=e) for d, e in [(64, 32), (16, 80), (20, 7), (96, 160)]],
+    *[
+        Case(f"widths_{d}_{e}", B=1, D=d, Dv=e)
+        for d, e in [(64, 32), (16, 80), (20, 7), (96, 160), (96, 256), (112, 112)]
+    ],
     *[Case(f"width_{d}_long", D=d, Dv=e, **LONG) for d, e in [(24, 40), (80, 80), (96, 17)]],
 ]
 

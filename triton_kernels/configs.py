@@ -141,7 +141,7 @@ TABLE = {
     # one tile of keys walks the rows that reach it and keeps dk and dv
     "dkdv": [
         *_rows(BLACKWELL, HALF, True, True, (128, ANY, (64, 128, 8, 1, *BOUND)),
-               (160, ANY, (64, 64, 8, 1, *BOUND)), (256, ANY, (16, 32, 8, 1))),
+               (160, ANY, (64, 64, 8, 1, *BOUND))),
         *_rows(AMPERE, HALF, True, False, (64, ANY, (64, 128, 8, 2)), exact=True),
         *_rows(AMPERE, HALF, True, None, (64, ANY, (32, 128, 8, 2))),
         *_rows(("hopper", "blackwell", "small"), HALF, True, None, (64, ANY, (64, 128, 8, 2))),
@@ -151,7 +151,7 @@ TABLE = {
         *_rows(("hopper", *MMA), HALF, True, True, (256, ANY, (16, 128, 8, 2))),
         *_rows(BLACKWELL, HALF, True, None, (128, ANY, (64, 128, 8, 1, *BOUND))),
         *_rows(NOT_SMALL, HALF, True, None, (256, ANY, (64, 32, 8, 1))),
-        *_rows(SMALL, HALF, True, None, (256, ANY, (32, 32, 8, 1))),
+        *_rows(SMALL, HALF, True, None, (256, ANY, (32, 32, 8, 1, *BOUND))),
         *_rows(ALL, HALF, False, True, (128, ANY, (32, 16, 4, 1))),
         *_rows(ALL, HALF, False, None, (64, ANY, (32, 32, 8, 1)), (128, ANY, (64, 32, 8, 1)),
                (256, ANY, (32, 16, 8, 1))),
@@ -180,22 +180,20 @@ TABLE = {
 }  # fmt: skip
 
 
-def column_chunks(width: int, itemsize: int) -> tuple[int, ...]:
+def column_chunks(width: int, itemsize: int, widest: int = 0) -> tuple[int, ...]:
     """Powers of two from 16 up that sum to `width`, rounded up to a multiple of 16.
 
-    16-bit widths above 96 other than 160 are rounded up to 128 or 256: a third chunk, or a
-    mask of columns beside two wide ones, takes registers that are not there. Wider float32 chunks
-    than 64 make products that ptxas cannot allocate: they are plain multiply-adds, unrolled over
-    the chunk.
+    16-bit widths above 96 other than 160, and any beside a `widest` above 160, are rounded up to
+    one power of two: a third chunk, or a mask of columns beside two wide ones, takes registers that
+    are not there. Wider float32 chunks than 64 make products that ptxas cannot allocate: they are
+    plain multiply-adds, unrolled over the chunk.
     """
-    if itemsize == HALF and width > 96 and width != 160:
-        width = 128 if width <= 128 else 256
+    if itemsize == HALF and (96 < width != 160 or max(width, widest) > 160):
+        width = 1 << max(4, (width - 1).bit_length())
     width = -(-width // 16) * 16
-    widest = 256 if itemsize == HALF else 64
-    rest = width % widest
-    return (widest,) * (width // widest) + tuple(
-        1 << bit for bit in range(8, 3, -1) if rest >> bit & 1
-    )
+    most = 256 if itemsize == HALF else 64
+    rest = width % most
+    return (most,) * (width // most) + tuple(1 << bit for bit in range(8, 3, -1) if rest >> bit & 1)
 
 
 def tf32_fits(arch: int, D: int, Dv: int) -> bool:
@@ -219,7 +217,7 @@ def find_row(kernel: str, arch: int, D: int, Dv: int, itemsize: int, plain: bool
     share a key head, Nq * Hq / Hkv.
     """
     family = FAMILIES.get(arch, "small")
-    chunked = any(len(column_chunks(width, HALF)) > 1 for width in (D, Dv))
+    chunked = any(len(column_chunks(width, HALF, max(D, Dv))) > 1 for width in (D, Dv))
     exact = D % 16 == Dv % 16 == 0
     for row in TABLE[kernel]:
         if (

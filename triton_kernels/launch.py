@@ -191,12 +191,13 @@ class Call:
         tiles = [t for t in tiles if t.dim() > 3 and t.shape[-1] in (self.D, self.DV)]
         tf32 = self.allow_tf32 and self.q.dtype == torch.float32
         tf32 = tf32 and tf32_fits(target_arch(self.q.device), self.D, self.DV)
-        itemsize = self.q.element_size()
+        itemsize, widest = self.q.element_size(), max(self.D, self.DV)
         with device_guard(self.q.device):
             kernel[(programs,)](
                 *results, *self.operands(), self.B, self.Hkv, self.Nq, self.Nk, n_splits,
                 D=self.D, DV=self.DV,
-                CHUNKS=column_chunks(self.D, itemsize), CHUNKS_V=column_chunks(self.DV, itemsize),
+                CHUNKS=column_chunks(self.D, itemsize, widest),
+                CHUNKS_V=column_chunks(self.DV, itemsize, widest),
                 GROUP=self.group, BLOCK_Q=config.block_q, BLOCK_K=config.block_k,
                 ALIGN=row_alignment(*tiles), PRECISION="tf32" if tf32 else "ieee",
                 num_warps=config.num_warps, num_stages=config.num_stages,
