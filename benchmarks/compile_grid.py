@@ -45,7 +45,9 @@ class Case:
     Nk: int = 4096
     group: int = 1
     interval: bool = True
-    flags: str = ""  # any of: mask bias scale softcap dropout statistics; weights on its own
+    # any of: mask bias scale softcap dropout statistics; weights with some of them; or gated with
+    # any of: layer or rms, vector, mask
+    flags: str = ""
     tf32: bool = False
 
 
@@ -104,6 +106,21 @@ def cases() -> list[Case]:
     found.append(Case("many2048-gqa-D64-scale", 64, 64, "bfloat16", 2048, group=4, flags="scale"))
     found.append(Case("decode-gqa-D128", 128, 128, "bfloat16", 1, group=4))
     found.append(Case("prefill-gqa-D128", 128, 128, "bfloat16", 512, group=4))
+    return found + gated_cases()
+
+
+def gated_cases() -> list[Case]:
+    """The gated residual in each form at the widths that registers hold, and two ragged ones."""
+    widths = [(1024, "bfloat16"), (4096, "bfloat16"), (8192, "bfloat16"), (4096, "float32")]
+    found = []
+    for (dim, dtype), norm in itertools.product(widths, ("", "layer", "rms")):
+        for more in ("", "vector mask"):
+            if dim < 8192 or not (norm and more):  # a reason against the kernel
+                name = "-".join(["gated", *f"{norm} {more}".split(), f"dim{dim}", dtype])
+                found.append(Case(name, dim, dim, dtype, 2048, flags=f"gated {norm} {more}"))
+    for norm, dim in (("layer", 2560), ("rms", 5120)):
+        name = f"gated-{norm}-dim{dim}-bfloat16"
+        found.append(Case(name, dim, dim, "bfloat16", 2048, flags=f"gated {norm}"))
     return found
 
 
@@ -154,8 +171,30 @@ def compile_only(arch: int) -> Iterator[list]:
         knobs.nvidia.dump_ptxas_log, knobs.cache.dir = dump, cache
 
 
+def launch_gated(case: Case) -> None:
+    """The same of a gated residual."""
+    import torch
+
+    from xattn_kernels.triton_kernels import gated_residual
+
+    dtype, flags = getattr(torch, case.dtype), case.flags.split()
+    x, h, dnormed = torch.empty(3, 8, case.rows, case.D, dtype=dtype, device="meta")
+    gate = torch.empty(case.D if "vector" in flags else 1, device="meta")
+    norm = next((f for f in flags if f in ("layer", "rms")), "")
+    weight = torch.empty(case.D, dtype=dtype, device="meta") if norm else None
+    bias = weight if norm == "layer" else None
+    mask = torch.empty(x.shape[:2], dtype=torch.bool, device="meta")
+    row_mask = mask if "mask" in flags else None
+    y, _ = gated_residual.forward(x, h, gate, weight, bias, row_mask, norm, 1e-5)
+    dnormed = dnormed if norm else None
+    saved = (h, gate, weight, bias, row_mask, y)
+    gated_residual.backward(x, dnormed, *saved, norm, 1e-5, [True] * 5)
+
+
 def launch(case: Case) -> None:
     """Forward and backward of `case` on meta tensors."""
+    if "gated" in case.flags.split():
+        return launch_gated(case)
     import torch
 
     from xattn_kernels.triton_kernels import (
@@ -226,8 +265,8 @@ def compile_kernels(task: tuple[int, Case]) -> tuple[list[Row], list[tuple]]:
     for name, kernel, options, log in compiled:
         rows.append(Row(
             **common, kernel=name,
-            block_q=options.get("BLOCK_Q", options.get("BLOCK", 0)),
-            block_k=options.get("BLOCK_K", 0),
+            block_q=options.get("BLOCK_Q", options.get("BLOCK", options.get("ROWS", 0))),
+            block_k=options.get("BLOCK_K", options.get("COLUMNS", 0)),
             num_warps=kernel.metadata.num_warps, num_stages=kernel.metadata.num_stages,
             **resources(log), shared=kernel.metadata.shared,
             tensor_core=len(TENSOR_CORE.findall(kernel.asm["ptx"])),
@@ -255,7 +294,8 @@ def faults(row: Row) -> list[str]:
 def wants_tensor_cores(row: Row) -> bool:
     from xattn_kernels.triton_kernels.configs import tf32_fits
 
-    if not row.kernel.endswith(("forward_kernel", "dq_kernel", "dkdv_kernel", "dbias_kernel")):
+    with_products = ("forward_kernel", "dq_kernel", "dkdv_kernel", "dbias_kernel")
+    if row.kernel.startswith("gated") or not row.kernel.endswith(with_products):
         return False
     width = max((int(D) for D in re.findall(r"-Dv?(\d+)", row.case)), default=0)
     return tf32_fits(row.arch, width, width) if "tf32" in row.case else "float32" not in row.case

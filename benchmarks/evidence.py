@@ -31,6 +31,9 @@ KERNELS = {
     "bounds_kernel": "bounds of row tiles",
     "dbias_kernel": "dbias",
     "weights_kernel": "attention weights",
+    "gated_forward_kernel": "gated residual",
+    "gated_backward_kernel": "its gradients",
+    "gated_sums_kernel": "sums of its gate, weight and bias",
 }
 
 

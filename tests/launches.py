@@ -30,7 +30,8 @@ def noted(mode: str) -> Iterator[None]:
         launch = launcher(kernel, grid)
 
         def noted_launch(*args, **kwargs):
-            of_this_test.add((kernel.__name__, mode, row_dtype(args)))
+            name = kernel.__name__
+            of_this_test.add((name, mode, row_dtype(args, name.startswith("gated"))))
             return launch(*args, **kwargs)
 
         return noted_launch
@@ -42,14 +43,16 @@ def noted(mode: str) -> Iterator[None]:
         KernelInterface.__getitem__ = launcher
 
 
-def row_dtype(args: tuple) -> str:
+def row_dtype(args: tuple, gated: bool) -> str:
     """That of the first float tensor with the four strides of [B, H, N, width] behind it: parts of
-    a split, which are float32, have five, and lse has none."""
-    for t, strides in zip(args, args[1:], strict=False):
-        if isinstance(t, torch.Tensor) and isinstance(strides, tuple) and len(strides) == 4:
-            if t.is_floating_point():
-                return str(t.dtype)[6:]
-    return "int32"
+    a split, which are float32, have five, and lse has none. A gated residual has rows of any
+    strides, and where its parts are summed none."""
+    floats = [isinstance(t, torch.Tensor) and t.is_floating_point() for t in args]
+    for t, is_float, strides in zip(args, floats, args[1:], strict=False):
+        if is_float and isinstance(strides, tuple) and (gated or len(strides) == 4):
+            return str(t.dtype)[6:]
+    found = [t for t, is_float in zip(args, floats, strict=True) if is_float]
+    return str(found[0].dtype)[6:] if gated and found else "int32"
 
 
 def settle(passed: bool) -> None:

@@ -1,5 +1,6 @@
 """Mutants of the kernels that walk tiles and of their launchers, and the list of all mutants."""
 
+from mutants_of_gates import GATES
 from mutants_of_helpers import HELPERS
 from mutation import (
     EMPTY_ROWS,
@@ -245,4 +246,4 @@ WEIGHT = [
     ),
 ]  # fmt: skip
 
-MUTANTS = [*FORWARD, *DQ, *DKDV, *DBIAS, *WEIGHT, *HELPERS]
+MUTANTS = [*FORWARD, *DQ, *DKDV, *DBIAS, *WEIGHT, *HELPERS, *GATES]

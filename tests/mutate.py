@@ -69,7 +69,7 @@ def run_pytest(tree: str, mode: str, module: str, arguments: list[str], log: str
     os.environ.setdefault("PTXSIM_PATH", str(ROOT.parent / "shared" / "ptxsim"))
     checkout = {str(ROOT), str(ROOT / "tests")}
     sys.path[:] = [tree, *(p for p in sys.path if p not in checkout)]
-    for name in ("mutants", "mutants_of_helpers", "mutation"):
+    for name in ("mutants", "mutants_of_gates", "mutants_of_helpers", "mutation"):
         sys.modules.pop(name, None)
     import pytest
 

@@ -62,7 +62,7 @@ def choose(op: str, backends: Sequence[Backend], inputs: Any, name: str | None) 
 def run(op: str, backends: Sequence[Backend], inputs: Any, name: str | None) -> Any:
     """What the chosen backend makes of `inputs`, in the dtypes that they have."""
     backend = choose(op, backends, inputs, name)
-    with without_autocast(inputs.q.device):
+    with without_autocast(inputs.device):
         return backend.run(inputs)
 
 

@@ -55,6 +55,7 @@ class CrossAttentionInputs:
     Nk = property(lambda self: self.k.shape[2])
     D = property(lambda self: self.q.shape[3])
     Dv = property(lambda self: self.v.shape[3])
+    device = property(lambda self: self.q.device)
 
     def bounds(self) -> tuple[Tensor | None, Tensor | None]:
         """(start, stop) as [B, Nq] views by stride, or (None, None) without an interval."""

@@ -9,6 +9,12 @@
     dq  = scale * ds k     dk = scale * ds^T q     dv = dropout(p)^T dout     dbias = ds
     dscale_h = sum_i <q_i, dq_i> / scale_h             (with a softcap c: ds * (1 - (s / c)^2))
 
+    y = x + tanh(gate) * h                   dx = dy     dh = tanh(gate) * dy        (eq. gate)
+    dgate = (1 - tanh(gate)^2) * sum dy * h
+    normed = weight * n + bias      n = (y - mean) / sqrt(mean((y - mean)^2) + eps)  (eq. norm)
+    dn = weight * dnormed           dy += (dn - mean(dn) - n * mean(n * dn)) / sqrt(...)
+    dweight = sum n * dnormed       dbias = sum dnormed       (rms: mean(y) and mean(dn) are 0)
+
 Every dtype up to float64, every device, differentiable as often as autograd likes; the cost is
 the [B, Hq, Nq, Nk] tensors that the kernels exist to avoid.
 """
@@ -148,3 +154,23 @@ def attention_weights(x: CrossAttentionInputs, lse: Tensor | None, average_heads
         p = (s - lse.masked_fill(lse == NEG_INF, float("inf"))[..., None]).exp()
     p = drop(p, x)
     return p.mean(1) if average_heads else p
+
+
+def gated_residual(x: Tensor, h: Tensor, gate: Tensor, row_mask: Tensor | None = None) -> Tensor:
+    """y by eq. gate, in the dtype of x."""
+    t = torch.tanh(gate.to(torch.promote_types(gate.dtype, torch.float32))).to(x.dtype)
+    if row_mask is None:
+        return x + t * h
+    there = row_mask[..., None]
+    return torch.where(there, x + t * h.masked_fill(~there, 0.0), x)
+
+
+def norm(y: Tensor, kind: str, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """normed by eq. norm, computed in float32 at least, in the dtype of y."""
+    n = y.to(torch.promote_types(y.dtype, torch.float32))
+    if kind == "layer":
+        n = n - n.mean(-1, keepdim=True)
+    n = n * torch.rsqrt(n.square().mean(-1, keepdim=True) + eps)
+    n = n if weight is None else n * weight
+    n = n if bias is None else n + bias
+    return n.to(y.dtype)

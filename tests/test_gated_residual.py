@@ -1,0 +1,202 @@
+"""The gated residual, alone and with the next norm, on every backend against eager."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from conftest import modes
+from gated_cases import BY_NAME, CASES, GatedCase, assert_right, build
+from numerics import assert_as_accurate
+from xattn_kernels import explain, gated_residual, gated_residual_norm
+from xattn_kernels.gated_residual import backward_op, forward_op
+
+each_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+@pytest.mark.parametrize("mode", modes("interpreter", "gpu"), indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@each_case
+def test_triton(mode, case, dtype):
+    assert_right(case, "triton", dtype, mode.device)
+
+
+@pytest.mark.taking_turns
+@pytest.mark.parametrize("mode", modes("sm_80", "sm_90", "gpu"), indirect=True)
+@each_case
+def test_compiled(mode, case):
+    assert_right(case, "triton", mode.dtypes[0], mode.device)
+
+
+@pytest.mark.parametrize("form", ["plain_one", "layer_vector", "rms_one"])
+def test_eager_gradients(form):
+    """The oracle itself, by finite differences."""
+    call = build(replace(BY_NAME[f"{form}_masked"], shape=(3, 4)), torch.float64)
+    case, names = call.case, list(call.leaves)
+    h = call.leaves["h"].detach().nan_to_num(0.3).requires_grad_()
+
+    def run(*leaves):
+        given = dict(zip(names, leaves, strict=True))
+        found = replace(call, leaves=given, upstream={}).run("eager")
+        return tuple(found[n] for n in ("y", "normed")[: 1 if case.norm is None else 2])
+
+    leaves = tuple(h if n == "h" else t for n, t in call.leaves.items())
+    assert torch.autograd.gradcheck(run, leaves)
+    assert torch.autograd.gradgradcheck(run, leaves)
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_eager_norm_is_that_of_torch(norm):
+    y, weight, bias = torch.randn(4, 24), torch.randn(24), torch.randn(24)
+    h, gate = torch.zeros_like(y), torch.zeros(1)
+    if norm == "layer":
+        expected = torch.nn.functional.layer_norm(y, (24,), weight, bias, 1e-3)
+    else:
+        expected = torch.nn.functional.rms_norm(y, (24,), weight, 1e-3) + bias
+    found = gated_residual_norm(y, h, gate, weight, bias, norm=norm, eps=1e-3, backend="eager")
+    torch.testing.assert_close(found.normed, expected)
+
+
+@pytest.mark.parametrize("mode", modes("interpreter", "sm_90", "gpu"), indirect=True)
+@pytest.mark.parametrize("vector", [False, True], ids=["one", "vector"])
+def test_a_closed_gate_is_the_identity_and_learns(mode, vector):
+    """Bit for bit; the gradient of the gate is then the plain sum, rounded once."""
+    case = GatedCase("closed", vector=vector, gate=0.0)
+    for dtype in mode.dtypes:
+        call = build(case, dtype, mode.device)
+        found = call.run("triton")
+        x, h, dy = call.leaves["x"], call.leaves["h"], call.upstream["y"]
+        assert torch.equal(found["y"], x) and torch.equal(found["dx"], dy)
+        assert not found["dh"].any()
+        expected = (dy.double() * h.detach().double()).sum((0, 1) if vector else None)
+        rounded = expected.view_as(call.leaves["gate"]).to(dtype)
+        assert_as_accurate(found["dgate"], rounded, expected.view_as(rounded), "dgate")
+
+
+@pytest.mark.parametrize("mode", modes("interpreter", "sm_80", "gpu"), indirect=True)
+@pytest.mark.parametrize("gate", [20.0, -20.0, float("inf")])
+def test_an_open_gate_learns_nothing(mode, gate):
+    for norm in (None, "rms"):
+        found = build(GatedCase("open", gate=gate, norm=norm), torch.float32, mode.device)
+        found = found.run("triton")
+        assert found["y"].isfinite().all() and not found["dgate"].any()
+
+
+@pytest.mark.parametrize("mode", modes("interpreter", "gpu"), indirect=True)
+def test_nan_stays_out_of_rows_that_do_not_count(mode):
+    call = build(
+        replace(BY_NAME["plain_one_masked"], gate=float("nan")), torch.float32, mode.device
+    )
+    out = ~call.row_mask
+    assert torch.equal(call.run("triton")["y"][out], call.leaves["x"][out])
+    for name in ("plain_one_masked", "plain_vector_masked"):
+        call = build(BY_NAME[name], torch.float32, mode.device)
+        out = ~call.row_mask
+        call.upstream["y"][out] = torch.nan
+        found, eager = call.run("triton"), call.run("eager")
+        assert not found["dh"][out].any() and found["dgate"].isfinite().all()
+        torch.testing.assert_close(found["dgate"], eager["dgate"])
+
+
+@pytest.mark.parametrize("mode", modes("interpreter", "sm_90", "gpu"), indirect=True)
+def test_gradients_are_the_same_bits_in_every_run(mode):
+    call = build(replace(BY_NAME["many_rows"], vector=False), mode.dtypes[0], mode.device)
+    first = call.run("triton")
+    for name, t in call.run("triton").items():
+        assert torch.equal(t, first[name]), name
+
+
+@pytest.mark.parametrize("mode", modes("interpreter", "gpu"), indirect=True)
+def test_inputs_stay_as_they_are_and_dx_is_dy(mode):
+    call = build(GatedCase("saved"), torch.float32, mode.device)
+    before = {n: t.detach().clone() for n, t in call.leaves.items()}
+    y = gated_residual(**call.leaves, backend="triton")
+    for _ in range(2):
+        y.backward(call.upstream["y"], retain_graph=True)
+    assert all(torch.equal(t, before[n]) for n, t in call.leaves.items())
+    assert torch.equal(call.leaves["x"].grad, 2 * call.upstream["y"])
+
+
+@pytest.mark.parametrize("mode", modes("interpreter", "gpu"), indirect=True)
+def test_gradient_of_a_sum_is_expanded(mode):
+    call = build(GatedCase("sum", norm="layer"), torch.float32, mode.device)
+    found = gated_residual_norm(**call.leaves, backend="triton")
+    (found.y.sum() + found.normed.sum()).backward()
+    exact = call.in_double()
+    truth = gated_residual_norm(**exact.leaves, backend="eager")
+    (truth.y.sum() + truth.normed.sum()).backward()
+    for name, t in call.leaves.items():
+        torch.testing.assert_close(t.grad.double(), exact.leaves[name].grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", modes("interpreter", "gpu"), indirect=True)
+def test_second_derivatives_are_refused(mode):
+    call = build(GatedCase("twice"), torch.float32, mode.device)
+    y = gated_residual(**call.leaves, backend="triton")
+    (dh,) = torch.autograd.grad(y.sum(), call.leaves["h"], create_graph=True)
+    with pytest.raises(RuntimeError, match="backend='eager' for second derivatives"):
+        dh.sum().backward()
+
+
+@pytest.mark.parametrize("mode", modes("interpreter", "gpu"), indirect=True)
+@pytest.mark.parametrize("name", ["plain_one_base", "layer_vector_masked", "only_normed"])
+def test_custom_ops(mode, name):
+    """Schema, fake implementations and, under torch.compile, one node each way."""
+    call = build(BY_NAME[name], torch.float32, mode.device)
+    leaves = [call.leaves[n].detach() if n in call.leaves else None
+              for n in ("x", "h", "gate", "weight", "bias")]  # fmt: skip
+    norm = call.case.norm or ""
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(forward_op, (*leaves, call.row_mask, norm, 1e-5), test_utils=checks)
+    y, _ = forward_op(*leaves, call.row_mask, norm, 1e-5)
+    dy = torch.ones_like(y)
+    args = (dy, dy if norm else None, *leaves[1:], call.row_mask, y if norm else None)
+    torch.library.opcheck(backward_op, (*args, norm, 1e-5, [True] * 5), test_utils=checks)
+
+
+X = torch.randn(2, 3, 8)
+GATE = torch.zeros(1)
+
+
+@pytest.mark.parametrize(("change", "error", "said"), [
+    (dict(x=[1.0]), TypeError, "x must be a tensor, got list"),
+    (dict(x=X.int()), TypeError, "x must be a floating-point tensor, got torch.int32"),
+    (dict(h=X[:1]), ValueError, r"h must have the shape of x, \[2, 3, 8\], got \[1, 3, 8\]"),
+    (dict(h=X.double()), TypeError, "h must have the dtype of x, torch.float32, or a narrower"),
+    (dict(gate=torch.zeros(3)), ValueError, r"scalar, \[1\] or \[dim\] = \[8\], got shape \[3\]"),
+    (dict(gate=0.5), TypeError, "gate must be a tensor, got float"),
+    (dict(gate=torch.zeros(1, device="meta")), ValueError, "gate must be on the device of x"),
+    (dict(row_mask=torch.ones(2, 3)), TypeError, "row_mask must be bool .*got torch.float32"),
+    (dict(row_mask=torch.ones(3, dtype=torch.bool)), ValueError, r"row_mask .*\[2, 3\], got \[3\]"),
+    (dict(row_mask=True), TypeError, "row_mask must be a bool tensor or None, got bool"),
+    (dict(x=torch.tensor(1.0), h=torch.tensor(1.0)), ValueError, r"x must be \[..., dim\]"),
+])  # fmt: skip
+def test_wrong_arguments(change, error, said):
+    call = dict(x=X, h=X, gate=GATE) | change
+    for op in (gated_residual, gated_residual_norm):
+        with pytest.raises(error, match=said):
+            op(**call)
+
+
+@pytest.mark.parametrize(("change", "error", "said"), [
+    (dict(norm="batch"), ValueError, "norm must be one of .*got 'batch'"),
+    (dict(weight=torch.ones(3)), ValueError, r"weight must be \[dim\] = \[8\], got shape \[3\]"),
+    (dict(bias=torch.ones(8).int()), TypeError, "bias must be a floating-point tensor"),
+    (dict(eps=-1.0), ValueError, "eps must be a number of at least 0, got -1.0"),
+    (dict(eps="1"), TypeError, "eps must be a number of at least 0, got str"),
+])  # fmt: skip
+def test_wrong_norm(change, error, said):
+    with pytest.raises(error, match=said):
+        gated_residual_norm(X, X, GATE, **change)
+
+
+def test_reasons(capsys):
+    explain(gated_residual, X, X, GATE)
+    explain(gated_residual_norm, X.mT, X.mT, GATE.double())
+    wide = torch.zeros(1, 5000)
+    explain(gated_residual_norm, wide, wide, GATE)
+    said = capsys.readouterr().out
+    assert "last dimension of x is not contiguous" in said and "torch.float64, is not" in said
+    assert "dim 5000 > 4096" in said
