@@ -4,18 +4,35 @@ from . import masks
 from .attention_weights import attention_weights
 from .cross_attention import cross_attention
 from .dispatch import explain
+from .gated_projection import gated_projection
+from .gated_residual import GatedResidualNormResult, gated_residual, gated_residual_norm
 from .inputs import CrossAttentionResult
 from .masks import KeyInterval
-from .modules import MultiheadAttention, replace_multihead_attention
+from .modules import (
+    GatedCrossAttentionBlock,
+    MaskedCrossAttention,
+    MediaCache,
+    MultiheadAttention,
+    PerceiverResampler,
+    replace_multihead_attention,
+)
 
 __version__ = "0.1.0"
 __all__ = [
     "CrossAttentionResult",
+    "GatedCrossAttentionBlock",
+    "GatedResidualNormResult",
     "KeyInterval",
+    "MaskedCrossAttention",
+    "MediaCache",
     "MultiheadAttention",
+    "PerceiverResampler",
     "attention_weights",
     "cross_attention",
     "explain",
+    "gated_projection",
+    "gated_residual",
+    "gated_residual_norm",
     "masks",
     "replace_multihead_attention",
 ]

@@ -1,5 +1,16 @@
 """Modules on top of the ops; every public name is also at the top of the package."""
 
+from .gated_cross_attention import GatedCrossAttentionBlock
+from .masked_cross_attention import MaskedCrossAttention
+from .media_cache import MediaCache
 from .multihead_attention import MultiheadAttention, replace_multihead_attention
+from .perceiver_resampler import PerceiverResampler
 
-__all__ = ["MultiheadAttention", "replace_multihead_attention"]
+__all__ = [
+    "GatedCrossAttentionBlock",
+    "MaskedCrossAttention",
+    "MediaCache",
+    "MultiheadAttention",
+    "PerceiverResampler",
+    "replace_multihead_attention",
+]

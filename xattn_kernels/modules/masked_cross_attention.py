@@ -1,0 +1,252 @@
+"""`MaskedCrossAttention`: text attends to the media before it, as in Flamingo and its kin."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import masks
+from ..cross_attention import cross_attention
+from ..masks import KeyInterval
+from .media_cache import MediaCache, Weights
+
+BACKENDS = ("triton", "sdpa", "eager")
+NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
+
+
+class MaskedCrossAttention(nn.Module):
+    """Attention of text over the media that come before it, with a norm on the text, no biases.
+
+    Parameters `norm`, `to_q`, `to_kv` (keys first) and `to_out`; state dicts of OpenFlamingo's and
+    lucidrains' modules load. By default rows to which no media is visible are theirs too:
+
+        only_attend_immediate_media=True    0 before the first media token; after more media
+                                            tokens than there are media, the mean of all values
+        only_attend_immediate_media=False   the mean of all values before the first media token
+
+    Without any media (T or n is 0) every row is 0.
+
+    Args:
+        dim, dim_visual: widths of text and media; dim_visual=None is dim.
+        dim_head, heads: width and number of the query heads.
+        only_attend_immediate_media: a token sees the last media before it, else all before it.
+        kv_heads: key and value heads, a divisor of heads; None is heads.
+        qk_norm: RMSNorm of each query and key head, `q_norm` and `k_norm` (Llama 3.2 Vision,
+            Idefics' qk_layer_norms).
+        norm, norm_eps: "layer" or "rms", on the text; eps also of `q_norm` and `k_norm`.
+        without_media: rows to which no media is visible: None as above, "empty" 0 (Idefics, Meta's
+            Llama 3.2 Vision), "all" attention over every key (Llama 3.2 Vision in transformers).
+        backend: "triton", "sdpa" or "eager" for every call; None chooses for each.
+
+    Raises:
+        TypeError, ValueError: an argument is not among those named here.
+
+    Source: Alayrac et al., "Flamingo: a visual language model for few-shot learning" (2022).
+    """
+
+    def __init__(
+        self, *, dim, dim_visual=None, dim_head=64, heads=8, only_attend_immediate_media=True,
+        kv_heads=None, qk_norm=False, norm="layer", norm_eps=1e-5, without_media=None,
+        backend=None, device=None, dtype=None,
+    ) -> None:  # fmt: skip
+        dim_visual = dim if dim_visual is None else dim_visual
+        kv_heads = heads if kv_heads is None else kv_heads
+        check_sizes(
+            dim=dim, dim_visual=dim_visual, dim_head=dim_head, heads=heads, kv_heads=kv_heads
+        )
+        if heads % kv_heads:
+            raise ValueError(f"kv_heads must divide heads = {heads}, got {kv_heads}")
+        check_choice("norm", norm, *NORMS)
+        check_choice("without_media", without_media, None, "empty", "all")
+        check_choice("backend", backend, None, *BACKENDS)
+        super().__init__()
+        self.dim, self.dim_visual, self.dim_head = dim, dim_visual, dim_head
+        self.only_attend_immediate_media = only_attend_immediate_media
+        self.without_media, self.backend = without_media, backend
+        made = dict(device=device, dtype=dtype)
+        self.norm = NORMS[norm](dim, eps=norm_eps, **made)
+        self.to_q = nn.Linear(dim, heads * dim_head, bias=False, **made)
+        self.to_kv = nn.Linear(dim_visual, 2 * kv_heads * dim_head, bias=False, **made)
+        self.to_out = nn.Linear(heads * dim_head, dim, bias=False, **made)
+        self.q_norm = nn.RMSNorm(dim_head, eps=norm_eps, **made) if qk_norm else None
+        self.k_norm = nn.RMSNorm(dim_head, eps=norm_eps, **made) if qk_norm else None
+
+    def forward(
+        self,
+        x: Tensor,
+        media: Tensor | MediaCache,
+        media_locations: Tensor | None = None,
+        use_cached_media: bool = False,
+    ) -> Tensor:
+        """The attention branch alone, without gate and residual: [B, N, dim].
+
+        Args:
+            x: [B, N, dim], floating-point.
+            media: [B, T, n, dim_visual], T media of n tokens each, or its `cache_media`.
+            media_locations: bool [B, N], True at the one token that stands for a media, which sees
+                it already. None: every token sees all media.
+            use_cached_media: x continues a text whose tokens `media_locations` [B, any] describes:
+                every token of x sees what the last token of that text sees.
+
+        Raises:
+            TypeError, ValueError: an argument of a wrong type, shape, dtype or device, or a cache
+                that is not of these weights.
+        """
+        check_call(self, x, media, media_locations, use_cached_media)
+        cache = media if isinstance(media, MediaCache) else self._project_media(media)
+        mask = averaged = None
+        if media_locations is not None:
+            immediate, Nk = self.only_attend_immediate_media, cache.k.shape[2]
+            mask = visible_keys(media_sizes(cache), immediate, media_locations, use_cached_media)
+            mask, averaged = with_policy(mask, Nk, self.without_media, immediate)
+        q = self.to_q(self.norm(x))
+        if averaged is not None:  # all scores are equal: the mean of all values, and no gradient
+            q = q.masked_fill(averaged[..., None], 0.0)
+        q = normed(self.q_norm, split_heads(q, self.dim_head))
+        check_dtypes(q, cache)
+        out = cross_attention(q, cache.k, cache.v, mask=mask, backend=self.backend)
+        return self.to_out(merge_heads(out))
+
+    def cache_media(self, media: Tensor) -> MediaCache:
+        """The keys and values of `media` [B, T, n, dim_visual], to pass to calls in its place.
+
+        Raises TypeError or ValueError for a wrong shape or dtype, and for weights created under
+        `torch.inference_mode()`, whose changes PyTorch does not count.
+        """
+        check_tensor("media", media, "[B, T, n, dim_visual]", self.dim_visual)
+        return replace(self._project_media(media), made_with=Weights(*self._media_modules()))
+
+    def sees_media(
+        self, x: Tensor, media: Tensor | MediaCache, media_locations, use_cached_media=False
+    ) -> Tensor:
+        """bool [B, N]: the rows to which some media is visible, for the arguments of `forward`."""
+        check_call(self, x, media, media_locations, use_cached_media)
+        sizes, immediate = media_sizes(media), self.only_attend_immediate_media
+        if media_locations is None:
+            return x.new_full(x.shape[:2], 0 not in sizes, dtype=torch.bool)
+        seen = visible_keys(sizes, immediate, media_locations, use_cached_media)
+        return (seen.start < seen.stop).expand(x.shape[:2])
+
+    def _project_media(self, media: Tensor) -> MediaCache:
+        k, v = self.to_kv(media.flatten(1, 2)).chunk(2, dim=-1)
+        k, v = split_heads(k, self.dim_head), split_heads(v, self.dim_head)
+        return MediaCache(normed(self.k_norm, k), v, *media_sizes(media))
+
+    def _media_modules(self) -> list[nn.Module]:
+        return [m for m in (self.to_kv, self.k_norm) if m is not None]
+
+
+def visible_keys(
+    sizes: tuple[int, int], immediate: bool, media_locations: Tensor, use_cached_media: bool
+) -> KeyInterval:
+    """What `media_locations` alone says: [B, N] or, of its last token, [B, 1]."""
+    if use_cached_media:  # also of a text without tokens
+        media_locations = F.pad(media_locations, (1, 0))
+    n_media, tokens = sizes
+    found = masks.media(media_locations, tokens, n_media, "last" if immediate else "all")
+    if not use_cached_media:
+        return found
+    return KeyInterval(*(bound[:, -1:] for bound in found.expand(*media_locations.shape)))
+
+
+def with_policy(
+    found: KeyInterval, Nk: int, without_media: str | None, immediate: bool
+) -> tuple[KeyInterval, Tensor | None]:
+    """(the keys of each row, bool rows that get the mean of all values, or None)."""
+    if without_media == "empty":
+        return found, None
+    full = found.start >= found.stop
+    if without_media is None and immediate:
+        full = full & (found.start > 0)  # 0 before the first media, Nk after the last
+    mask = KeyInterval(found.start.masked_fill(full, 0), torch.where(full, Nk, found.stop))
+    return mask, full if without_media is None else None
+
+
+def split_heads(x: Tensor, dim_head: int) -> Tensor:
+    """[B, N, heads * dim_head] -> a view [B, heads, N, dim_head]."""
+    return x.unflatten(-1, (-1, dim_head)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """[B, heads, N, dim_head] -> [B, N, heads * dim_head]."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def normed(norm: nn.Module | None, x: Tensor) -> Tensor:
+    """In the dtype of the weights, which under autocast is wider than that of x; back in x's."""
+    return x if norm is None else norm(x.to(norm.weight.dtype)).to(x.dtype)
+
+
+def media_sizes(media: Tensor | MediaCache) -> tuple[int, int]:
+    """(number of media, tokens of each)."""
+    cached = isinstance(media, MediaCache)
+    return (media.n_media, media.tokens_per_media) if cached else tuple(media.shape[1:3])
+
+
+def check_call(module, x, media, media_locations, use_cached_media) -> None:
+    """Raises TypeError or ValueError naming the argument, what it was and what is allowed."""
+    check_tensor("x", x, "[B, N, dim]", module.dim)
+    if isinstance(media, MediaCache):
+        if media.made_with is None:
+            raise ValueError("media must be a cache that cache_media returned")
+        media.made_with.check(*module._media_modules())
+        B, of_media = media.k.shape[0], "of the cached media"
+    else:
+        check_tensor("media", media, "[B, T, n, dim_visual]", module.dim_visual)
+        B, of_media = media.shape[0], "of media"
+    if x.shape[0] != B:
+        raise ValueError(f"the batch of x, {x.shape[0]}, must be that {of_media}, {B}")
+    if media_locations is None:
+        return
+    if not isinstance(media_locations, Tensor) or media_locations.dtype != torch.bool:
+        raise TypeError(f"media_locations must be a bool tensor, got {kind(media_locations)}")
+    if media_locations.device != x.device:
+        raise ValueError(
+            f"media_locations must be on the device of x, {x.device}, got {media_locations.device}"
+        )
+    shape = list(media_locations.shape)
+    if use_cached_media and (len(shape) != 2 or shape[0] != B):
+        raise ValueError(f"media_locations must be [B, tokens of the text], B = {B}, got {shape}")
+    if not use_cached_media and shape != list(x.shape[:2]):
+        raise ValueError(
+            f"media_locations must be [B, N] = {list(x.shape[:2])}, one for each token of x, got "
+            f"{shape}; use_cached_media=True takes those of the text that x continues"
+        )
+
+
+def check_dtypes(q: Tensor, cache: MediaCache) -> None:
+    k = cache.k
+    if (q.dtype, q.device) != (k.dtype, k.device):
+        raise ValueError(
+            f"keys and values of media are {k.dtype} on {k.device}, the queries {q.dtype} on "
+            f"{q.device}; a cache must be made on the same device and under the same autocast"
+        )
+
+
+def check_tensor(name: str, t, dims: str, width: int) -> None:
+    """Raises unless `t` is a floating-point tensor of the rank of `dims`, its last one `width`."""
+    if not isinstance(t, Tensor) or not t.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor {dims}, got {kind(t)}")
+    if t.dim() != dims.count(",") + 1 or t.shape[-1] != width:
+        last = dims.rpartition(" ")[2].rstrip("]")
+        raise ValueError(f"{name} must be {dims} with {last} = {width}, got {list(t.shape)}")
+
+
+def check_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"{name} must be an int, got {kind(size)}")
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+
+
+def check_choice(name: str, value, *allowed) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def kind(value) -> str:
+    return f"a {value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__
