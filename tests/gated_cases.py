@@ -28,6 +28,7 @@ class GatedCase:
     layout: str = "plain"
     gate: float | None = None
     gate_dtype: torch.dtype | None = None
+    apart: bool = False  # gate, weight and bias are columns of a matrix
     h_dtype: torch.dtype | None = None
     weight: bool = True
     bias: bool = True
@@ -104,7 +105,7 @@ def cases() -> list[GatedCase]:
             needs_weight=dict(needs="weight"), needs_bias=dict(needs="bias gate"),
             needs_x_plain=dict(needs="x", norm=None), needs_h_plain=dict(needs="h", norm=None),
             needs_gate_plain=dict(needs="gate", norm=None),
-            gate_float32=dict(gate_dtype=torch.float32),
+            columns_apart=dict(apart=True), gate_float32=dict(gate_dtype=torch.float32),
             narrower_h=dict(h_dtype=torch.bfloat16, norm="rms"),
         ).items()
     ]  # fmt: skip
@@ -170,6 +171,8 @@ def build(c: GatedCase, dtype: torch.dtype, device: str = "cpu") -> GatedCall:
         leaves["weight"] = (1 + 0.3 * normal(dim)).to(device, dtype)
     if c.norm is not None and c.bias:
         leaves["bias"] = normal(dim).to(device, dtype)
+    if c.apart:
+        leaves |= {n: t[:, None].repeat(1, 3)[:, 1] for n, t in leaves.items() if n not in "xh"}
     row_mask = None
     if c.mask is not None:
         seen = {"random": torch.rand(c.shape[:-1], generator=g) < 0.6}.get(c.mask)

@@ -311,6 +311,7 @@ def forward(x, h, gate, weight, bias, row_mask, norm, eps) -> tuple[Tensor, Tens
     x, h [..., dim] with a contiguous last dimension; gate [1] or [dim]; weight, bias [dim] or None;
     row_mask bool, the shape of the rows, or None; norm "layer", "rms" or "".
     """
+    gate, weight, bias = (unit_stride(t) for t in (gate, weight, bias))
     y = torch.empty_like(x)
     normed = torch.empty_like(x) if norm else None
     if y.numel():
@@ -327,7 +328,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dx, dh, dgate, dweight, dbias); those not in `needs`, and dx without a norm, where it is dy,
     have no elements. dy or dnormed may be None; the rest as `forward` took and gave it."""
-    dy, dnormed = unit_stride(dy), unit_stride(dnormed)
+    dy, dnormed, gate, weight = (unit_stride(t) for t in (dy, dnormed, gate, weight))
     like = (y if norm else None, h, gate, weight if norm else None, bias if norm else None)
     grads = [
         torch.empty_like(t) if needed and t is not None else None
@@ -367,5 +368,6 @@ def write_gradients(grads, dy, dnormed, h, y, gate, weight, row_mask, norm, eps)
 
 
 def unit_stride(t: Tensor | None) -> Tensor | None:
-    """A gradient as the kernels read it; that of a sum is one number, expanded."""
-    return t if t is None or t.shape[-1] == 1 or t.stride(-1) == 1 else t.contiguous()
+    """Neighbouring columns next to each other, as the kernels read them. The gradient of a sum is
+    one number, expanded; a gate or weight may be a column of a matrix, too small to walk."""
+    return t if t is None or t.numel() <= 1 or t.stride(-1) == 1 else t.contiguous()
