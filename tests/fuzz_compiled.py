@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from cases import Case
 from fuzz import BIAS_VALUES, INTERVALS, NOT_FINITE, QKV_VALUES, SEEDS, Drawn, pick, sometimes
+from fuzz_gated import DrawnGated, compiled_gated_calls
 from mask_kinds import possible
 
 
@@ -84,8 +85,10 @@ def compiled_calls(draw, family: Family, dtype: torch.dtype, long: bool) -> Draw
     return Drawn(c, "triton", dtype, None, draw(st.sampled_from(twists)))
 
 
-def family_of(seed: int) -> st.SearchStrategy[Drawn]:
+def family_of(seed: int) -> st.SearchStrategy[Drawn | DrawnGated]:
     """The calls of the family that belongs to a round's seed."""
     r = random.Random(seed)
-    family, dtype, long = r.choice(list(FAMILIES.values())), r.choice(DTYPES), r.random() < 0.5
-    return compiled_calls(family, dtype, long)
+    dtype, either = r.choice(DTYPES), r.random() < 0.5
+    if r.random() < 0.25:
+        return compiled_gated_calls(r.choice([None, "layer", "rms"]), either, dtype)
+    return compiled_calls(r.choice(list(FAMILIES.values())), dtype, either)

@@ -92,7 +92,7 @@ class ModuleCase:
         )
         return results | {f"d{n}": g for n, g in zip(leaves, grads, strict=True)}
 
-    def check(self) -> None:
+    def check(self, device: str) -> None:
         ours, eager = (self.run(backend, self.dtype) for backend in (self.backend, "eager"))
         truth = self.run("eager", torch.float64)
         # gradients of q and k cancel, to 0 with one key; their terms are as large as those of v

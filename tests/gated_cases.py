@@ -17,8 +17,9 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class GatedCase:
-    """`layout` of x and h; `gate` 0, a large number, or None for random values; `used` and `needs`
-    name results with a gradient and inputs that want one, None: all."""
+    """`layout` of x and h, whose `values` are of one of VALUES; `gate` 0, a large number, or None
+    for random values; `used` and `needs` name results with a gradient and inputs that want one,
+    None: all."""
 
     name: str
     shape: tuple[int, ...] = (2, 5, 24)
@@ -26,6 +27,7 @@ class GatedCase:
     vector: bool = False
     mask: str | None = None  # random, none, all
     layout: str = "plain"
+    values: str = "normal"
     gate: float | None = None
     gate_dtype: torch.dtype | None = None
     apart: bool = False  # gate, weight and bias are columns of a matrix
@@ -65,6 +67,21 @@ def far_rows(t: Tensor) -> Tensor:
     return reserve(t.shape, tuple(strides), t).copy_(t)
 
 
+def far_from_zero(x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """A mean much larger than what varies around it."""
+    return x + 40, h
+
+
+def same_in_a_row(x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """No variance at all, where the gate is one number."""
+    return tuple(t[..., :1].repeat_interleave(t.shape[-1], -1) for t in (x, h))
+
+
+VALUES = {
+    "normal": lambda x, h: (x, h), "tiny": lambda x, h: (1e-6 * x, 1e-6 * h),
+    "small_x": lambda x, h: (1e-3 * x, 100 * h), "large_x": lambda x, h: (300 * x, 1e-3 * h),
+    "far_from_zero": far_from_zero, "same_in_a_row": same_in_a_row,
+}  # fmt: skip
 LAYOUTS = {
     "plain": lambda t: t, "transposed": transposed, "sliced": sliced, "expanded": expanded,
     "far_rows": far_rows,
@@ -102,7 +119,8 @@ def cases() -> list[GatedCase]:
             neither=dict(weight=False, bias=False),
             only_y=dict(used="y"), only_normed=dict(used="normed"),
             needs_x=dict(needs="x"), needs_h=dict(needs="h"), needs_gate=dict(needs="gate"),
-            needs_weight=dict(needs="weight"), needs_bias=dict(needs="bias gate"),
+            needs_weight=dict(needs="weight"), y_needs_bias=dict(needs="bias", used="y"),
+            needs_bias=dict(needs="bias gate"),
             needs_x_plain=dict(needs="x", norm=None), needs_h_plain=dict(needs="h", norm=None),
             needs_gate_plain=dict(needs="gate", norm=None),
             columns_apart=dict(apart=True), gate_float32=dict(gate_dtype=torch.float32),
@@ -135,8 +153,8 @@ class GatedCall:
             found = result._asdict()
         wanted = {n: t for n, t in self.leaves.items() if t.requires_grad}
         outputs = [n for n in self.upstream if found[n].requires_grad]
-        if not outputs:
-            return found
+        if not outputs:  # y alone, which does not depend on weight and bias
+            return found | {f"d{n}": torch.zeros_like(t) for n, t in wanted.items()}
         grads = torch.autograd.grad(
             [found[n] for n in outputs], list(wanted.values()), [self.upstream[n] for n in outputs],
             materialize_grads=True,
@@ -161,9 +179,10 @@ def build(c: GatedCase, dtype: torch.dtype, device: str = "cpu") -> GatedCall:
         return torch.randn(shape, generator=g, dtype=torch.float64)
 
     dim, lay = c.shape[-1], LAYOUTS[c.layout] if len(c.shape) > 1 else LAYOUTS["plain"]
-    leaves = {"x": lay(normal(*c.shape).to(device, dtype))}
+    x, h = VALUES[c.values](normal(*c.shape), normal(*c.shape))
+    leaves = {"x": lay(x.to(device, dtype))}
     narrow = c.h_dtype if c.h_dtype and torch.promote_types(dtype, c.h_dtype) == dtype else dtype
-    leaves["h"] = lay(normal(*c.shape).to(device, narrow))
+    leaves["h"] = lay(h.to(device, narrow))
     gate = 0.6 * normal(dim) if c.vector else 0.6 * normal(1)
     gate = gate if c.gate is None else torch.full_like(gate, c.gate)
     leaves["gate"] = gate.to(device, c.gate_dtype or dtype)

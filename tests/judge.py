@@ -19,10 +19,12 @@ from torch import Tensor
 from calls import Call, Tensors, assert_as_expected, build, compute_expected, run
 from cases import Case
 from fuzz import Drawn
+from fuzz_gated import DrawnGated
 from fuzz_module import ModuleCase
 from xattn_kernels import KeyInterval
 
 CALLS_PER_ROUND = 50
+Judged = Drawn | DrawnGated | ModuleCase
 
 
 @contextmanager
@@ -81,14 +83,14 @@ def assert_batch_is_independent(found: Tensors, call: Call, backend: str) -> Non
 
 
 def check(
-    drawn: Drawn | ModuleCase,
+    drawn: Judged,
     prepare: Callable[[Call], Call] = lambda call: call,
     device: str = "cpu",
 ) -> None:
     """Raises where the backend differs from eager by more than the tolerance rule allows."""
-    if isinstance(drawn, ModuleCase):
+    if not isinstance(drawn, Drawn):
         with poisoned():
-            return drawn.check()
+            return drawn.check(device)
     c, dtype = drawn.case, drawn.dtype
     call = build(c, dtype, device)
     if drawn.twist == "garbage":
@@ -111,10 +113,10 @@ def first_seed(wanted: str | None) -> int:
 
 def rounds(
     where: str,
-    draw_from: Callable[[int], SearchStrategy[Drawn | ModuleCase]],
+    draw_from: Callable[[int], SearchStrategy[Judged]],
     seconds: float,
     seed: int,
-    judge: Callable[[Drawn | ModuleCase], None] = check,
+    judge: Callable[[Judged], None] = check,
 ) -> None:
     """Judges random calls until the time is over; each round has a seed, which says from what it
     draws. Prints what was judged, and `where`."""

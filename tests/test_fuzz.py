@@ -17,10 +17,11 @@ from hypothesis.strategies import SearchStrategy
 
 from calls import written_out
 from conftest import modes
-from fuzz import INTERPRETED, SDPA, Drawn, Reach, calls
+from fuzz import INTERPRETED, SDPA, Reach, calls
 from fuzz_compiled import family_of
-from fuzz_module import ModuleCase, module_calls
-from judge import check, first_seed, rounds
+from fuzz_gated import gated_calls
+from fuzz_module import module_calls
+from judge import Judged, check, first_seed, rounds
 from xattn_kernels import sdpa
 
 pytestmark = pytest.mark.slow
@@ -29,10 +30,11 @@ SECONDS = float(os.environ.get("FUZZ_SECONDS", 30))  # of each process
 SEED = os.environ.get("FUZZ_SEED", "1")  # empty: a new one each time, as `make fuzz` wants
 
 
-def anything(reach: Reach) -> SearchStrategy[Drawn | ModuleCase]:
-    """Calls of the op most of all, then of its weights, then of the module."""
-    kinds = calls(reach), calls(reach, "attention_weights"), module_calls(reach)
-    return st.sampled_from([0, 0, 0, 0, 1, 1, 2]).flatmap(lambda n: kinds[n])
+def anything(reach: Reach) -> SearchStrategy[Judged]:
+    """Calls of attention most of all, then of its weights and of what is the kernels' alone."""
+    kinds = [*[calls(reach)] * 4, *[calls(reach, "attention_weights")] * 2, module_calls(reach)]
+    kinds += [gated_calls(reach)] * 2 * (reach.backend == "triton")
+    return st.sampled_from(kinds).flatmap(lambda kind: kind)
 
 
 def test_sdpa():

@@ -233,6 +233,8 @@ class GatedResidualFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         launch = forward_op if torch.compiler.is_compiling() else launch_forward
         y, normed = launch(x, h, gate, weight, bias, row_mask, *options)
+        if not any(ctx.needs_input_grad[:3]):  # of the norm's weight and bias y knows nothing
+            ctx.mark_non_differentiable(y)
         # statistics and h's share are computed again: what the plain form keeps is h alone
         ctx.save_for_backward(h, gate, weight, bias, row_mask, y if options[0] else None)
         ctx.options = options
