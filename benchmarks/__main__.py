@@ -1,4 +1,4 @@
-"""The command line: `python -m benchmarks run | main | warm | gpu`."""
+"""The command line: `python -m benchmarks run | main | gated | warm | gpu`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ def main(arguments: list[str] | None = None) -> int:
     job = tasks.add_parser("main", help="real photographs and real text, within five minutes")
     options(job, workload=",".join(document.WORKLOADS), budget=240.0)
     job.set_defaults(call=commands.main)
+    gates = tasks.add_parser("gated", help="the gated residual in real models' shapes")
+    options(gates, workload="all", budget=240.0)
+    gates.set_defaults(call=commands.gated)
     warm = tasks.add_parser("warm", help="compile in parallel, so that a later run need not")
     options(warm, workload="all", budget=120.0)
     warm.add_argument("--jobs", type=int, default=4, help="processes (%(default)s)")

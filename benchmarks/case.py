@@ -46,6 +46,13 @@ class Case:
     dout: Tensor
     interval: KeyInterval | None
 
+    suite = "attention"
+
+    @property
+    def upstream(self) -> tuple[Tensor]:
+        """The gradients of what a provider returns."""
+        return (self.dout,)
+
     @property
     def label(self) -> str:
         return self.workload.label(self.original)

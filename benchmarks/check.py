@@ -7,7 +7,8 @@ dtype, plus a small floor, and inf and nan only where the truth has them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -34,22 +35,13 @@ class Piece(NamedTuple):
     keys: slice
 
 
+@dataclass(frozen=True)
 class Truth:
-    """A case's results in float64, and for each the error that is allowed.
+    """A case's results in float64, and for each the error that is allowed."""
 
-    With `gradients`, dq, dk and dv for the case's dout belong to it. Computed piece by piece, so
-    that memory stays bounded, and in float64 without keys that no row of a piece attends to.
-    """
-
-    def __init__(self, case: Case, gradients: bool):
-        self.names = NAMES if gradients else NAMES[:1]
-        self.truth = compute(case, torch.float64, gradients, row_pieces(case))
-        eager = compute(case, case.dtype, gradients, head_pieces(case))
-        floor = FLOOR[case.dtype]
-        self.allowed = [
-            FACTOR * largest(rough - truth) + floor * max(largest(truth), 1e-3)
-            for rough, truth in zip(eager, self.truth, strict=True)
-        ]
+    names: tuple[str, ...]
+    truth: list[Tensor]
+    allowed: list[float]
 
     def verdict(self, results: tuple[Tensor, ...]) -> tuple[str, float]:
         """("", largest share of an allowed error) if right, else what is wrong and its share."""
@@ -65,6 +57,33 @@ class Truth:
                 return f"{name}: error {error:.1e}, allowed {allowed:.1e}", error / allowed
             worst = max(worst, error / allowed)
         return "", worst
+
+
+def allow(
+    names: tuple[str, ...],
+    eager: Iterable[Tensor],
+    truth: list[Tensor],
+    dtype: torch.dtype,
+    **sizes: float,
+) -> Truth:
+    """The truth with the errors that eager code of this dtype allows; `sizes` by name: that of the
+    terms of a sum, where they may cancel."""
+    allowed = []
+    for name, rough, exact in zip(names, eager, truth, strict=True):
+        size = max(largest(exact), sizes.get(name, 0.0), 1e-3)
+        allowed.append(FACTOR * largest(rough.double() - exact) + FLOOR[dtype] * size)
+    return Truth(names, truth, allowed)
+
+
+def truth_of(case: Case, gradients: bool) -> Truth:
+    """Of attention; with `gradients`, dq, dk and dv for the case's dout belong to it.
+
+    Computed piece by piece, so that memory stays bounded, and in float64 without keys that no row
+    of a piece attends to.
+    """
+    truth = compute(case, torch.float64, gradients, row_pieces(case))
+    eager = compute(case, case.dtype, gradients, head_pieces(case))
+    return allow(NAMES if gradients else NAMES[:1], eager, truth, case.dtype)
 
 
 def largest(t: Tensor) -> float:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import case, document, machine, rows, runner, workloads
+from . import document, machine, rows, runner, workloads
 from .case import Case
 from .progress import Progress
-from .providers import BY_NAME
 from .steps import step
+from .suites import SUITES, Suite
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CPU_DENSE_GFLOP = 10.0
@@ -27,19 +28,25 @@ RESULTS = Path(__file__).with_name("results")
 
 def run(options: argparse.Namespace) -> int:
     """Random tensors in real shapes."""
-    return measure(options, case.build, "random normal", default_name(options))
+    return measure(options, SUITES["attention"], "random normal", default_name(options))
 
 
 def main(options: argparse.Namespace) -> int:
     """The interleaved document of photographs and text."""
-    return measure(options, document.build, document.INPUT, "main")
+    suite = replace(SUITES["attention"], build=document.build)
+    return measure(options, suite, document.INPUT, "main")
 
 
-def measure(options: argparse.Namespace, build: Callable[..., Case], words: str, name: str) -> int:
+def gated(options: argparse.Namespace) -> int:
+    """The gated residual of random tensors in real shapes."""
+    return measure(options, SUITES["gated"], "random normal", "gated")
+
+
+def measure(options: argparse.Namespace, suite: Suite, words: str, name: str) -> int:
     """Runs, printing each table as it is ready and saving all rows after each."""
     device, dtype = device_and_dtype(options)
-    chosen = pick(options.workload, workloads.load(), "workload")
-    providers = [BY_NAME[p] for p in pick(options.provider, BY_NAME, "provider")]
+    chosen = pick(options.workload, suite.workloads, "workload")
+    providers = suite.chosen(pick(options.provider, suite.providers, "provider"))
     settings = runner.Settings(
         modes=tuple(pick(options.mode, workloads.MODES, "mode")),
         budget=options.budget_seconds,
@@ -50,7 +57,8 @@ def measure(options: argparse.Namespace, build: Callable[..., Case], words: str,
     folder = options.out or RESULTS / machine.slug(device)
     name = options.name or f"{name}-{str(dtype).removeprefix('torch.')}"
     began, done, written = time.perf_counter(), [], []
-    for group in runner.run(cases(options, build, chosen), len(chosen), providers, settings):
+    built = cases(options, suite, chosen)
+    for group in runner.run(built, len(chosen), providers, settings, suite.truth_of):
         done += group
         Progress.write(rows.table(group) + "\n")
         written = rows.save(done, folder, name)
@@ -73,7 +81,7 @@ def draw(done: list[rows.Row], folder: Path, name: str) -> list[Path]:
 
 def warm(options: argparse.Namespace) -> int:
     """Compiles what compiles, a process per workload, and leaves it in the caches on disk."""
-    chosen = pick(options.workload, workloads.load(), "workload")
+    chosen = pick(options.workload, SUITES["attention"].workloads, "workload")
     end = time.perf_counter() + options.budget_seconds
     pool = ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn"))
     waiting = {pool.submit(warm_one, options, name): name for name in chosen}
@@ -93,26 +101,25 @@ def warm(options: argparse.Namespace) -> int:
 
 
 def warm_one(options: argparse.Namespace, name: str) -> None:
-    (built,) = cases(options, case.build, [name])
-    for provider in [BY_NAME[p] for p in pick(options.provider, BY_NAME, "provider")]:
+    suite = SUITES["attention"]
+    (built,) = cases(options, suite, [name])
+    for provider in suite.chosen(pick(options.provider, suite.providers, "provider")):
         for mode in pick(options.mode, workloads.MODES, "mode"):
             if provider.compiles and not provider.reasons(built, mode):
                 step(provider, built, mode)()
 
 
-def cases(
-    options: argparse.Namespace, build: Callable[..., Case], chosen: list[str]
-) -> Iterator[Case]:
+def cases(options: argparse.Namespace, suite: Suite, chosen: list[str]) -> Iterator[Case]:
     """Each workload, scaled to the machine, with tensors; built when it is its turn."""
     device, dtype = device_and_dtype(options)
     gflop = options.dense_gflop
     if gflop is None:
         gflop = CPU_DENSE_GFLOP if device.type == "cpu" else float("inf")
     elements = machine.free_memory(device) / dtype.itemsize / TENSORS_PER_CASE
-    known = workloads.load()
     for name in chosen:
-        w = workloads.fit(known[name], 1e9 * gflop, elements)
-        yield build(w, known[name], device, dtype, options.seed)
+        original = suite.workloads[name]
+        w = suite.fit(original, 1e9 * gflop, elements)
+        yield suite.build(w, original, device, dtype, options.seed)
 
 
 def device_and_dtype(options: argparse.Namespace) -> tuple[torch.device, torch.dtype]:

@@ -103,11 +103,14 @@ def phases(chosen: argparse.Namespace, out: Path) -> list[Phase]:
         return Phase(name, command, minutes * minute, missing)
 
     real = ["--dtype", "bfloat16", "--workload", chosen.workload]
+    gated = ["--dtype", "bfloat16", "--provider", "all"]
+    gated += ["--workload", "flamingo-9b,flamingo-9b-norm,mllama-11b-norm,flamingo-9b-out"]
     return [
         Phase("environment", [PYTHON, "-m", "xattn_kernels"], 0.5 * minute),
         Phase("gpu tests", [*tests, "-m", "gpu", "--deselect", CASES], 1.4 * minute),
         bench("compile", "warm", 1.3, [*real, "--jobs", jobs]),
-        bench("benchmarks", "run", 2.8, [*real, "--name", "workloads-bfloat16"]),
+        bench("benchmarks", "run", 2.5, [*real, "--name", "workloads-bfloat16"]),
+        bench("gated", "gated", 0.7, gated),
         bench("main job", "main", 0.9, [], no_photographs),
         Phase("probe", probe, 0.5 * minute),
         Phase("memcheck", [*sanitizer, "memcheck", *probe], 0.8 * minute, no_sanitizer),

@@ -1,4 +1,4 @@
-"""Peak extra memory of one call: what it takes beyond q, k, v, dout, its preparation included.
+"""Peak extra memory of one call: what it takes beyond its inputs, its preparation included.
 
 On a GPU the allocator knows. On a CPU it is the growth of the resident set of a fresh process: a
 call of a few rows loads code and starts threads, then the peak is reset and the preparation and
@@ -18,9 +18,8 @@ from pathlib import Path
 
 import torch
 
-from .case import Case
-from .providers import BY_NAME
 from .steps import Step, step
+from .suites import SUITES
 
 PROC = Path("/proc/self")
 WARM_ROWS = 16
@@ -44,13 +43,14 @@ def device_peak(call: Step, before: int, device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def resident_peak(name: str, path: Path, mode: str, seconds: float) -> int | None:
-    """Bytes of resident growth for the CPU case saved at `path`; None if it cannot be measured."""
+def resident_peak(suite: str, name: str, path: Path, mode: str, seconds: float) -> int | None:
+    """Bytes of resident growth for the CPU case that a suite saved at `path`, computed by its
+    provider `name`; None if it cannot be measured."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.memory"])
     receiver, sender = context.Pipe(duplex=False)
     threads = torch.get_num_threads()
-    process = context.Process(target=_child, args=(sender, name, path, mode, threads))
+    process = context.Process(target=_child, args=(sender, suite, name, path, mode, threads))
     saved = {name: os.environ.get(name) for name in MALLOC}
     os.environ.update(MALLOC)
     try:
@@ -69,9 +69,9 @@ def resident_peak(name: str, path: Path, mode: str, seconds: float) -> int | Non
         process.join()
 
 
-def _child(sender: Connection, name: str, path: Path, mode: str, threads: int) -> None:
+def _child(sender: Connection, suite: str, name: str, path: Path, mode: str, threads: int) -> None:
     torch.set_num_threads(threads)
-    case, provider = Case.load(path), BY_NAME[name]
+    case, provider = SUITES[suite].load(path), SUITES[suite].providers[name]
     call = step(provider, case if provider.compiles else case.first_rows(WARM_ROWS), mode)
     call()
     before = _reset_peak()

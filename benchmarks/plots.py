@@ -41,6 +41,9 @@ COLOURS = {
     "xformers": "#ddb892",
     "flex": "#b56576",
     "eager": "#ced4da",
+    "compiled": "#b56576",
+    "addmm": "#8a5a44",
+    "liger": "#ddb892",
     "xattn-mha": "#52b788",
     "torch-mha": "#e5989b",
 }

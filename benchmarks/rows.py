@@ -19,7 +19,8 @@ class Row:
     """One provider on one workload in one mode.
 
     status: "ok", or without numbers "unsupported", "wrong", "error" or "skipped", with a reason.
-    flops and min_bytes count attended pairs only; percents are of the ceilings measured in the
+    flops (None where arithmetic is not what takes the time) and min_bytes count attended pairs
+    only; percents are of the ceilings measured in the
     same run (a large matrix product, a large copy). peak_mib is extra memory. error_share is the
     largest error as a share of what is allowed (twice that of eager code, plus a floor).
     """
@@ -157,7 +158,7 @@ def _line(r: Row) -> str:
     quartiles = f"{number(r.ms_25)} - {number(r.ms_75)}"
     return (
         f"  {r.provider:<14}{number(r.ms):>8} {quartiles:>15} {number(r.peak_mib):>7} "
-        f"{number(1e3 * r.tflops):>8} {number(r.percent_of_product):>6} "
+        f"{number(r.tflops and 1e3 * r.tflops):>8} {number(r.percent_of_product):>6} "
         f"{number(r.gbytes_per_s):>6} {number(r.percent_of_copy):>6}"
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import quantiles
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from . import machine, memory, timing
 from .case import Case
-from .check import Truth
+from .check import Truth, truth_of
 from .progress import Progress
 from .providers import Provider
 from .rows import Row
@@ -41,7 +41,11 @@ class Checked(NamedTuple):
 
 
 def run(
-    cases: Iterable[Case], count: int, providers: list[Provider], settings: Settings
+    cases: Iterable[Case],
+    count: int,
+    providers: list[Provider],
+    settings: Settings,
+    truth_of: Callable[[Case, bool], Truth] = truth_of,
 ) -> Iterator[list[Row]]:
     """Yields the rows of one case and mode at a time; `count` is how many cases there will be."""
     end, groups, facts = time.perf_counter() + settings.budget, count * len(settings.modes), None
@@ -52,7 +56,7 @@ def run(
             for mode in settings.modes:
                 group = Group(case, mode, providers, facts, settings, bar)
                 if end > time.perf_counter():
-                    truth = truth or Truth(case, any(m != "forward" for m in settings.modes))
+                    truth = truth or truth_of(case, any(m != "forward" for m in settings.modes))
                     left = max(end - time.perf_counter(), 1.0)
                     yield group.rows(truth, left / groups, left)
                 else:
@@ -152,7 +156,7 @@ class Group:
             self.case.save(path)
             seconds = self.settings.first_call
             return {
-                name: memory.resident_peak(name, path, self.mode, seconds)
+                name: memory.resident_peak(self.case.suite, name, path, self.mode, seconds)
                 for name in names
                 if time.perf_counter() < end
             }
@@ -160,7 +164,8 @@ class Group:
     def timed(self, name: str, ms: list[float], peak: int | None, error_share: float) -> Row:
         low, median, high = quantiles(ms, n=4, method="inclusive")
         blank = self.blank
-        tflops, gbytes = blank.flops / median / 1e9, blank.min_bytes / median / 1e6
+        tflops = None if blank.flops is None else blank.flops / median / 1e9
+        gbytes = blank.min_bytes / median / 1e6
         return replace(
             blank,
             provider=name,
@@ -171,7 +176,7 @@ class Group:
             repeats=len(ms),
             peak_mib=None if peak is None else peak / 2**20,
             tflops=tflops,
-            percent_of_product=100 * tflops / blank.product_tflops,
+            percent_of_product=tflops and 100 * tflops / blank.product_tflops,
             gbytes_per_s=gbytes,
             percent_of_copy=100 * gbytes / blank.copy_gbytes_per_s,
             error_share=error_share,

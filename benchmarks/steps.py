@@ -8,31 +8,38 @@ import torch
 from torch import Tensor
 
 from .case import Case
-from .providers import Attend, Provider
+from .providers import Provider
 
 Step = Callable[[], tuple[Tensor, ...]]
 
 
 def step(provider: Provider, case: Case, mode: str) -> Step:
-    """Prepares the provider and returns a call that gives (out,) or (out, dq, dk, dv).
+    """Prepares the provider and returns a call that gives its results, then the inputs' gradients.
 
     "forward" runs without autograd; "backward" differentiates one retained graph again and again;
-    "both" runs forward and backward, gradients of q, k and v included.
+    "both" runs forward and backward, gradients of all inputs included.
     """
-    attend = provider.prepare(case)
+    call = provider.prepare(case)
     if mode == "forward":
-        return lambda: forward(attend, case)
+        return lambda: forward(call, case)
     inputs = case.inputs(True)
     if mode == "both":
-        return lambda: backward(attend(*inputs), inputs, case)
-    out = attend(*inputs)
-    return lambda: backward(out, inputs, case, retain_graph=True)
+        return lambda: backward(results(call(*inputs)), inputs, case)
+    found = results(call(*inputs))
+    return lambda: backward(found, inputs, case, retain_graph=True)
+
+
+def results(found: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (found,) if isinstance(found, Tensor) else tuple(found)
 
 
 @torch.no_grad()
-def forward(attend: Attend, case: Case) -> tuple[Tensor]:
-    return (attend(*case.inputs(False)),)
+def forward(call: Callable, case: Case) -> tuple[Tensor, ...]:
+    return results(call(*case.inputs(False)))
 
 
-def backward(out: Tensor, inputs: tuple[Tensor, ...], case: Case, **options) -> tuple[Tensor, ...]:
-    return out.detach(), *torch.autograd.grad(out, inputs, case.dout, **options)
+def backward(
+    found: tuple[Tensor, ...], inputs: tuple[Tensor, ...], case: Case, **options
+) -> tuple[Tensor, ...]:
+    grads = torch.autograd.grad(found, inputs, case.upstream, **options)
+    return *(t.detach() for t in found), *grads

@@ -202,9 +202,9 @@ def test_reasons_and_a_spent_budget_become_rows(tiny):
 
 
 def test_the_truth_in_pieces_is_the_truth(tiny, monkeypatch):
-    whole = check.Truth(tiny, gradients=True)
+    whole = check.truth_of(tiny, gradients=True)
     monkeypatch.setitem(check.CHUNK, "cpu", 1)
-    for a, b in zip(whole.truth, check.Truth(tiny, gradients=True).truth, strict=True):
+    for a, b in zip(whole.truth, check.truth_of(tiny, gradients=True).truth, strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -212,7 +212,7 @@ def test_peak_memory_sees_what_a_provider_allocates(tmp_path):
     w = replace(TINY, Nq=1024, Nk=1024)
     case.build(w, w, "cpu", torch.float32).save(tmp_path / "case.pt")
     scores = 4 * w.B * w.Hq * w.Nq * w.Nk
-    peak = memory.resident_peak("eager", tmp_path / "case.pt", "forward", 60.0)
+    peak = memory.resident_peak("attention", "eager", tmp_path / "case.pt", "forward", 60.0)
     if peak is None:
         pytest.skip("this system cannot reset the peak of a process")
     assert 2 * scores <= peak <= 8 * scores

@@ -1,0 +1,37 @@
+"""What can be measured: workloads, who computes them, and how a case of them is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from . import case, check, gated, gated_providers, providers, workloads
+from .providers import Provider
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Workloads and providers by name; `fit`, `build` and `truth_of` as those of attention."""
+
+    workloads: dict[str, Any]
+    providers: dict[str, Provider]
+    fit: Callable
+    build: Callable
+    load: Callable  # a case that its `save` wrote
+    truth_of: Callable
+
+    def chosen(self, names: Iterable[str]) -> list[Provider]:
+        return [self.providers[name] for name in names]
+
+
+SUITES = {
+    "attention": Suite(
+        workloads.load(), providers.BY_NAME, workloads.fit, case.build, case.Case.load,
+        check.truth_of,
+    ),
+    "gated": Suite(
+        gated.BY_NAME, gated_providers.BY_NAME, gated.fit, gated.build, gated.GatedCase.load,
+        gated_providers.truth_of,
+    ),
+}  # fmt: skip
