@@ -18,13 +18,14 @@ Tensors = dict[str, Tensor]
 @dataclass(frozen=True)
 class GatedCase:
     """`layout` of x and h, whose `values` are of one of VALUES; `gate` 0, a large number, or None
-    for random values; `used` and `needs` name results with a gradient and inputs that want one,
-    None: all."""
+    for random values; `scalar`: one gate is a tensor without dimensions; `used` and `needs` name
+    results with a gradient and inputs that want one, None: all."""
 
     name: str
     shape: tuple[int, ...] = (2, 5, 24)
     norm: str | None = None
     vector: bool = False
+    scalar: bool = False
     mask: str | None = None  # random, none, all
     layout: str = "plain"
     values: str = "normal"
@@ -123,6 +124,9 @@ def cases() -> list[GatedCase]:
             needs_bias=dict(needs="bias gate"),
             needs_x_plain=dict(needs="x", norm=None), needs_h_plain=dict(needs="h", norm=None),
             needs_gate_plain=dict(needs="gate", norm=None),
+            scalar_gate=dict(scalar=True, vector=False),
+            scalar_gate_plain=dict(scalar=True, vector=False, norm=None),
+            no_eps=dict(eps=0.0, shape=(3, 40)), no_eps_one=dict(eps=0.0, vector=False),
             columns_apart=dict(apart=True), gate_float32=dict(gate_dtype=torch.float32),
             narrower_h=dict(h_dtype=torch.bfloat16, norm="rms"),
         ).items()
@@ -184,6 +188,7 @@ def build(c: GatedCase, dtype: torch.dtype, device: str = "cpu") -> GatedCall:
     narrow = c.h_dtype if c.h_dtype and torch.promote_types(dtype, c.h_dtype) == dtype else dtype
     leaves["h"] = lay(h.to(device, narrow))
     gate = 0.6 * normal(dim) if c.vector else 0.6 * normal(1)
+    gate = gate[0] if c.scalar else gate
     gate = gate if c.gate is None else torch.full_like(gate, c.gate)
     leaves["gate"] = gate.to(device, c.gate_dtype or dtype)
     if c.norm is not None and c.weight:
@@ -191,7 +196,11 @@ def build(c: GatedCase, dtype: torch.dtype, device: str = "cpu") -> GatedCall:
     if c.norm is not None and c.bias:
         leaves["bias"] = normal(dim).to(device, dtype)
     if c.apart:
-        leaves |= {n: t[:, None].repeat(1, 3)[:, 1] for n, t in leaves.items() if n not in "xh"}
+        leaves |= {
+            n: t[..., None].repeat_interleave(3, -1)[..., 1]
+            for n, t in leaves.items()
+            if n not in "xh"
+        }
     row_mask = None
     if c.mask is not None:
         seen = {"random": torch.rand(c.shape[:-1], generator=g) < 0.6}.get(c.mask)

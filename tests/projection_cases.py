@@ -15,13 +15,15 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class ProjectionCase:
-    """`shape` of the rows; `gate` a number for every gate, None: random; `frozen` names the inputs
-    without a gradient; `turned`: the leading dimensions in the opposite order of memory."""
+    """`shape` of the rows; `gate` a number for every gate, None: random; `scalar`: one gate is a
+    tensor without dimensions; `frozen` names the inputs without a gradient; `turned`: the leading
+    dimensions in the opposite order of memory."""
 
     shape: tuple[int, ...] = (3, 7)
     dim: int = 24
     width: int = 40
     vector: bool = False
+    scalar: bool = False
     bias: bool = True
     gate: float | None = None
     mask: bool = False
@@ -37,6 +39,8 @@ class ProjectionCase:
 
         leaves = {"x": normal(*self.shape, self.dim), "a": normal(*self.shape, self.width)}
         leaves["gate"] = 0.5 * normal(self.dim if self.vector else 1)
+        if self.scalar:
+            leaves["gate"] = leaves["gate"][0]
         if self.gate is not None:
             leaves["gate"] = torch.full_like(leaves["gate"], self.gate)
         leaves["weight"] = normal(self.dim, self.width) / self.width**0.5
@@ -80,7 +84,7 @@ def magnitudes(call: ProjectionCall) -> dict[str, float]:
     gate, (dim, width) = call.leaves["gate"], call.leaves["weight"].shape
     dy = call.dy if call.row_mask is None else call.dy * call.row_mask[..., None]
     dy = dy.reshape(-1, dim).square()
-    a = call.leaves["a"].reshape(-1, width).square()
+    a = call.leaves["a"].reshape(len(dy), width).square()
     weight, t = call.leaves["weight"].square(), torch.tanh(gate).square()
     h = a @ weight.mT + call.leaves.get("bias", torch.zeros(())).square()
     of_gate = (dy * h).sum(0)

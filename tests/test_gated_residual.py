@@ -6,11 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 
 from conftest import modes
 from gated_cases import BY_NAME, CASES, GatedCase, assert_right, build
 from numerics import assert_as_accurate
-from xattn_kernels import explain, gated_residual, gated_residual_norm
+from xattn_kernels import explain, gated_projection, gated_residual, gated_residual_norm
 from xattn_kernels.gated_residual import backward_op, forward_op
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -120,6 +122,28 @@ def test_inputs_stay_as_they_are_and_dx_is_dy(mode):
 
 
 @pytest.mark.parametrize("mode", modes("interpreter", "gpu"), indirect=True)
+@pytest.mark.parametrize("norm", [None, "layer"])
+def test_rows_that_overlap(mode, norm):
+    """Of such an x torch's own empty_like has no columns next to each other."""
+    call = build(GatedCase("overlapping", shape=(4, 8), norm=norm), torch.float32, mode.device)
+    windows = torch.arange(11.0, device=mode.device).sin().unfold(0, 8, 1)
+    leaves = call.leaves | {"x": windows, "h": windows.detach().requires_grad_()}
+    overlapping = replace(call, leaves=leaves)
+    ours, eager = overlapping.run("triton"), overlapping.run("eager")
+    for name, t in ours.items():
+        torch.testing.assert_close(t, eager[name], msg=name)
+
+
+@pytest.mark.parametrize("mode", modes("interpreter", "gpu"), indirect=True)
+def test_a_frozen_gate_keeps_nothing_of_h(mode):
+    call = build(GatedCase("frozen", needs="x h"), torch.float32, mode.device)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        gated_residual(**call.leaves, backend="triton")
+    assert max(t.untyped_storage().nbytes() for t in kept) < 100
+
+
+@pytest.mark.parametrize("mode", modes("interpreter", "gpu"), indirect=True)
 def test_gradient_of_a_sum_is_expanded(mode):
     def gradients(call, backend):
         found = gated_residual_norm(**call.leaves, backend=backend)
@@ -143,9 +167,11 @@ def test_second_derivatives_are_refused(mode):
 
 
 @pytest.mark.parametrize("mode", modes("interpreter", "gpu"), indirect=True)
-@pytest.mark.parametrize("name", ["plain_one_base", "layer_vector_masked", "only_normed"])
+@pytest.mark.parametrize(
+    "name", ["plain_one_base", "layer_vector_masked", "only_normed", "rms_one_transposed"]
+)
 def test_custom_ops(mode, name):
-    """Schema, fake implementations and, under torch.compile, one node each way."""
+    """Schema and fake implementations, of rows in either order of memory."""
     call = build(BY_NAME[name], torch.float32, mode.device)
     leaves = [call.leaves[n].detach() if n in call.leaves else None
               for n in ("x", "h", "gate", "weight", "bias")]  # fmt: skip
@@ -158,13 +184,51 @@ def test_custom_ops(mode, name):
     torch.library.opcheck(backward_op, (*args, norm, 1e-5, [True] * 5), test_utils=checks)
 
 
+COMPILED = {
+    "plain": lambda x, h, gate, w: gated_residual(x, h, gate, backend="triton"),
+    "itself": lambda x, h, gate, w: gated_residual(x, x, gate, backend="triton"),
+    "norm": lambda x, h, gate, w: sum(gated_residual_norm(x, h, gate, w, w, backend="triton")),
+    "projection": lambda x, h, gate, w: gated_projection(
+        x, h, gate, torch.outer(w, w), w, backend="triton"
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", modes("interpreter", "gpu"), indirect=True)
+@pytest.mark.parametrize("form", COMPILED)
+def test_torch_compile_takes_it_whole(mode, form):
+    """No break of the graph, the launches as nodes of it, the same numbers."""
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    op = COMPILED[form]
+    compiled = torch.compile(op, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep),
+                             fullgraph=True)  # fmt: skip
+    x, h, w = (torch.randn(n, device=mode.device) for n in ((3, 8), (3, 8), (8,)))
+    leaves = [t.requires_grad_() for t in (x, h, torch.full((1,), 0.4, device=mode.device), w)]
+    found = [f(*leaves) for f in (compiled, op)]
+    wanted = [t for t in leaves if form != "itself" or t is not h]
+    wanted = [t for t in wanted if form in ("norm", "projection") or t is not w]
+    grads = [torch.autograd.grad(y.square().sum(), wanted) for y in found]
+    torch.testing.assert_close(found[0], found[1])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+    assert any("gated_residual_forward" in str(node.target) for node in graphs[0].graph.nodes)
+
+
 X = torch.randn(2, 3, 8)
 GATE = torch.zeros(1)
 
 
 @pytest.mark.parametrize(("change", "error", "said"), [
     (dict(x=[1.0]), TypeError, "x must be a tensor, got list"),
-    (dict(x=X.int()), TypeError, "x must be a floating-point tensor, got torch.int32"),
+    (dict(x=X.int()), TypeError, "x must be a floating-point tensor of 16.*got torch.int32"),
+    (dict(h=X.to(torch.float8_e4m3fn)), TypeError, "h must be .*got torch.float8_e4m3fn"),
     (dict(h=X[:1]), ValueError, r"h must have the shape of x, \[2, 3, 8\], got \[1, 3, 8\]"),
     (dict(h=X.double()), TypeError, "h must have the dtype of x, torch.float32, or a narrower"),
     (dict(gate=torch.zeros(3)), ValueError, r"scalar, \[1\] or \[dim\] = \[8\], got shape \[3\]"),

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import compiler_options, device_guard, row_alignment
+from .launch import compiler_options, device_guard, empty_like, row_alignment
 from .tiles import tanh
 
 # Fixed, not by the device's size: the order of a sum, hence its bits, are the same on each device.
@@ -23,6 +23,7 @@ TILE = 2048  # elements, where a row has not more
 WIDEST_PART = 512  # columns of a tile that needs no whole rows
 PER_WARP = 512
 SUMMED = 128  # columns of the groups' sums in one program
+PARTS = 1024  # parts of one gate's gradient that are added at a time
 
 
 @triton.jit
@@ -78,12 +79,14 @@ def load_column(base, columns, column_mask, other):
 
 
 @triton.jit
-def normalise(y, column_mask, dim, eps, NORM: tl.constexpr):
-    """(n, 1 / sqrt(...)) of whole rows by eq. norm; y is 0 beyond dim."""
+def normalise(y, there, column_mask, dim, eps, NORM: tl.constexpr):
+    """(n, 1 / sqrt(...)) of whole rows by eq. norm, y being 0 beyond dim; both 0 in rows that are
+    not there, whose 0 / 0 would reach the sums."""
     if NORM == "layer":
         mean = tl.sum(y, 1, keep_dims=True) / dim
         y = tl.where(column_mask[None, :], y - mean, 0.0)
     factor = 1.0 / tl.sqrt(tl.sum(y * y, 1, keep_dims=True) / dim + eps)
+    factor = tl.where(there[:, None], factor, 0.0)
     return y * factor, factor
 
 
@@ -118,7 +121,7 @@ def gated_forward_kernel(
     y_tile = y_tile.to(y.dtype.element_ty)
     store_elements(y, row_starts(r, sizes, stride_y), columns, keep, y_tile, ALIGN)
     if NORM != "":
-        n, _ = normalise(y_tile.to(tl.float32), column_mask, dim, eps, NORM)
+        n, _ = normalise(y_tile.to(tl.float32), there, column_mask, dim, eps, NORM)
         n = n * load_column(weight, columns, column_mask, 1.0)
         n += load_column(bias, columns, column_mask, 0.0)
         store_elements(normed, row_starts(r, sizes, stride_normed), columns, keep, n, ALIGN)
@@ -160,7 +163,7 @@ def gated_backward_kernel(
             at = row_starts(r, sizes, stride_dnormed)
             dn = load_elements(dnormed, at, columns, keep, ALIGN)
             y_tile = load_elements(y, row_starts(r, sizes, stride_y), columns, keep, ALIGN)
-            n, factor = normalise(y_tile, column_mask, dim, eps, NORM)
+            n, factor = normalise(y_tile, there, column_mask, dim, eps, NORM)
             if dweight is not None:
                 weight_sum += dn * n
             if dbias is not None:
@@ -216,10 +219,12 @@ def gated_sums_kernel(
             store_sum(dgate, gate_parts, gate, columns, column_mask, dim, n_groups, COLUMNS)
         elif tl.program_id(0) == 0:
             # [PARTS]
-            parts = tl.arange(0, PARTS)
-            sum_of_all = tl.sum(tl.load(gate_parts + parts, parts < n_parts, 0.0), 0)
+            sums = tl.full([PARTS], 0.0, tl.float32)
+            for first in range(0, n_parts, PARTS):
+                parts = first + tl.arange(0, PARTS)
+                sums += tl.load(gate_parts + parts, parts < n_parts, 0.0)
             t = tanh(tl.load(gate).to(tl.float32))
-            tl.store(dgate, (sum_of_all * (1.0 - t * t)).to(dgate.dtype.element_ty))
+            tl.store(dgate, (tl.sum(sums, 0) * (1.0 - t * t)).to(dgate.dtype.element_ty))
 
 
 @triton.jit
@@ -312,8 +317,8 @@ def forward(x, h, gate, weight, bias, row_mask, norm, eps) -> tuple[Tensor, Tens
     row_mask bool, the shape of the rows, or None; norm "layer", "rms" or "".
     """
     gate, weight, bias = (unit_stride(t) for t in (gate, weight, bias))
-    y = torch.empty_like(x)
-    normed = torch.empty_like(x) if norm else None
+    y = empty_like(x)
+    normed = empty_like(x) if norm else None
     if y.numel():
         walk = Walk([y, normed, x, h], row_mask, bool(norm))
         walk.launch(
@@ -331,7 +336,7 @@ def backward(
     dy, dnormed, gate, weight = (unit_stride(t) for t in (dy, dnormed, gate, weight))
     like = (y if norm else None, h, gate, weight if norm else None, bias if norm else None)
     grads = [
-        torch.empty_like(t) if needed and t is not None else None
+        empty_like(t) if needed and t is not None else None
         for t, needed in zip(like, needs, strict=True)
     ]
     if h.numel() == 0:
@@ -346,7 +351,7 @@ def backward(
 def write_gradients(grads, dy, dnormed, h, y, gate, weight, row_mask, norm, eps) -> None:
     """Fills those of (dx, dh, dgate, dweight, dbias) that are not None."""
     dx, dh, *sums = grads
-    walk = Walk([dx, dh, dy, dnormed, h, y], row_mask, bool(norm))
+    walk = Walk([dx, dh, dy, dnormed, None if sums[0] is None else h, y], row_mask, bool(norm))
     vector, n_groups = gate.numel() > 1, min(walk.row_tiles, GROUPS)
     n_parts = n_groups * walk.column_tiles
     width = (walk.dim if vector else walk.column_tiles, walk.dim, walk.dim)
@@ -359,10 +364,11 @@ def write_gradients(grads, dy, dnormed, h, y, gate, weight, row_mask, norm, eps)
         NORM=norm, VECTOR=vector,
     )  # fmt: skip
     if any(t is not None for t in sums):
+        by_column = vector or any(t is not None for t in sums[1:])
         with device_guard(h.device):
-            gated_sums_kernel[(triton.cdiv(walk.dim, SUMMED),)](
-                *sums, *parts, gate, walk.dim, n_groups, n_parts,
-                VECTOR=vector, PARTS=triton.next_power_of_2(n_parts), COLUMNS=SUMMED,
+            gated_sums_kernel[(triton.cdiv(walk.dim, SUMMED) if by_column else 1,)](
+                *sums, *parts, gate, walk.dim, n_groups, n_parts, VECTOR=vector,
+                PARTS=min(triton.next_power_of_2(n_parts), PARTS), COLUMNS=SUMMED,
                 num_warps=4, **compiler_options(None),
             )  # fmt: skip
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from . import by_head, reference
-from .cross_attention import refuse_double_backward, triton_attend, triton_reasons
+from .autograd import apart, refuse_double_backward
+from .cross_attention import triton_attend, triton_reasons
 from .dispatch import Backend, allow_tf32, run
 from .inputs import CrossAttentionInputs, check_inputs
 
@@ -142,9 +143,9 @@ def run_triton(x: AttentionWeightsInputs) -> Tensor:
         allow_tf32(),
     )
     # torch.compile refuses an autograd Function that gets one tensor twice
-    k = x.k.view(x.k.shape) if x.k is x.q else x.k
+    q, k = apart(x.q, x.k)
     weights = AttentionWeightsFunction.apply(
-        x.q, k, x.bias, scale_tensor, lse, lse_low, *x.bounds(), x.mask, x.seed, options
+        q, k, x.bias, scale_tensor, lse, lse_low, *x.bounds(), x.mask, x.seed, options
     )
     return weights[:, 0] if x.average_heads else weights
 

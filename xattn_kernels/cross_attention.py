@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from . import reference, sdpa
-from .dispatch import Backend, allow_tf32, run, triton_device_reasons
+from .autograd import apart, refuse_double_backward
+from .dispatch import TRITON_DTYPES, Backend, allow_tf32, run, triton_device_reasons
 from .inputs import CrossAttentionInputs, CrossAttentionResult, check_inputs
-
-TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def cross_attention(
@@ -126,9 +125,7 @@ def triton_run(x: CrossAttentionInputs) -> CrossAttentionResult:
 def triton_attend(x: CrossAttentionInputs) -> tuple[CrossAttentionResult, Tensor | None]:
     """(result, what float32 cannot hold of its lse where there is a bias); see the launcher."""
     start, stop = x.bounds()
-    # torch.compile refuses an autograd Function that gets one tensor twice
-    k = x.k.view(x.k.shape) if x.k is x.q else x.k
-    v = x.v.view(x.v.shape) if x.v is x.k or x.v is x.q else x.v
+    q, k, v = apart(x.q, x.k, x.v)
     scale_tensor = x.scale if isinstance(x.scale, Tensor) else None
     options = (
         math.nan if scale_tensor is not None else x.scale,
@@ -138,7 +135,7 @@ def triton_attend(x: CrossAttentionInputs) -> tuple[CrossAttentionResult, Tensor
         allow_tf32(),
     )
     out, lse, lse_low, *statistics = CrossAttentionFunction.apply(
-        x.q, k, v, x.bias, scale_tensor, start, stop, x.mask, x.seed, options
+        q, k, v, x.bias, scale_tensor, start, stop, x.mask, x.seed, options
     )
     statistics = statistics if x.return_statistics else (None, None)
     result = CrossAttentionResult(out, lse if x.return_lse else None, *statistics)
@@ -177,29 +174,6 @@ class CrossAttentionFunction(torch.autograd.Function):
         )
         grads = refuse_double_backward("cross_attention", grads, (dout, *saved[:5]))
         return *grads, *[None] * 5
-
-
-def refuse_double_backward(op: str, grads: tuple, sources: tuple) -> tuple:
-    """The gradients; differentiating them again, by way of `sources`, is an error that says so."""
-    if not torch.is_grad_enabled():
-        return grads
-    return RefuseDoubleBackward.apply(op, len(grads), *grads, *sources)
-
-
-class RefuseDoubleBackward(torch.autograd.Function):
-    """Identity on the first n of the tensors, without a derivative."""
-
-    @staticmethod
-    def forward(ctx, op, n, *tensors):
-        ctx.op = op
-        return tuple(None if g is None else g.view_as(g) for g in tensors[:n])
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError(
-            f"{ctx.op}: the kernels have no double backward; use backend='eager' for second "
-            "derivatives"
-        )
 
 
 def launch_forward(

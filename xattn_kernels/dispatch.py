@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 OLDEST_TRITON = (3, 6)
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def missing_triton() -> list[str]:

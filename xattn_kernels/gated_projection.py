@@ -13,8 +13,8 @@ from torch import Tensor
 
 from . import gated_residual as gated
 from . import reference
-from .cross_attention import refuse_double_backward
-from .dispatch import Backend, run
+from .autograd import apart, refuse_double_backward
+from .dispatch import Backend, run, without_autocast
 from .gated_residual import GatedResidualInputs, check_float, launch_forward
 
 
@@ -42,9 +42,10 @@ def gated_projection(
 
         dgate = (1 - tanh(gate)^2) * (sum(weight * dw) + sum(bias * sum dy))
 
-    so that the gradient of the gate costs no pass over rows. (Scaling the weight by the gate and
-    letting the product accumulate onto x needs no kernel, but PyTorch first copies x to where the
-    product accumulates: the same bytes, and each weight rounded once more.)
+    so that the gradient of the gate costs no pass over rows. Scaling the weight by the gate and
+    letting the product accumulate onto x would need no kernel, and is about as accurate; but
+    PyTorch first copies x to where the product accumulates, which makes as many bytes, and each
+    call scales a copy of the weight.
 
     Args:
         x: [..., dim], the residual stream.
@@ -97,7 +98,8 @@ def triton_reasons(x: GatedProjectionInputs) -> list[str]:
 
 
 def run_triton(x: GatedProjectionInputs) -> Tensor:
-    return GatedProjectionFunction.apply(x.x, x.a, x.gate, x.weight, x.bias, x.row_mask)
+    leaves = apart(x.x, x.a, x.gate, x.weight, x.bias)
+    return GatedProjectionFunction.apply(*leaves, x.row_mask)
 
 
 def run_eager(x: GatedProjectionInputs) -> Tensor:
@@ -124,7 +126,7 @@ class GatedProjectionFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         needs, saved = ctx.needs_input_grad[:5], ctx.saved_tensors
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast(dy.device):
             grads = (dy if needs[0] else None, *gradients(dy, *saved, needs[1:]))
         grads = refuse_double_backward("gated_projection", grads, (dy, *saved[:4]))
         return *grads, None
@@ -139,19 +141,29 @@ def gradients(
     t = torch.tanh(gate.float() if gate.dtype != torch.float64 else gate)
     rows = dy if row_mask is None else dy.masked_fill(~row_mask[..., None], 0.0)
     rows = rows.reshape(-1, dim).to(a.dtype)
+    a_rows = a.reshape(len(rows), width)
     column = t.expand(dim)[:, None]
     da = dgate = dweight = dbias = None
     if needs[0]:
         da = (rows @ (weight * column).to(a.dtype)).view(a.shape)
     if needs[1] or needs[2]:
-        dweight = rows.mT @ a.reshape(-1, width)
+        dweight = product(rows.mT, a_rows)
     if bias is not None and (needs[1] or needs[3]):
         dbias = rows.sum(0, dtype=t.dtype)
     if needs[1]:
         sums = (weight * dweight).sum(1, dtype=t.dtype)
         sums = sums if bias is None else sums + bias * dbias
-        sums = sums if gate.numel() == dim else sums.sum().view(gate.shape)
+        sums = (sums if gate.numel() == dim else sums.sum()).view(gate.shape)
         dgate = ((1 - t * t) * sums).to(gate.dtype)
     dweight = (dweight * column).to(weight.dtype) if needs[2] else None
     dbias = (dbias * column[:, 0]).to(bias.dtype) if bias is not None and needs[3] else None
     return da, dgate, dweight, dbias
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b; of float16 in float32, as a closed gate makes 0 of what float16 would not hold."""
+    if a.dtype != torch.float16:
+        return a @ b
+    if a.is_cuda and torch.version.hip is None:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()

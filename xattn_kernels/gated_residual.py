@@ -12,11 +12,19 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .cross_attention import TRITON_DTYPES, refuse_double_backward
-from .dispatch import Backend, run, triton_device_reasons
+from .autograd import apart, refuse_double_backward
+from .dispatch import TRITON_DTYPES, Backend, run, triton_device_reasons
 from .inputs import check_number
 
 NORMS = ("layer", "rms")
+# of each dtype of x those of h: the same, or one whose numbers it holds
+NARROWER = {
+    torch.float64: (torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    torch.float32: (torch.float32, torch.float16, torch.bfloat16),
+    torch.float16: (torch.float16,),
+    torch.bfloat16: (torch.bfloat16,),
+}
+MOST_ROWS = 2**31 - 1  # counted in int32
 
 
 class GatedResidualNormResult(NamedTuple):
@@ -126,7 +134,7 @@ def check(x, h, gate, *, row_mask=None) -> GatedResidualInputs:
         raise ValueError(f"x must be [..., dim] with dim >= 1, got shape {list(x.shape)}")
     if h.shape != x.shape:
         raise ValueError(f"h must have the shape of x, {list(x.shape)}, got {list(h.shape)}")
-    if torch.promote_types(x.dtype, h.dtype) != x.dtype:
+    if h.dtype not in NARROWER[x.dtype]:
         raise TypeError(
             f"h must have the dtype of x, {x.dtype}, or a narrower one that converts to it, got "
             f"{h.dtype}"
@@ -163,8 +171,10 @@ def check_float(name: str, t, x: Tensor) -> None:
     """Raises unless `t` is a floating-point tensor on the device of x."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
-    if not t.dtype.is_floating_point:
-        raise TypeError(f"{name} must be a floating-point tensor, got {t.dtype}")
+    if t.dtype not in NARROWER:
+        raise TypeError(
+            f"{name} must be a floating-point tensor of 16, 32 or 64 bits, got {t.dtype}"
+        )
     if t.device != x.device:
         raise ValueError(f"{name} must be on the device of x, {x.device}, got {t.device}")
 
@@ -197,6 +207,8 @@ def triton_reasons(x: GatedResidualInputs) -> list[str]:
     for name, t in {"x": x.x, "h": x.h, "gate": x.gate, "weight": x.weight, "bias": x.bias}.items():
         if t is not None and t.dtype not in TRITON_DTYPES:
             found.append(f"the dtype of {name}, {t.dtype}, is not float32, float16 or bfloat16")
+    if x.x.numel() // x.x.shape[-1] > MOST_ROWS:
+        found.append(f"x has more than {MOST_ROWS} rows")
     for name, t in {"x": x.x, "h": x.h}.items():
         if t.shape[-1] > 1 and t.stride(-1) != 1:
             found.append(f"the last dimension of {name} is not contiguous")
@@ -207,7 +219,8 @@ def triton_reasons(x: GatedResidualInputs) -> list[str]:
 
 def run_triton(x: GatedResidualInputs) -> GatedResidualNormResult:
     options = (x.norm or "", x.eps)
-    results = GatedResidualFunction.apply(x.x, x.h, x.gate, x.weight, x.bias, x.row_mask, options)
+    leaves = apart(x.x, x.h, x.gate, x.weight, x.bias)
+    results = GatedResidualFunction.apply(*leaves, x.row_mask, options)
     return GatedResidualNormResult(*results)
 
 
@@ -235,7 +248,8 @@ class GatedResidualFunction(torch.autograd.Function):
         y, normed = launch(x, h, gate, weight, bias, row_mask, *options)
         if not any(ctx.needs_input_grad[:3]):  # of the norm's weight and bias y knows nothing
             ctx.mark_non_differentiable(y)
-        # statistics and h's share are computed again: what the plain form keeps is h alone
+        # statistics are computed again; h is for the gate's gradient, else its shape is enough
+        h = h if ctx.needs_input_grad[2] else h.new_empty(()).expand(h.shape)
         ctx.save_for_backward(h, gate, weight, bias, row_mask, y if options[0] else None)
         ctx.options = options
         return y, normed
@@ -303,13 +317,17 @@ backward_op = torch.library.custom_op(
 
 @forward_op.register_fake
 def fake_forward(x, h, gate, weight, bias, row_mask, norm, eps):
-    return torch.empty_like(x), torch.empty_like(x) if norm else x.new_empty(0)
+    from .triton_kernels import launch as kernels
+
+    return kernels.empty_like(x), kernels.empty_like(x) if norm else x.new_empty(0)
 
 
 @backward_op.register_fake
 def fake_backward(dy, dnormed, h, gate, weight, bias, row_mask, y, norm, eps, needs):
+    from .triton_kernels import launch as kernels
+
     like = (y if norm else None, h, gate, weight, bias)
     return tuple(
-        torch.empty_like(t) if needed and t is not None else h.new_empty(0)
+        kernels.empty_like(t) if needed and t is not None else h.new_empty(0)
         for t, needed in zip(like, needs, strict=True)
     )
