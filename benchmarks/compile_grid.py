@@ -110,7 +110,7 @@ def cases() -> list[Case]:
 
 
 def gated_cases() -> list[Case]:
-    """The gated residual in each form at the widths that registers hold, and two ragged ones."""
+    """The gated residual in each form at the widths that registers hold, and ragged ones."""
     widths = [(1024, "bfloat16"), (4096, "bfloat16"), (8192, "bfloat16"), (4096, "float32")]
     found = []
     for (dim, dtype), norm in itertools.product(widths, ("", "layer", "rms")):
@@ -118,9 +118,11 @@ def gated_cases() -> list[Case]:
             if dim < 8192 or not (norm and more):  # a reason against the kernel
                 name = "-".join(["gated", *f"{norm} {more}".split(), f"dim{dim}", dtype])
                 found.append(Case(name, dim, dim, dtype, 2048, flags=f"gated {norm} {more}"))
-    for norm, dim in (("layer", 2560), ("rms", 5120)):
-        name = f"gated-{norm}-dim{dim}-bfloat16"
-        found.append(Case(name, dim, dim, "bfloat16", 2048, flags=f"gated {norm}"))
+    edges = [("layer", 2560), ("rms", 5120), ("layer mask", 7168), ("layer mask", 8192)]
+    edges += [("layer vector mask", dim) for dim in (64, 1000, 2047)] + [("layer mask", 2047)]
+    for form, dim in edges:
+        name = f"gated-{form.replace(' ', '-')}-dim{dim}-bfloat16"
+        found.append(Case(name, dim, dim, "bfloat16", 2048, flags=f"gated {form}"))
     return found
 
 
@@ -172,7 +174,7 @@ def compile_only(arch: int) -> Iterator[list]:
 
 
 def launch_gated(case: Case) -> None:
-    """The same of a gated residual."""
+    """Forward and backward of a gated residual on meta tensors."""
     import torch
 
     from xattn_kernels.triton_kernels import gated_residual

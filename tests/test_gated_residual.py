@@ -265,4 +265,4 @@ def test_reasons(capsys):
     explain(gated_residual_norm, wide, wide, GATE)
     said = capsys.readouterr().out
     assert "last dimension of x is not contiguous" in said and "torch.float64, is not" in said
-    assert "dim 5000 > 4096" in said
+    assert "dim 5000 > 2048" in said

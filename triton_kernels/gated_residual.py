@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .configs import register_bound
 from .launch import compiler_options, device_guard, empty_like, row_alignment
 from .tiles import tanh
 
@@ -157,8 +158,6 @@ def gated_backward_kernel(
             gated = gated & (tl.load(row_mask + at, there, 0) != 0)[:, None]
         # [ROWS, COLUMNS]
         dy_tile = tl.full([ROWS, COLUMNS], 0.0, tl.float32)
-        if dy is not None:
-            dy_tile = load_elements(dy, row_starts(r, sizes, stride_dy), columns, keep, ALIGN)
         if NORM != "":
             at = row_starts(r, sizes, stride_dnormed)
             dn = load_elements(dnormed, at, columns, keep, ALIGN)
@@ -172,10 +171,12 @@ def gated_backward_kernel(
             away = n * (tl.sum(dn * n, 1, keep_dims=True) / dim)
             if NORM == "layer":
                 away += tl.sum(dn, 1, keep_dims=True) / dim
-            dy_tile += factor * (dn - away)
-            if dx is not None:
-                at = row_starts(r, sizes, stride_dx)
-                store_elements(dx, at, columns, keep, dy_tile, ALIGN)
+            dy_tile = factor * (dn - away)
+        if dy is not None:  # not before: of a wide row there are registers for one of the two
+            dy_tile += load_elements(dy, row_starts(r, sizes, stride_dy), columns, keep, ALIGN)
+        if dx is not None:
+            at = row_starts(r, sizes, stride_dx)
+            store_elements(dx, at, columns, keep, dy_tile, ALIGN)
         if dgate is not None:
             h_tile = load_elements(h, row_starts(r, sizes, stride_h), columns, gated, ALIGN)
             gate_term = dy_tile * h_tile
@@ -300,13 +301,14 @@ class Walk:
         lengths, strides = merged_rows([*rows, mask])
         walked = [item for pair in zip(self.tensors, strides, strict=False) for item in pair]
         ROWS, COLUMNS = self.tile
+        elements = PER_WARP if self.dim % 16 == 0 else PER_WARP // 2  # masks take registers
+        num_warps = min(32, max(4, ROWS * COLUMNS // elements))
         with device_guard(self.there[0].device):
             kernel[(programs,)](
                 *results, *walked, mask, strides[-1], *operands, lengths[1:], self.rows, self.dim,
                 *sizes, ROWS=ROWS, COLUMNS=COLUMNS, EXACT=self.dim % COLUMNS == 0,
                 ALIGN=row_alignment(*self.there),
-                num_warps=min(32, max(4, ROWS * COLUMNS // PER_WARP)), **constants,
-                **compiler_options(None),
+                num_warps=num_warps, **constants, **compiler_options(register_bound(num_warps)),
             )  # fmt: skip
 
 

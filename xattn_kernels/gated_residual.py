@@ -107,7 +107,8 @@ def gated_residual_norm(
 
     Args:
         x, h, gate, row_mask, backend: as in `gated_residual`; on the triton backend dim is at most
-            8192, in float32 or with a vector gate 4096: a row and its sums are kept in registers.
+            8192, in float32 or with a vector gate 4096, and 2048 where it is no multiple of 16: a
+            row and its sums are kept in registers.
         weight, bias: [dim] or None, floating-point.
         norm: "layer" (mean and variance) or "rms" (root mean square), in float32.
         eps: added to the variance or mean square.
@@ -198,6 +199,8 @@ def check_row_mask(row_mask, x: Tensor) -> Tensor | None:
 
 def widest_norm(x: GatedResidualInputs) -> int:
     """The widest row of which the backward keeps all it sums in the registers of one block."""
+    if x.x.shape[-1] % 16:
+        return 2048
     return 4096 if x.x.dtype == torch.float32 or x.gate.numel() > 1 else 8192
 
 
