@@ -172,6 +172,15 @@ WRONG_CALLS = {
     "x rank": (changed(x=lambda x: x[0]), r"x must be \[B, N, dim\] with dim = 24, got \[9, 24\]"),
     "x width": (changed(x=lambda x: x[..., :9]), r"dim = 24, got \[2, 9, 9\]"),
     "x dtype": (changed(x=lambda x: x.int()), "x must be a floating-point .* a torch.int32 tensor"),
+    "x other dtype": (
+        changed(x=lambda x: x.float()), "x must have the dtype of the weights, torch.float64, got"
+    ),
+    "media other dtype": (
+        changed(media=lambda m: m.half()), "media must have the dtype of the weights, .*float16"
+    ),
+    "media device": (
+        changed(media=lambda m: m.to("meta")), "media must be on the device of the weights, cpu"
+    ),
     "media rank": (changed(media=lambda m: m[:, 0]), r"media must be \[B, T, n, dim_visual\]"),
     "media width": (changed(media=lambda m: m[..., :5]), r"dim_visual = 12, got \[2, 3, 4, 5\]"),
     "media none": (changed(media=None), "media must be a floating-point tensor .*, got NoneType"),
@@ -213,6 +222,12 @@ WRONG_OPTIONS = {
     "without_media must be one of None, 'empty', 'all', got 'mean'": dict(without_media="mean"),
     "backend must be one of None, 'triton', 'sdpa', 'eager', got 'cuda'": dict(backend="cuda"),
     "ff_mult must make dim": dict(ff_mult=0),
+    "ff_mult must be a number, got str": dict(ff_mult="2"),
+    "ff_mult must make dim . ff_mult at least 1, got inf": dict(ff_mult=float("inf")),
+    "norm_eps must be a number, got str": dict(norm_eps="a"),
+    "norm_eps must be a positive number, got -1": dict(norm_eps=-1),
+    "vector_gate must be a bool, got str": dict(vector_gate="no"),
+    "only_attend_immediate_media must be a bool": dict(only_attend_immediate_media="no"),
 }
 
 

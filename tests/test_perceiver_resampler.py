@@ -114,6 +114,8 @@ WRONG = {
         {}, torch.zeros(B, T, n, DIM), torch.ones(B).long(),
     ),
     "got list": ({}, torch.zeros(B, T, n, DIM), [1, 2]),
+    "key_lengths must be an integer tensor, got list": ({}, torch.zeros(B, n, DIM), [7, 7]),
+    "x must have the dtype of the weights": ({}, torch.zeros(B, n, DIM).double()),
     "key_lengths must be an int32 or int64": ({}, torch.zeros(B, n, DIM), torch.ones(B)),
     "key_lengths must be at most 7, not 8": ({}, torch.zeros(B, n, DIM), torch.tensor([8, 1])),
     "key_lengths must be at least 0, not -1": ({}, torch.zeros(B, n, DIM), torch.tensor([-1, 1])),

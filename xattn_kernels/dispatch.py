@@ -67,11 +67,16 @@ def run(op: str, backends: Sequence[Backend], inputs: Any, name: str | None) -> 
         return backend.run(inputs)
 
 
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for `device`; a meta device knows none."""
+    kind = device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager:
     """Autocast is off inside, where it is on for `device`; a meta device knows no autocast."""
-    kind = device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
+    if autocasts(device):
+        return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
 

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..gated_residual import gated_residual, gated_residual_norm
-from .masked_cross_attention import NORMS, MaskedCrossAttention, check_choice, check_sizes
+from ..inputs import check_number
+from .masked_cross_attention import (
+    NORMS,
+    MaskedCrossAttention,
+    check_bools,
+    check_choice,
+    check_positive,
+    check_sizes,
+)
 from .media_cache import MediaCache
 
 
@@ -61,6 +71,7 @@ class GatedCrossAttentionBlock(nn.Module):
         ff_without_media=True, norm="layer", norm_eps=1e-5, vector_gate=False,
         backend=None, device=None, dtype=None,
     ) -> None:  # fmt: skip
+        check_bools(ff_without_media=ff_without_media, vector_gate=vector_gate)
         super().__init__()
         made = dict(device=device, dtype=dtype)
         self.attn = MaskedCrossAttention(
@@ -112,7 +123,8 @@ def feed_forward(
     check_sizes(dim=dim)
     check_choice("norm", norm, *NORMS)
     check_choice("ff", kind, "gelu", "swiglu")
-    hidden = int(dim * mult)
+    check_positive("norm_eps", norm_eps)
+    hidden = int(dim * mult) if 0 < check_number("ff_mult", mult, "a number") < math.inf else 0
     if hidden < 1:
         raise ValueError(f"ff_mult must make dim * ff_mult at least 1, got {mult} with dim = {dim}")
     made = dict(device=device, dtype=dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 
 from .. import masks
 from ..cross_attention import cross_attention
+from ..dispatch import autocasts
+from ..inputs import check_number
 from ..masks import KeyInterval
 from .media_cache import MediaCache, Weights
 
@@ -60,6 +63,8 @@ class MaskedCrossAttention(nn.Module):
         if heads % kv_heads:
             raise ValueError(f"kv_heads must divide heads = {heads}, got {kv_heads}")
         check_choice("norm", norm, *NORMS)
+        check_positive("norm_eps", norm_eps)
+        check_bools(only_attend_immediate_media=only_attend_immediate_media, qk_norm=qk_norm)
         check_choice("without_media", without_media, None, "empty", "all")
         check_choice("backend", backend, None, *BACKENDS)
         super().__init__()
@@ -116,7 +121,8 @@ class MaskedCrossAttention(nn.Module):
         Raises TypeError or ValueError for a wrong shape or dtype, and for weights created under
         `torch.inference_mode()`, whose changes PyTorch does not count.
         """
-        check_tensor("media", media, "[B, T, n, dim_visual]", self.dim_visual)
+        weight = self.to_kv.weight
+        check_tensor("media", media, "[B, T, n, dim_visual]", self.dim_visual, weight)
         return replace(self._project_media(media), made_with=Weights(*self._media_modules()))
 
     def sees_media(
@@ -188,14 +194,15 @@ def media_sizes(media: Tensor | MediaCache) -> tuple[int, int]:
 
 def check_call(module, x, media, media_locations, use_cached_media) -> None:
     """Raises TypeError or ValueError naming the argument, what it was and what is allowed."""
-    check_tensor("x", x, "[B, N, dim]", module.dim)
+    check_tensor("x", x, "[B, N, dim]", module.dim, module.to_q.weight)
     if isinstance(media, MediaCache):
         if media.made_with is None:
             raise ValueError("media must be a cache that cache_media returned")
         media.made_with.check(*module._media_modules())
         B, of_media = media.k.shape[0], "of the cached media"
     else:
-        check_tensor("media", media, "[B, T, n, dim_visual]", module.dim_visual)
+        weight = module.to_kv.weight
+        check_tensor("media", media, "[B, T, n, dim_visual]", module.dim_visual, weight)
         B, of_media = media.shape[0], "of media"
     if x.shape[0] != B:
         raise ValueError(f"the batch of x, {x.shape[0]}, must be that {of_media}, {B}")
@@ -226,13 +233,25 @@ def check_dtypes(q: Tensor, cache: MediaCache) -> None:
         )
 
 
-def check_tensor(name: str, t, dims: str, width: int) -> None:
-    """Raises unless `t` is a floating-point tensor of the rank of `dims`, its last one `width`."""
+def check_tensor(name: str, t, dims: str, width: int, weight: Tensor) -> None:
+    """Raises unless `t` is a floating-point tensor of the rank of `dims`, its last one `width`, on
+    the device of `weight` and, where autocast does not see to it, in its dtype."""
     if not isinstance(t, Tensor) or not t.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor {dims}, got {kind(t)}")
     if t.dim() != dims.count(",") + 1 or t.shape[-1] != width:
         last = dims.rpartition(" ")[2].rstrip("]")
         raise ValueError(f"{name} must be {dims} with {last} = {width}, got {list(t.shape)}")
+    check_like_weights(name, t, weight)
+
+
+def check_like_weights(name: str, t: Tensor, weight: Tensor) -> None:
+    if t.device != weight.device:
+        raise ValueError(
+            f"{name} must be on the device of the weights, {weight.device}, got {t.device}"
+        )
+    plain = weight.is_floating_point() and weight.element_size() > 1  # not quantised
+    if plain and t.dtype != weight.dtype and not autocasts(t.device):
+        raise TypeError(f"{name} must have the dtype of the weights, {weight.dtype}, got {t.dtype}")
 
 
 def check_sizes(**sizes: int) -> None:
@@ -241,6 +260,17 @@ def check_sizes(**sizes: int) -> None:
             raise TypeError(f"{name} must be an int, got {kind(size)}")
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}")
+
+
+def check_bools(**flags: bool) -> None:
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be a bool, got {kind(flag)}")
+
+
+def check_positive(name: str, value: float) -> None:
+    if not 0.0 < check_number(name, value, "a number") < math.inf:
+        raise ValueError(f"{name} must be a positive number, got {value}")
 
 
 def check_choice(name: str, value, *allowed) -> None:

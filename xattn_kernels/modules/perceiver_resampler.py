@@ -12,6 +12,7 @@ from .gated_cross_attention import feed_forward
 from .masked_cross_attention import (
     BACKENDS,
     check_choice,
+    check_like_weights,
     check_sizes,
     kind,
     merge_heads,
@@ -135,6 +136,7 @@ class PerceiverResampler(nn.Module):
                 "x must be [B, n, dim], [B, T, n, dim] or [B, T, F, v, dim] with dim = "
                 f"{self.dim}, got {list(x.shape)}"
             )
+        check_like_weights("x", x, self.latents)
         if self.frame_embs is not None:
             if x.dim() != 5:
                 raise ValueError(f"max_num_frames needs x [B, T, F, v, dim], got {list(x.shape)}")
@@ -146,7 +148,9 @@ class PerceiverResampler(nn.Module):
         return x
 
     def _mask(self, key_lengths, B: int, T: int, n: int, device) -> KeyInterval:
-        shape = list(key_lengths.shape) if isinstance(key_lengths, Tensor) else kind(key_lengths)
+        if not isinstance(key_lengths, Tensor):
+            raise TypeError(f"key_lengths must be an integer tensor, got {kind(key_lengths)}")
+        shape = list(key_lengths.shape)
         if shape != [B, T] and not (T == 1 and shape == [B]):
             raise ValueError(
                 f"key_lengths must be an integer tensor [B, T] = {[B, T]}, got {shape}"
