@@ -2,6 +2,7 @@
 
 from mutants_of_gates import GATES
 from mutants_of_helpers import HELPERS
+from mutants_of_modules import MODULES
 from mutation import (
     EMPTY_ROWS,
     FLAG,
@@ -246,4 +247,4 @@ WEIGHT = [
     ),
 ]  # fmt: skip
 
-MUTANTS = [*FORWARD, *DQ, *DKDV, *DBIAS, *WEIGHT, *HELPERS, *GATES]
+MUTANTS = [*FORWARD, *DQ, *DKDV, *DBIAS, *WEIGHT, *HELPERS, *GATES, *MODULES]

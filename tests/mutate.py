@@ -57,24 +57,24 @@ def copy_tree(target: Path) -> None:
     link.symlink_to("../triton_kernels", target_is_directory=True)
 
 
-def run_pytest(tree: str, mode: str, module: str, arguments: list[str], log: str) -> None:
-    """In a process of its own: pytest on the tree, whose `module` must be the one imported."""
+def run_pytest(tree: Path, mode: str, m: Mutant, arguments: list[str], log: str) -> None:
+    """In a process of its own: pytest on the tree, whose module must be the one imported."""
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.chdir(tree)
     for _, variable, _ in MODES.values():
         os.environ.pop(variable, None)
-    os.environ |= {MODES[mode][1]: "1", "PYTHONPATH": tree}
+    os.environ |= {MODES[mode][1]: "1", "PYTHONPATH": str(tree)}
     os.environ.setdefault("PTXSIM_PATH", str(ROOT.parent / "shared" / "ptxsim"))
     checkout = {str(ROOT), str(ROOT / "tests")}
-    sys.path[:] = [tree, *(p for p in sys.path if p not in checkout)]
-    for name in ("mutants", "mutants_of_gates", "mutants_of_helpers", "mutation"):
+    sys.path[:] = [str(tree), *(p for p in sys.path if p not in checkout)]
+    for name in [name for name in sys.modules if name.startswith("muta")]:
         sys.modules.pop(name, None)
     import pytest
 
-    file = importlib.import_module(f"xattn_kernels.triton_kernels.{module}").__file__
-    if Path(file).resolve() != Path(tree, "triton_kernels", f"{module}.py").resolve():
+    file = importlib.import_module(m.module).__file__
+    if Path(file).resolve() != (tree / m.path.relative_to(ROOT)).resolve():
         print(f"imported {file}, not that of {tree}")
         sys.exit(WRONG_MODULE)
     sys.exit(pytest.main(["-x", "-v", "--tb=line", "-p", "no:cacheprovider", *arguments]))
@@ -85,7 +85,7 @@ def tests_killing(tree: Path, m: Mutant, arguments: list[str], timeout: float) -
     log = tree / "pytest.log"
     log.unlink(missing_ok=True)
     process = multiprocessing.get_context(MODES[m.mode][0]).Process(
-        target=run_pytest, args=(str(tree), m.mode, m.file, arguments, str(log))
+        target=run_pytest, args=(tree, m.mode, m, arguments, str(log))
     )
     process.start()
     process.join(timeout)
@@ -156,7 +156,8 @@ def table(results: list[Result]) -> str:
     for r in results:
         m = r.mutant
         proof = f"equivalent: {m.equivalent}" if m.equivalent else "**nothing**"
-        fate = f"`{r.killed_by}`" if r.killed_by else proof
+        killed_by = r.killed_by.replace("|", r"\|")  # would end a column
+        fate = f"`{killed_by}`" if r.killed_by else proof
         lines.append(f"| {m.name} | `{m.file}.{m.function}` | {m.breaks} | {fate} |")
     return "\n".join(lines) + "\n"
 

@@ -23,7 +23,7 @@ def find(name: str, module: ast.Module) -> ast.stmt:
 
 @dataclass(frozen=True)
 class Mutant:
-    """`before`, which occurs once in `function` of triton_kernels/`file`.py, becomes `after`.
+    """`before`, which occurs once in `function` of `folder`/`file`.py, becomes `after`.
 
     `seen_by`: the tests to run first. A word is a case of `test_cross_attention.py::test_triton`,
     in float32 unless "-float16" follows; what holds "::" is a test without the words "test_".
@@ -38,10 +38,17 @@ class Mutant:
     seen_by: tuple[str, ...]
     mode: str = "interpreter"  # or "emulated": only compiled code shows it
     equivalent: str = ""
+    folder: str = "triton_kernels"
 
     @property
     def path(self) -> Path:
-        return ROOT / "triton_kernels" / f"{self.file}.py"
+        return ROOT / self.folder / f"{self.file}.py"
+
+    @property
+    def module(self) -> str:
+        """As it is imported."""
+        inside = "xattn_kernels/" * (self.folder == "triton_kernels")
+        return f"{inside}{self.folder}/{self.file}".replace("/", ".")
 
     def apply(self, source: str) -> str:
         """The mutated source; raises where the snippet is not there exactly once."""

@@ -110,6 +110,15 @@ def test_gradients_are_the_same_bits_in_every_run(mode):
         assert torch.equal(t, first[name]), name
 
 
+@pytest.mark.parametrize("mode", modes("interpreter", "sm_90", "gpu"), indirect=True)
+def test_more_parts_of_a_gate_than_are_added_at_a_time(mode, monkeypatch):
+    from xattn_kernels.triton_kernels import gated_residual as kernels
+
+    monkeypatch.setattr(kernels, "PARTS", 4)
+    case = replace(BY_NAME["many_tiles_plain"], vector=False)
+    assert_right(case, "triton", mode.dtypes[0], mode.device)
+
+
 @pytest.mark.parametrize("mode", modes("interpreter", "gpu"), indirect=True)
 def test_inputs_stay_as_they_are_and_dx_is_dy(mode):
     call = build(GatedCase("saved"), torch.float32, mode.device)

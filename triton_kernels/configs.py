@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from functools import cache
 
 ANY = 1 << 30
-# wgmma or tcgen05 with 227 KiB of shared memory; mma with 163 KiB; mma with 99 KiB
-FAMILIES = {90: "hopper", 100: "blackwell", 103: "blackwell", 80: "ampere"}
+# wgmma or tcgen05 with 227 KiB of shared memory; mma with 163 KiB; mma with 99 KiB, where what the
+# compiler makes for 12.0 takes a few registers more than for 8.6 and 8.9
+FAMILIES = {90: "hopper", 100: "blackwell", 103: "blackwell", 80: "ampere", 86: "ada", 89: "ada"}
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,10 @@ class Row:
     exact: bool = False
 
 
-ALL = ("hopper", "blackwell", "ampere", "small")
+ALL = ("hopper", "blackwell", "ampere", "ada", "small")
 HOPPER, BLACKWELL, AMPERE = ("hopper",), ("blackwell",), ("ampere",)
-WGMMA, MMA = ("hopper", "blackwell"), ("ampere", "small")
-NOT_HOPPER, LARGE, SMALL = ("blackwell", *MMA), ("blackwell", "ampere"), ("small",)
+WGMMA, MMA = ("hopper", "blackwell"), ("ampere", "ada", "small")
+NOT_HOPPER, LARGE, SMALL = ("blackwell", *MMA), ("blackwell", "ampere"), ("ada", "small")
 NOT_SMALL = ("hopper", *LARGE)
 HALF, FLOAT32 = 2, 4
 
@@ -127,7 +128,8 @@ TABLE = {
         *_rows(ALL, HALF, True, True, (128, ANY, (64, 16, 8, 1)), (256, ANY, (16, 16, 4, 1))),
         *_rows(WGMMA, HALF, True, None, (64, 16, (16, 64, 4, 3)), (64, 32, (32, 64, 8, 2))),
         *_rows(ALL, HALF, True, None, (128, 16, (16, 32, 4, 2)), (128, 32, (32, 32, 4, 2))),
-        *_rows(WGMMA, HALF, True, None, (64, 64, (64, 64, 4, 2))),
+        *_rows(HOPPER, HALF, True, None, (64, 64, (64, 32, 4, 3))),
+        *_rows(BLACKWELL, HALF, True, None, (64, 64, (64, 64, 4, 2))),
         *_rows(ALL, HALF, True, None, (128, ANY, (64, 32, 8, 1)), (256, ANY, (16, 32, 8, 1))),
         *_rows(ALL, HALF, False, True, (128, 16, (16, 16, 4, 1))),
         *_rows(ALL, HALF, False, None, (128, 16, (16, 32, 4, 1)), (128, ANY, (32, 16, 4, 1)),
@@ -144,9 +146,9 @@ TABLE = {
                (160, ANY, (64, 64, 8, 1, *BOUND))),
         *_rows(AMPERE, HALF, True, False, (64, ANY, (64, 128, 8, 2)), exact=True),
         *_rows(AMPERE, HALF, True, None, (64, ANY, (32, 128, 8, 2))),
-        *_rows(("hopper", "blackwell", "small"), HALF, True, None, (64, ANY, (64, 128, 8, 2))),
+        *_rows((*WGMMA, *SMALL), HALF, True, None, (64, ANY, (64, 128, 8, 2))),
         *_rows(HOPPER, HALF, True, None, (128, ANY, (32, 128, 8, 2))),
-        *_rows(MMA, HALF, True, True, (96, ANY, (32, 128, 8, 2)), exact=True),
+        *_rows(("ampere", "ada"), HALF, True, True, (96, ANY, (32, 128, 8, 2)), exact=True),
         *_rows(MMA, HALF, True, None, (128, ANY, (16, 128, 8, 2))),
         *_rows(("hopper", *MMA), HALF, True, True, (256, ANY, (16, 128, 8, 2))),
         *_rows(BLACKWELL, HALF, True, None, (128, ANY, (64, 128, 8, 1, *BOUND))),
@@ -198,7 +200,7 @@ def column_chunks(width: int, itemsize: int, widest: int = 0) -> tuple[int, ...]
 
 def tf32_fits(arch: int, D: int, Dv: int) -> bool:
     """Whether TF32 kernels of these widths fit registers and shared memory without a spill."""
-    return max(D, Dv) <= 128 or FAMILIES.get(arch, "small") != "small"
+    return max(D, Dv) <= 128 or FAMILIES.get(arch, "small") not in SMALL
 
 
 @cache
