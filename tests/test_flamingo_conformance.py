@@ -68,8 +68,11 @@ def test_default_off_the_gpu(case, monkeypatch):
 def assert_accurate(case: dict, found: dict) -> None:
     truth, eager = recorded(case), run(case, torch.float32, "eager")
     assert found.keys() == truth.keys()
+    # a gate's gradient sums terms of either sign, one for each number of a branch
+    terms = max(t.abs().max().item() for t in truth.values())
     for name, expected in truth.items():
-        assert_as_accurate(found[name].cpu(), eager[name], expected, name)
+        size = terms if name.endswith("_gate") else 0.0
+        assert_as_accurate(found[name].cpu(), eager[name], expected, name, size=size)
 
 
 @pytest.mark.parametrize("mode", modes("interpreter", "gpu"), indirect=True)

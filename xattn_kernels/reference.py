@@ -22,6 +22,7 @@ the [B, Hq, Nq, Nk] tensors that the kernels exist to avoid.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .inputs import CrossAttentionInputs, CrossAttentionResult
@@ -168,9 +169,8 @@ def gated_residual(x: Tensor, h: Tensor, gate: Tensor, row_mask: Tensor | None =
 def norm(y: Tensor, kind: str, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """normed by eq. norm, computed in float32 at least, in the dtype of y."""
     n = y.to(torch.promote_types(y.dtype, torch.float32))
+    weight, bias = (None if t is None else t.to(n.dtype) for t in (weight, bias))
     if kind == "layer":
-        n = n - n.mean(-1, keepdim=True)
-    n = n * torch.rsqrt(n.square().mean(-1, keepdim=True) + eps)
-    n = n if weight is None else n * weight
-    n = n if bias is None else n + bias
-    return n.to(y.dtype)
+        return F.layer_norm(n, n.shape[-1:], weight, bias, eps).to(y.dtype)
+    n = F.rms_norm(n, n.shape[-1:], weight, eps)
+    return (n if bias is None else n + bias).to(y.dtype)
