@@ -83,6 +83,7 @@ static-report: $(INSTALLED) $(TRITON_NEWEST)/.installed
 	$(REPORT)
 	PYTHONPATH=$(TRITON_NEWEST) $(REPORT)
 	$(PY) -m benchmarks.rivals --out benchmarks/results/static
+	$(PY) -m benchmarks.shared_conflicts --out benchmarks/results/static
 	$(PY) -m benchmarks.static_document
 
 EVIDENCE := build/evidence

@@ -17,6 +17,8 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+import torch
+
 from .commands import RESULTS
 from .machine import ROOT, provenance, slug
 
@@ -38,7 +40,8 @@ KERNELS = {
 
 
 def collect(folder: Path, device: str) -> Path:
-    """Merges what the test processes left in `folder` into one committed file per device."""
+    """Merges what the test processes left in `folder` into one committed file per kind of GPU, or
+    one for all processors, on which it makes no difference."""
     launched: dict[str, dict[str, set]] = defaultdict(lambda: defaultdict(set))
     for path in folder.glob("*.json"):
         for kernel, mode, dtype in json.loads(path.read_text()):
@@ -49,7 +52,8 @@ def collect(folder: Path, device: str) -> Path:
         kernel: {mode: sorted(dtypes) for mode, dtypes in sorted(modes.items())}
         for kernel, modes in sorted(launched.items())
     }
-    path = RESULTS / "evidence" / f"{slug(device)}.json"
+    name = "cpu" if torch.device(device).type == "cpu" else slug(device)
+    path = RESULTS / "evidence" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({**provenance(device), "kernels": kernels}, indent=1) + "\n")
     return path

@@ -54,6 +54,11 @@ def sliced(t: Tensor) -> Tensor:
     return wide[..., ::2, 1:-2].copy_(t)
 
 
+def padded(t: Tensor) -> Tensor:
+    """Rows of an odd distance, the first one aligned."""
+    return t.new_zeros(*t.shape[:-1], t.shape[-1] + 3)[..., : t.shape[-1]].copy_(t)
+
+
 def expanded(t: Tensor) -> Tensor:
     """One row for all; the caller's numbers change accordingly."""
     return t[..., :1, :].expand(t.shape)
@@ -84,8 +89,8 @@ VALUES = {
     "far_from_zero": far_from_zero, "same_in_a_row": same_in_a_row,
 }  # fmt: skip
 LAYOUTS = {
-    "plain": lambda t: t, "transposed": transposed, "sliced": sliced, "expanded": expanded,
-    "far_rows": far_rows,
+    "plain": lambda t: t, "transposed": transposed, "sliced": sliced, "padded": padded,
+    "expanded": expanded, "far_rows": far_rows,
 }  # fmt: skip
 FORMS = {"plain": None, "layer": "layer", "rms": "rms"}
 
@@ -108,7 +113,8 @@ def cases() -> list[GatedCase]:
     found += [
         replace(many, name=name, **more)
         for name, more in dict(
-            sliced=dict(layout="sliced"), expanded=dict(layout="expanded"),
+            sliced=dict(layout="sliced"), padded=dict(layout="padded", shape=(2, 5, 64)),
+            expanded=dict(layout="expanded"),
             far_rows=dict(layout="far_rows", shape=(2, 3, 16), norm=None),
             far_rows_norm=dict(layout="far_rows", shape=(2, 3, 16)),
             four_dimensions=dict(shape=(2, 3, 2, 16), layout="transposed"),

@@ -1,7 +1,7 @@
 """Which kernels the passing tests launched, where, and on which dtypes: the README's evidence.
 
 With XATTN_EVIDENCE naming a folder, each test process leaves one JSON file there;
-`python -m benchmarks.evidence` makes the table of them.
+`python -m benchmarks.evidence collect FOLDER` makes the table of them.
 """
 
 from __future__ import annotations

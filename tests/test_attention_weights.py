@@ -89,6 +89,27 @@ def test_dtypes(dtype, backend):
     assert_matches_reference(make(dtype), CASES["mask_and_bias"](), backend, dtype)
 
 
+@pytest.mark.parametrize("needed", ["q", "k", "bias", "scale", "lse"])
+def test_one_gradient_alone(needed, backend):
+    """Each is computed also where it is the only one that is wanted."""
+
+    def gradient(dtype, backend):
+        leaves = {n: t.to(dtype) for n, t in make().items()}
+        leaves |= {n: t.to(dtype) for n, t in given.items()}
+        leaves["scale"] = given["scale"].float()
+        leaves[needed].requires_grad_()
+        weights = attention_weights(**leaves, mask=interval(), backend=backend)
+        return torch.autograd.grad(weights.square().sum(), leaves[needed])[0]
+
+    given = {"bias": torch.randn(1, HQ, 1, NK), "scale": torch.linspace(0.2, 0.9, HQ)}
+    given["lse"] = 3 + torch.rand(B, HQ, NQ)
+    found = []
+    for dtype, by in ((torch.float32, backend), (torch.float32, "eager"), (torch.float64, "eager")):
+        torch.manual_seed(1)
+        found.append(gradient(dtype, by))
+    assert_as_accurate(*found, needed)
+
+
 def test_with_the_lse_of_cross_attention_it_is_softmax(backend):
     """The gradients that pass through lse and those that do not add up to those of softmax."""
     options = {"mask": interval(), "bias": torch.randn(1, HQ, 1, NK)}

@@ -44,8 +44,8 @@ def gated_projection(
 
     so that the gradient of the gate costs no pass over rows. Scaling the weight by the gate and
     letting the product accumulate onto x would need no kernel, and is about as accurate; but
-    PyTorch first copies x to where the product accumulates, which makes as many bytes, and each
-    call scales a copy of the weight.
+    PyTorch first copies x to where the product accumulates, which makes as many bytes, and there
+    is no row mask and no x wider than the product.
 
     Args:
         x: [..., dim], the residual stream.
