@@ -243,7 +243,7 @@ WEIGHT = [
         ("weights-own-lse", "rows(dlse)", "rows(-dlse)", "delta with the wrong sign",
          WEIGHTS + "triton[plain-no_lse-interpreter]"),
         ("weights-scale-alone", "if needs[0] or needs[3] or needs[4]", "if needs[0] or needs[4]",
-         "no gradient of the scale alone", WEIGHTS + "one_gradient_alone[scale-triton]"),
+         "no gradient of the scale alone", WEIGHTS + "one_gradient_alone[interpreter-scale]"),
         ("weights-gradient-head", "broadcast_strides(dweights)", "dweights.stride()",
          "the gradient of the mean is walked by head", WEIGHTS + "triton[plain-lse-interpreter]"),
     ),
