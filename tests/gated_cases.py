@@ -10,7 +10,7 @@ from torch import Tensor
 
 from numerics import FLOOR, assert_as_accurate
 from values import reserve
-from xattn_kernels import gated_residual, gated_residual_norm, reference
+from xattn_kernels import gated_residual, gated_residual_norm
 
 Tensors = dict[str, Tensor]
 
@@ -85,7 +85,7 @@ def same_in_a_row(x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
 
 VALUES = {
     "normal": lambda x, h: (x, h), "tiny": lambda x, h: (1e-6 * x, 1e-6 * h),
-    "small_x": lambda x, h: (1e-3 * x, 100 * h), "large_x": lambda x, h: (300 * x, 1e-3 * h),
+    "small_x": lambda x, h: (1e-2 * x, h), "large_x": lambda x, h: (300 * x, 1e-3 * h),
     "far_from_zero": far_from_zero, "same_in_a_row": same_in_a_row,
 }  # fmt: skip
 LAYOUTS = {
@@ -225,20 +225,23 @@ def build(c: GatedCase, dtype: torch.dtype, device: str = "cpu") -> GatedCall:
 
 @torch.no_grad()
 def magnitudes(call: GatedCall) -> dict[str, float]:
-    """The size of what is summed in each gradient, of a call in float64: independent terms."""
-    c, truth = call.case, call.run("eager")
-    dy = call.upstream.get("y", torch.zeros_like(call.leaves["x"]))
-    dnormed = call.upstream.get("normed", torch.zeros_like(dy))
-    n = torch.zeros_like(dy)
-    weight = call.leaves.get("weight", torch.ones(()))
-    total = dy.abs()
-    if c.norm is not None and dy.numel():
-        n = reference.norm(truth["y"], c.norm, None, None, c.eps)
-        factor = torch.rsqrt(truth["y"].var(-1, unbiased=False, keepdim=True) + c.eps)
-        total = total + factor * (weight * dnormed).norm(dim=-1, keepdim=True)
+    """The size of what is summed in each result, of a call in float64: independent terms. `parts`
+    are those of n, which is left of y when the mean is taken away."""
+    c, y = call.case, call.run("eager")["y"]
+    dy = call.upstream.get("y", torch.zeros_like(y)).abs()
+    dnormed = call.upstream.get("normed", torch.zeros_like(y)).abs()
+    weight = call.leaves.get("weight", torch.ones(())).abs()
+    found, parts, total = {}, torch.zeros_like(y), dy
+    if c.norm is not None and y.numel():
+        spread = y.var(-1, unbiased=False, keepdim=True)
+        spread = spread if c.norm == "layer" else y.square().mean(-1, keepdim=True)
+        factor, dn = torch.rsqrt(spread + c.eps), weight * dnormed
+        parts = factor * y.abs()
+        away = parts * (parts * dn).mean(-1, keepdim=True) + dn.mean(-1, keepdim=True)
+        total = dy + factor * (dn + away)
+        found["normed"] = (parts * weight).max().item()
     h = call.leaves["h"].nan_to_num(0.0)
-    terms = {"dgate": total * h, "dweight": n * dnormed, "dbias": dnormed, "dx": total, "dh": total}
-    found = {}
+    terms = dict(dgate=total * h, dweight=parts * dnormed, dbias=dnormed, dx=total, dh=total)
     for name, t in terms.items():
         t = t.reshape(-1, t.shape[-1]).square()
         summed = t.sum() if name == "dgate" and not c.vector else t.sum(0)
