@@ -47,6 +47,8 @@ class ProjectionCase:
         if self.bias:
             leaves["bias"] = normal(self.dim)
         row_mask = torch.rand(self.shape, generator=g).to(device) < 0.5 if self.mask else None
+        if row_mask is not None:  # what a row that does not count holds does not matter
+            leaves["a"].masked_fill_(~row_mask[..., None], torch.nan)
         dy = normal(*self.shape, self.dim)
         if self.turned:
             leaves |= {n: leaves[n].transpose(0, 1).contiguous().transpose(0, 1) for n in "xa"}
@@ -84,7 +86,7 @@ def magnitudes(call: ProjectionCall) -> dict[str, float]:
     gate, (dim, width) = call.leaves["gate"], call.leaves["weight"].shape
     dy = call.dy if call.row_mask is None else call.dy * call.row_mask[..., None]
     dy = dy.reshape(-1, dim).square()
-    a = call.leaves["a"].reshape(len(dy), width).square()
+    a = call.leaves["a"].nan_to_num(0.0).reshape(len(dy), width).square()
     weight, t = call.leaves["weight"].square(), torch.tanh(gate).square()
     h = a @ weight.mT + call.leaves.get("bias", torch.zeros(())).square()
     of_gate = (dy * h).sum(0)

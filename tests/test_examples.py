@@ -15,6 +15,13 @@ import torch
 FILE = Path(__file__).resolve().parents[1] / "examples" / "flamingo_blocks.py"
 
 
+@pytest.fixture(autouse=True)
+def as_users_run_them(monkeypatch):
+    """With the backends of a CPU, not through Triton's interpreter."""
+    for name in ("TRITON_INTERPRET", "XATTN_TRITON_ON_CPU"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.fixture(scope="module")
 def needs() -> None:
     for name in ("sklearn", "PIL", "matplotlib"):

@@ -198,6 +198,7 @@ WRONG_CALLS = {
     "locations batch": (
         changed(media_locations=lambda m: m[:1], use_cached_media=True), r"B = 2, got \[1, 9\]"
     ),
+    "cached": (changed(use_cached_media="no"), "use_cached_media must be a bool, got str"),
     "locations device": (
         changed(media_locations=lambda m: m.to("meta")), "on the device of x, cpu, got meta"
     ),

@@ -49,7 +49,7 @@ def gated_projection(
 
     Args:
         x: [..., dim], the residual stream.
-        a: [..., width], with the leading dimensions of x.
+        a: [..., width], with the leading dimensions of x; it may be NaN where row_mask is False.
         gate, row_mask, backend: as in `gated_residual`.
         weight: [dim, width], in the dtype of a.
         bias: [dim] in the dtype of a, or None.
@@ -103,7 +103,8 @@ def run_triton(x: GatedProjectionInputs) -> Tensor:
 
 
 def run_eager(x: GatedProjectionInputs) -> Tensor:
-    return reference.gated_residual(x.x, F.linear(x.a, x.weight, x.bias), x.gate, x.row_mask)
+    a = x.a if x.row_mask is None else x.a.masked_fill(~x.row_mask[..., None], 0.0)
+    return reference.gated_residual(x.x, F.linear(a, x.weight, x.bias), x.gate, x.row_mask)
 
 
 BACKENDS = (
@@ -139,7 +140,9 @@ def gradients(
     """(da, dgate, dweight, dbias); None for those not in `needs`."""
     dim, width = weight.shape
     t = torch.tanh(gate.float() if gate.dtype != torch.float64 else gate)
-    rows = dy if row_mask is None else dy.masked_fill(~row_mask[..., None], 0.0)
+    rows = dy
+    if row_mask is not None:  # also of a, where 0 * NaN would reach the weight
+        rows, a = (t.masked_fill(~row_mask[..., None], 0.0) for t in (dy, a))
     rows = rows.reshape(-1, dim).to(a.dtype)
     a_rows = a.reshape(len(rows), width)
     column = t.expand(dim)[:, None]

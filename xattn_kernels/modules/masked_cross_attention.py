@@ -194,6 +194,7 @@ def media_sizes(media: Tensor | MediaCache) -> tuple[int, int]:
 
 def check_call(module, x, media, media_locations, use_cached_media) -> None:
     """Raises TypeError or ValueError naming the argument, what it was and what is allowed."""
+    check_bools(use_cached_media=use_cached_media)
     check_tensor("x", x, "[B, N, dim]", module.dim, module.to_q.weight)
     if isinstance(media, MediaCache):
         if media.made_with is None:
