@@ -57,7 +57,8 @@ class GatedCrossAttentionBlock(nn.Module):
         norm, norm_eps: "layer" or "rms", of both sub-layers.
         vector_gate: gates [dim] in place of [1].
         backend: "triton", "sdpa" or "eager" for every call; None chooses for each. The gated
-            residuals, which have no "sdpa", are plain PyTorch ("eager") with it.
+            residuals, which have no "sdpa", are plain PyTorch ("eager") with it; the first one,
+            with its norm, has no "triton" for a dim that `gated_residual_norm` calls too wide.
 
     Raises:
         TypeError, ValueError: an argument is not among those named here.
