@@ -127,7 +127,10 @@ def position(mark: pytest.Mark, params: dict[str, Any]) -> int:
     """Of the set of values among those of its `parametrize`."""
     names = mark.args[0] if isinstance(mark.args[0], tuple) else (mark.args[0],)
     for n, values in enumerate(mark.args[1]):
-        values = values if len(names) > 1 else (values,)
+        if hasattr(values, "marks"):  # pytest.param(...)
+            values = values.values
+        elif len(names) == 1:
+            values = (values,)
         if all(params[name] is value for name, value in zip(names, values, strict=True)):
             return n
     raise ValueError(f"{params} has no value of {mark}")

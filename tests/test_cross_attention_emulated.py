@@ -59,6 +59,7 @@ WHOLE = {
     "whole_tiles_nonempty": dict(mask="nonempty"),  # rows without a key in the first tile
     "whole_tiles_ragged": dict(mask="ragged", scale=(0.3, -0.2)),
     "whole_tiles_group": dict(mask="causal", Hq=6, Hkv=2),
+    "whole_tiles_fused": dict(Nq=50),  # one tile of rows, whose dq, dk and dv are one kernel's
 }
 BASE = dict(B=2, Hq=2, Hkv=2, D=32, returns="statistics")
 

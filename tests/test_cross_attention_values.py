@@ -45,6 +45,7 @@ def assert_exact_zeros(found: dict, seen: torch.Tensor) -> None:
         assert (found[name].transpose(0, 1)[:, unseen] == 0).all(), f"{name} of a key nobody sees"
 
 
+@pytest.mark.taking_turns
 @each_size
 @pytest.mark.parametrize(
     "mask", ["empty_rows", "unsorted", "empty_batch", "all_empty", "both_ends"]
@@ -81,6 +82,7 @@ def assert_garbage_stays_out(c: Case, backend: str, dtype: torch.dtype, device: 
         assert torch.equal(t, expected[name]), name
 
 
+@pytest.mark.taking_turns
 @each_size
 @pytest.mark.parametrize(
     ("mask", "value", "bias"),

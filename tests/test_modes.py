@@ -16,7 +16,7 @@ def test_turns_reach_both_architectures_with_every_value():
     lengths, splits = ["short", "long"], [(1, None), (3, "mask")]
     marks = [
         pytest.mark.parametrize("mode", ["sm_80", "sm_90"]).mark,
-        pytest.mark.parametrize("length", lengths).mark,
+        pytest.mark.parametrize("length", [pytest.param(n, id=n) for n in lengths]).mark,
         pytest.mark.parametrize(("splits", "mask"), splits).mark,
         pytest.mark.parametrize("flag", flags).mark,
     ]

@@ -104,9 +104,9 @@ TABLE = {
     "dq": [
         *_rows(AMPERE, HALF, True, True, (128, ANY, (128, 64, 8, 2)), exact=True),
         *_rows(AMPERE, HALF, True, True, (64, ANY, (128, 64, 8, 2)), (256, ANY, (128, 32, 8, 2))),
-        *_rows(BLACKWELL, HALF, True, None, (128, ANY, (128, 64, 8, 2, *BOUND))),
-        *_rows(HOPPER, HALF, True, None, (128, ANY, (128, 64, 8, 2))),
-        *_rows(WGMMA, HALF, True, None, (256, ANY, (128, 32, 8, 2))),
+        *_rows(BLACKWELL, HALF, True, None, (128, ANY, (128, 64, 8, 2, *BOUND)),
+               (256, ANY, (128, 32, 8, 2, *BOUND))),
+        *_rows(HOPPER, HALF, True, None, (128, ANY, (128, 64, 8, 2)), (256, ANY, (128, 32, 8, 2))),
         *_rows(SMALL, HALF, True, True, (64, ANY, (128, 64, 8, 2)), (128, ANY, (128, 32, 8, 2)),
                (256, ANY, (64, 16, 8, 1))),
         *_rows(MMA, HALF, True, None, (64, ANY, (128, 64, 8, 2)), (128, ANY, (128, 32, 8, 2)),
