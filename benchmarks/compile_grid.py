@@ -50,8 +50,8 @@ class Case:
     Nk: int = 4096
     group: int = 1
     interval: bool = True
-    # any of: mask bias scale softcap dropout statistics; weights with some of them; or gated with
-    # any of: layer or rms, vector, mask
+    # any of: mask bias scale softcap dropout statistics; weights with some of them; topk with mask
+    # and scale; or gated with any of: layer or rms, vector, mask
     flags: str = ""
     tf32: bool = False
 
@@ -111,7 +111,22 @@ def cases() -> list[Case]:
     found.append(Case("many2048-gqa-D64-scale", 64, 64, "bfloat16", 2048, group=4, flags="scale"))
     found.append(Case("decode-gqa-D128", 128, 128, "bfloat16", 1, group=4))
     found.append(Case("prefill-gqa-D128", 128, 128, "bfloat16", 512, group=4))
-    return found + gated_cases()
+    return found + topk_cases() + gated_cases()
+
+
+def topk_cases() -> list[Case]:
+    """Rows whose scores are kept and longer ones, few and many, widths of one and two chunks."""
+    sizes = [(64, 512), (64, 1024), (64, 4096), (128, 512), (128, 1024), (128, 4096), (256, 512)]
+    sizes += [(256, 4096), (96, 1024), (40, 257)]
+    found = [Case(f"topk-D{D}-Nk{Nk}", D, D, "bfloat16", 2048, Nk, flags="topk") for D, Nk in sizes]
+    for D, Nk in ((64, 1024), (64, 4096), (256, 4096)):
+        found.append(Case(f"topk-few16-D{D}-Nk{Nk}", D, D, "bfloat16", 16, Nk, flags="topk"))
+    for D, Nk in ((64, 1024), (128, 1024), (64, 4096), (256, 4096)):
+        name, flags = f"topk-mask-scale-D{D}-Nk{Nk}", "topk mask scale"
+        found.append(Case(name, D, D, "bfloat16", 2048, Nk, group=2, flags=flags))
+    for D, Nk in ((64, 128), (64, 4096), (256, 4096)):
+        found.append(Case(f"topk-D{D}-Nk{Nk}-float32", D, D, "float32", 2048, Nk, flags="topk"))
+    return found
 
 
 def gated_cases() -> list[Case]:
@@ -208,6 +223,8 @@ def launch(case: Case) -> None:
         attention_weights,
         cross_attention,
         cross_attention_backward,
+        topk_attention,
+        topk_selection,
     )
 
     dtype = getattr(torch, case.dtype)
@@ -229,6 +246,21 @@ def launch(case: Case) -> None:
         empty(B, 1, 1, case.Nk, dtype=torch.bool) if "mask" in flags else None,
         empty(1, dtype=torch.int64) if "dropout" in flags else None,
     )  # fmt: skip
+    if "topk" in flags:
+        interval, mask, scale = operands[5:7], operands[7], operands[4]
+        call = (scale, *interval, mask, 0.125, 64)
+        out, lse, _, _, bits, indices = topk_attention.forward(
+            q, k, v, *call, False, True, case.tf32
+        )
+        selected = bits if bits.numel() else indices
+        # both directions between bits and indices, whichever of them are saved
+        topk_selection.to_bits(q.new_empty((*q.shape[:3], 64), dtype=torch.int32), case.Nk)
+        needs = [True, True, True, scale is not None]
+        topk_attention.backward(
+            out, None, None, q, k, v, scale, *interval, selected, out, lse, lse, 0.125, 64,
+            case.tf32, needs,
+        )  # fmt: skip
+        return
     options = (0.125, 30.0 if "softcap" in flags else 0.0, 0.1 if "dropout" in flags else 0.0)
     if "weights" in flags:
         lse = empty(B, Hq, case.rows, dtype=torch.float32)
@@ -301,7 +333,9 @@ def faults(row: Row) -> list[str]:
 def wants_tensor_cores(row: Row) -> bool:
     from xattn_kernels.triton_kernels.configs import tf32_fits
 
-    with_products = ("forward_kernel", "dq_kernel", "dkdv_kernel", "dbias_kernel")
+    with_products = (
+        "forward_kernel", "dq_kernel", "dkdv_kernel", "dbias_kernel", "select_kernel",
+    )  # fmt: skip
     if row.kernel.startswith("gated") or not row.kernel.endswith(with_products):
         return False
     width = max((int(D) for D in re.findall(r"-Dv?(\d+)", row.case)), default=0)

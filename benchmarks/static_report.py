@@ -46,6 +46,7 @@ PRODUCTS = {
     "dkdv": (2, 2),
     "weights": (1, 0),
     "dbias": (1, 1),
+    "select": (1, 0),
 }
 PTX_TENSOR = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
 PARTS = ("always", "one_warp", "sometimes", "cut")  # of a main loop, see `sass`

@@ -233,3 +233,30 @@ def find_row(kernel: str, arch: int, D: int, Dv: int, itemsize: int, plain: bool
         ):
             return row
     raise ValueError(f"no configuration of {kernel} for head widths {D} and {Dv}")
+
+
+# tiles of keys whose scores a row tile may keep; few different numbers, as each is a kernel
+KEPT_TILES = (1, 2, 3, 4, 6, 8)
+
+
+def selection(D: int, itemsize: int, rows: int, Nk: int) -> tuple[Config, int]:
+    """(configuration, tiles of keys whose scores are kept) of the search for the top keys; 0 tiles
+    where a row is too long to keep it.
+
+    64 registers of a thread hold scores. More would take fewer warps through the arithmetic of a
+    row, which each of them repeats, but ptxas then takes minutes for what spills in the end.
+    """
+    half = itemsize == HALF
+    block_k = (128 if D <= 128 else 64) if half else 32
+    most = 1024 if half else 128 if D <= 64 else 0
+    kept = next((n * block_k for n in KEPT_TILES if Nk <= n * block_k <= most), 0)
+    if kept:
+        block_q = 32 if half and rows > 16 and D <= 128 and kept <= 512 else 16
+        num_warps = 8 if block_q * kept > 8192 or not half else 4
+        # of the bound ptxas makes a spill at 128 columns, and without one at fewer
+        bound = None if half and D > 96 and kept > 512 else register_bound(num_warps)
+        return Config(block_q, block_k, num_warps, 1, bound), kept // block_k
+    if not half:
+        return Config(16, 32, 8, 1, register_bound(8)), 0
+    block_q = 16 if rows <= 16 else 64
+    return Config(block_q, 64 if D <= 128 else 32, 4, 2, register_bound(4)), 0

@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .configs import Config, column_chunks, lookup, tf32_fits
+from .configs import Config, column_chunks, lookup, selection, tf32_fits
 
 INTERPRETED_ARCH = 90  # whose table rows the interpreter runs
 DEFAULT_MULTIPROCESSORS = 132
@@ -127,7 +127,7 @@ class Call:
     scale_tensor: Tensor | None
     start: Tensor | None
     stop: Tensor | None
-    mask: Tensor | None
+    mask: Tensor | None  # bool, or int32 words of 32 keys each, see `scores.allowed`
     seed: Tensor | None
     scale: float
     softcap: float
@@ -163,6 +163,11 @@ class Call:
         rows, itemsize = self.Nq * self.group, self.q.element_size()
         return lookup(kernel, target_arch(self.q.device), self.D, self.DV, itemsize, plain, rows)
 
+    def selection_config(self) -> tuple[Config, int]:
+        """(configuration, tiles of keys whose scores are kept), see `configs.selection`."""
+        rows, itemsize = self.Nq * self.group, self.q.element_size()
+        return selection(self.D, itemsize, rows, self.Nk)
+
     def splits(self, programs: int, steps: int, wanted: int | None = None) -> int:
         """`split_count` unless a number is wanted."""
         return wanted or split_count(programs, steps, self.q.device)
@@ -175,7 +180,9 @@ class Call:
 
     def operands(self) -> tuple:
         """q ... p_factor, the run of parameters that all kernels share."""
-        mask = None if self.mask is None else self.mask.view(torch.uint8)
+        mask = self.mask
+        if mask is not None and mask.dtype == torch.bool:
+            mask = mask.view(torch.uint8)
         intervals = (None, (0, 0), None, (0, 0))
         if self.start is not None:
             intervals = (self.start, self.start.stride(), self.stop, self.stop.stride())

@@ -87,10 +87,20 @@ def tile_scores(
         b = tl.load(bias + (bias_rows + j.to(tl.int64) * stride_bias[3]), row_mask & (j < Nk), 0.0)
         s += b.to(tl.float32)
     if mask is not None:
-        at = mask_rows + j.to(tl.int64) * stride_mask[3]
-        allowed = tl.load(mask + at, row_mask & (j < Nk), 0)
-        s = tl.where(allowed != 0, s, float("-inf"))
+        s = tl.where(
+            allowed(mask, mask_rows, stride_mask, row_mask & (j < Nk), j), s, float("-inf")
+        )
     return s, th
+
+
+@triton.jit
+def allowed(mask, mask_rows, stride_mask, there, j):
+    """Whether the mask allows key j: a byte each of a bool mask, or a bit of an int32 word."""
+    if mask.dtype.element_ty == tl.int32:
+        word = tl.load(mask + (mask_rows + (j >> 5).to(tl.int64) * stride_mask[3]), there, 0)
+        return ((word >> (j & 31)) & 1) != 0
+    else:
+        return tl.load(mask + (mask_rows + j.to(tl.int64) * stride_mask[3]), there, 0) != 0
 
 
 @triton.jit

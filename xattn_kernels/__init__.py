@@ -6,7 +6,7 @@ from .cross_attention import cross_attention
 from .dispatch import explain
 from .gated_projection import gated_projection
 from .gated_residual import GatedResidualNormResult, gated_residual, gated_residual_norm
-from .inputs import CrossAttentionResult
+from .inputs import CrossAttentionResult, TopKAttentionResult
 from .masks import KeyInterval
 from .modules import (
     GatedCrossAttentionBlock,
@@ -16,6 +16,7 @@ from .modules import (
     PerceiverResampler,
     replace_multihead_attention,
 )
+from .topk_attention import topk_attention
 
 __version__ = "0.1.0"
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "MediaCache",
     "MultiheadAttention",
     "PerceiverResampler",
+    "TopKAttentionResult",
     "attention_weights",
     "cross_attention",
     "explain",
@@ -35,4 +37,5 @@ __all__ = [
     "gated_residual_norm",
     "masks",
     "replace_multihead_attention",
+    "topk_attention",
 ]

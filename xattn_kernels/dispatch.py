@@ -35,12 +35,14 @@ MISSING_TRITON = missing_triton()  # once: a trace of torch.compile cannot look
 
 
 class Backend(NamedTuple):
-    """reasons(inputs) is empty when run(inputs) will work; `by_name` keeps it out of defaults."""
+    """reasons(inputs) is empty when run(inputs) will work; `by_name` keeps it out of defaults;
+    `note` is what `explain` adds."""
 
     name: str
     reasons: Callable[[Any], list[str]]
     run: Callable[[Any], Any]
     by_name: bool = False
+    note: str = ""
 
 
 def choose(op: str, backends: Sequence[Backend], inputs: Any, name: str | None) -> Backend:
@@ -85,6 +87,7 @@ def report(backends: Sequence[Backend], inputs: Any) -> str:
     lines = []
     for b in backends:
         can = "can run" + (f" when asked for: backend={b.name!r}" if b.by_name else "")
+        can += f" ({b.note})" if b.note else ""
         lines.append(f"  {b.name:<8} {'; '.join(b.reasons(inputs)) or can}")
     return "\n".join(lines)
 

@@ -25,6 +25,21 @@ class CrossAttentionResult(NamedTuple):
     max_probability: Tensor | None = None
 
 
+class TopKAttentionResult(NamedTuple):
+    """Output of `topk_attention` when more than `out` is asked for; None for what was not.
+
+    out [B, Hq, Nq, Dv] in the dtype of q; lse, entropy, max_probability float32 [B, Hq, Nq]
+    (float64 for float64 inputs), natural logarithms, of the chosen keys alone; indices int32
+    [B, Hq, Nq, top_k], the chosen keys in ascending order and -1 where there are fewer.
+    """
+
+    out: Tensor
+    lse: Tensor | None = None
+    indices: Tensor | None = None
+    entropy: Tensor | None = None
+    max_probability: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class CrossAttentionInputs:
     """One checked call: what every backend's `reasons` and `run` receive.
@@ -60,6 +75,14 @@ class CrossAttentionInputs:
     def bounds(self) -> tuple[Tensor | None, Tensor | None]:
         """(start, stop) as [B, Nq] views by stride, or (None, None) without an interval."""
         return self.interval.expand(self.B, self.Nq) if self.interval else (None, None)
+
+
+@dataclass(frozen=True)
+class TopKAttentionInputs(CrossAttentionInputs):
+    """One checked call; there is no bias, softcap or dropout."""
+
+    top_k: int
+    return_indices: bool
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:

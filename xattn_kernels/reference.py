@@ -21,11 +21,18 @@ the [B, Hq, Nq, Nk] tensors that the kernels exist to avoid.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .inputs import CrossAttentionInputs, CrossAttentionResult
+from .inputs import (
+    CrossAttentionInputs,
+    CrossAttentionResult,
+    TopKAttentionInputs,
+    TopKAttentionResult,
+)
 
 NEG_INF = float("-inf")
 
@@ -155,6 +162,40 @@ def attention_weights(x: CrossAttentionInputs, lse: Tensor | None, average_heads
         p = (s - lse.masked_fill(lse == NEG_INF, float("inf"))[..., None]).exp()
     p = drop(p, x)
     return p.mean(1) if average_heads else p
+
+
+def top_indices(s: Tensor, top_k: int) -> Tensor:
+    """int64 [..., top_k]: the keys of the highest scores in ascending order, then -1 where fewer
+    scores than top_k are above -inf. Of equal scores those of lower keys come first; NaN is above
+    all. top_k is at most the number of scores."""
+    s = s.detach() + 0.0  # -0 becomes 0: a sort by bits would order them
+    Nk = s.shape[-1]
+    order = s.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
+    order = order.masked_fill(s.gather(-1, order) == NEG_INF, Nk).sort(-1).values
+    return order.masked_fill(order == Nk, -1)
+
+
+def choose(x: TopKAttentionInputs) -> Tensor:
+    """int64 [B, Hq, Nq, min(top_k, Nk)]: `top_indices` of the scores in float32 at least, which
+    rounding to 16 bits would make equal by the dozen."""
+    q, k = (t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in (x.q, x.k))
+    return top_indices(scores(replace(x, q=q, k=k)), min(x.top_k, x.Nk))
+
+
+def topk_attention(x: TopKAttentionInputs) -> TopKAttentionResult:
+    """`cross_attention` of the keys that `top_indices` names."""
+    indices, s = choose(x), scores(x)
+    chosen = torch.zeros((*s.shape[:3], x.Nk + 1), dtype=torch.bool, device=s.device)
+    chosen.scatter_(-1, indices.masked_fill(indices < 0, x.Nk), True)
+    p, lse, entropy, max_probability = softmax(s.masked_fill(~chosen[..., : x.Nk], NEG_INF))
+    v = used_keys(x.v, x).repeat_interleave(x.Hq // x.Hkv, dim=1)
+    missing = indices.new_full((*indices.shape[:3], x.top_k - indices.shape[3]), -1)
+    return TopKAttentionResult(
+        p.to(v.dtype) @ v,
+        lse if x.return_lse else None,
+        torch.cat((indices, missing), -1).to(torch.int32) if x.return_indices else None,
+        *((entropy, max_probability) if x.return_statistics else (None, None)),
+    )
 
 
 def gated_residual(x: Tensor, h: Tensor, gate: Tensor, row_mask: Tensor | None = None) -> Tensor:

@@ -1,0 +1,286 @@
+"""`topk_attention`: the choice, values and gradients of every backend, and what it keeps."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cases import Case
+from conftest import modes
+from largest_tensor import LargestTensor
+from topk_cases import CASES, assert_right, case, topk_call
+from xattn_kernels import KeyInterval, cross_attention, reference, topk_attention
+
+QUICK = ("plain", "one", "many_keys", "mask_empty_rows", "ties", "everything")
+
+
+@pytest.fixture(params=["kept", "recomputed"])
+def scores_are(request, monkeypatch):
+    """Scores in registers, or computed again in every step, as in rows too long to keep."""
+    pytest.importorskip("triton")
+    if request.param == "recomputed":
+        from xattn_kernels.triton_kernels import configs
+
+        monkeypatch.setattr(configs, "KEPT_TILES", ())
+    return request.param
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_kernels(name, backend, dtype):
+    assert_right(*case(name), backend, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", modes("interpreter", "gpu"), indirect=True)
+@pytest.mark.parametrize("name", CASES)
+def test_triton(mode, name):
+    assert_right(*case(name), "triton", torch.float32, mode.device)
+
+
+@pytest.mark.parametrize("mode", modes("interpreter", "gpu"), indirect=True)
+@pytest.mark.parametrize("name", QUICK)
+def test_triton_of_long_rows(mode, name, scores_are):
+    assert_right(*case(name), "triton", torch.float16, mode.device)
+
+
+@pytest.mark.taking_turns
+@pytest.mark.parametrize("mode", modes("sm_80", "sm_90", "gpu"), indirect=True)
+@pytest.mark.parametrize("name", CASES)
+def test_compiled(mode, name):
+    assert_right(*case(name, D=32), "triton", mode.dtypes[0], mode.device)
+
+
+@pytest.mark.taking_turns
+@pytest.mark.parametrize("mode", modes("sm_80", "sm_90", "gpu"), indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", QUICK)
+def test_compiled_of_long_rows(mode, name, dtype, scores_are):
+    assert_right(*case(name, D=32), "triton", dtype, mode.device)
+
+
+@pytest.fixture(params=["sdpa", "eager", *modes("interpreter", "sm_90", "gpu")])
+def backend(request):
+    """(backend, device)."""
+    if request.param in ("sdpa", "eager"):
+        yield request.param, "cpu"
+        return
+    from conftest import enter
+
+    with enter(request.param) as mode:
+        yield "triton", mode.device
+
+
+def quantised(device: str, Nq=5, Nk=70):
+    """Small integers, whose scores are exact in float32 and equal by the dozen."""
+    g = torch.Generator().manual_seed(0)
+    shapes = ((2, 2, Nq, 16), (2, 2, Nk, 16), (2, 2, Nk, 16))
+    return [torch.randint(-1, 2, s, generator=g).to(device, torch.float16) for s in shapes]
+
+
+@pytest.mark.parametrize("top_k", [1, 8, 33])
+def test_lower_keys_win_ties(backend, top_k, scores_are):
+    name, device = backend
+    q, k, v = quantised(device)
+    q[:, :, 0], k[:, :, 40:] = 0, k[:, :, :30].clone()
+    mask = KeyInterval(*torch.tensor([3, 69], dtype=torch.int32, device=device))
+    found = topk_attention(
+        q, k, v, top_k, mask=mask, scale=0.5, return_indices=True, backend=name
+    ).indices
+    s = 0.5 * q.double() @ k.double().mT
+    s[..., :3], s[..., 69:] = -math.inf, -math.inf
+    assert torch.equal(found, reference.top_indices(s, top_k).int())
+    assert torch.equal(found[:, :, 0, 0].unique(), torch.tensor([3], device=device))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_only_key_gives_its_value(backend, dtype):
+    name, device = backend
+    q, k, v = (torch.randn(2, 2, n, 16, device=device, dtype=dtype) for n in (5, 40, 40))
+    found = topk_attention(q, k, v, 1, return_indices=True, return_lse=True, backend=name)
+    value = v.gather(2, found.indices.long().expand(-1, -1, -1, 16))
+    if dtype == torch.float16:
+        assert torch.equal(found.out, value)
+    torch.testing.assert_close(found.out, value)
+    best = (q.float() @ k.float().mT / 4).amax(-1)
+    torch.testing.assert_close(found.lse, best, rtol=1e-3 if name == "eager" else 1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("top_k", [40, 1000])
+def test_all_keys_are_cross_attention(backend, top_k):
+    name, device = backend
+    q, k, v = (torch.randn(2, 2, n, 16, device=device) for n in (5, 40, 40))
+    mask = KeyInterval(*torch.tensor([3, 30], dtype=torch.int32, device=device))
+    found = topk_attention(q, k, v, top_k, mask=mask, return_indices=True, backend=name)
+    dense = cross_attention(q, k, v, mask=mask, backend="triton" if name == "triton" else "eager")
+    if name == "sdpa":
+        torch.testing.assert_close(found.out, dense)
+    else:
+        assert torch.equal(found.out, dense)
+    keys = torch.full((top_k,), -1, dtype=torch.int32, device=device)
+    keys[:27] = torch.arange(3, 30)
+    assert torch.equal(found.indices, keys.expand_as(found.indices))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("where", ["q", "k"])
+def test_what_is_not_finite_makes_its_rows_nan(backend, bad, where, scores_are):
+    """Whoever sees it is NaN, and no index is out of bounds."""
+    name, device = backend
+    g = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn((1, 1, n, 16), generator=g).to(device) for n in (6, 70, 70))
+    seen = torch.ones(6, dtype=torch.bool, device=device)
+    if where == "q":
+        q[:, :, 2, 3] = bad
+        seen = torch.arange(6, device=device) == 2
+    else:
+        k[:, :, 50, 3] = bad
+        seen = torch.arange(6, device=device) < 3
+        if math.isinf(bad):  # the score is -inf where q is negative: a key that is not allowed
+            seen = seen & (q[0, 0, :, 3] > 0)
+    stop = torch.full((1, 6), 70, dtype=torch.int32, device=device)
+    if where == "k":
+        stop[:, 3:] = 50
+    mask = KeyInterval(torch.zeros_like(stop), stop)
+    found = topk_attention(
+        q, k, v, 7, mask=mask, return_lse=True, return_indices=True, backend=name
+    )
+    assert torch.equal(found.out[0, 0].isnan().all(-1), seen)
+    assert found.out[0, 0][~seen].isfinite().all()
+    assert ((found.indices >= -1) & (found.indices < 70)).all()
+    assert (found.indices[0, 0][~seen] >= 0).all()
+
+
+@pytest.mark.parametrize("Nk, top_k", [(300, 2), (300, 20), (40, 3), (70, 64)])
+def test_the_saved_choice_is_small(backend, Nk, top_k):
+    """At most min(Nk / 8, 4 top_k) + 64 bytes of each row and head."""
+    name, device = backend
+    if name == "eager":
+        pytest.skip("the equations keep the matrix of scores")
+    q, k, v = (torch.randn(1, 2, n, 16, device=device, requires_grad=True) for n in (6, Nk, Nk))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        topk_attention(q, k, v, top_k, backend=name)
+    choice = [t for t in saved if t.dtype == torch.int32]
+    limit = min(Nk / 8, 4 * top_k) + 64 if name == "triton" else 4 * top_k
+    assert len(choice) == 1 and choice[0].nbytes <= limit * 2 * 6
+    others = [t for t in saved if t.dtype != torch.int32]
+    assert max(t.nbytes for t in others) <= max(q.nbytes, k.nbytes)
+
+
+@pytest.mark.parametrize("mode", modes("interpreter", "gpu"), indirect=True)
+@pytest.mark.parametrize("Nk, top_k", [(600, 4), (600, 40)])
+def test_no_score_is_stored(mode, Nk, top_k):
+    """No tensor that is made, in either direction, has as many numbers as there are scores."""
+    q, k, v = (
+        torch.randn(1, 1, n, 16, device=mode.device, requires_grad=True) for n in (64, Nk, Nk)
+    )
+    with LargestTensor() as largest:
+        out = topk_attention(q, k, v, top_k, backend="triton")
+        out.sum().backward()
+    assert largest.nbytes < 64 * Nk * 2
+
+
+@pytest.mark.parametrize("mode", modes("interpreter", "sm_90", "gpu"), indirect=True)
+def test_two_runs_are_bitwise_equal(mode):
+    c, top_k = case("everything")
+    call = topk_call(c, top_k, mode.dtypes[1], mode.device)
+    results = []
+    for _ in range(2):
+        found = call.op(**call.leaves, **call.options, backend="triton")
+        grads = torch.autograd.grad(found.out, list(call.leaves.values()), call.upstream["out"])
+        results.append([found.out, found.lse, found.indices, *grads])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("mode", modes("interpreter", "sm_90", "gpu"), indirect=True)
+@pytest.mark.parametrize("name", ["few_of_many_keys", "plain", "mask_all_empty", "mask_padding"])
+def test_every_output_is_written(mode, name):
+    from judge import poisoned
+
+    with poisoned():
+        assert_right(*case(name), "triton", mode.dtypes[1], mode.device)
+
+
+def test_the_backward_takes_the_keys_of_the_forward(backend):
+    """Not those of its own scores: k changes in between, behind autograd's back."""
+    name, device = backend
+    if name == "eager":
+        pytest.skip("autograd keeps the scores themselves")
+    g = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn((1, 1, n, 16), generator=g).to(device) for n in (4, 70, 70))
+    v.requires_grad_()
+    found = topk_attention(q, k, v, 3, return_indices=True, backend=name)
+    k.data.neg_()
+    dv = torch.autograd.grad(found.out.sum(), v)[0]
+    touched = dv[0, 0].abs().amax(-1).nonzero().flatten()
+    assert set(touched.tolist()) <= set(found.indices.flatten().tolist())
+
+
+@pytest.mark.parametrize(
+    "top_k, error", [(0, ValueError), (-3, ValueError), (2.0, TypeError), (True, TypeError)]
+)
+def test_top_k_is_a_positive_int(top_k, error):
+    q = torch.randn(1, 1, 3, 16)
+    with pytest.raises(error, match="top_k must be an int >= 1, got"):
+        topk_attention(q, q, q, top_k)
+
+
+def test_second_derivatives_are_for_eager():
+    q, k, v = (torch.randn(1, 1, n, 8, dtype=torch.float64, requires_grad=True) for n in (3, 9, 9))
+
+    def call(*leaves):
+        return topk_attention(*leaves, 4, backend="eager")
+
+    assert torch.autograd.gradgradcheck(call, (q, k, v))
+    assert torch.autograd.gradcheck(lambda *t: topk_attention(*t, 4, backend="sdpa"), (q, k, v))
+    out = topk_attention(q, k, v, 4, backend="sdpa")
+    grad = torch.autograd.grad(out.sum(), q, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="backend='eager'"):
+        grad.sum().backward()
+
+
+def test_a_chunk_of_queries_at_a_time(monkeypatch):
+    """The path of a CPU, in pieces of one query and of several."""
+    from xattn_kernels import gathered
+
+    c, top_k = case("everything")
+    found = []
+    for chunk in (1, 2000, 2**22):
+        monkeypatch.setattr(gathered, "CHUNK", chunk)
+        found.append(assert_right(c, top_k, "sdpa", torch.float64))
+    for name, t in found[0].items():
+        assert all(torch.allclose(t, other[name], atol=1e-12) for other in found[1:])
+
+
+def test_memory_of_a_cpu_is_bounded(monkeypatch):
+    from xattn_kernels import gathered
+
+    monkeypatch.setattr(gathered, "CHUNK", 2**14)
+    q, k, v = (torch.randn(1, 2, n, 16, requires_grad=True) for n in (256, 500, 500))
+    with LargestTensor() as largest:
+        topk_attention(q, k, v, 4, backend="sdpa").sum().backward()
+    assert largest.nbytes <= 4 * 2**14 * 2 and largest.nbytes < 256 * 500 * 2 * 4
+
+
+def test_explain_says_how(capsys):
+    from xattn_kernels import explain
+
+    q = torch.randn(1, 1, 3, 16)
+    explain(topk_attention, q, q, q, 2)
+    said = capsys.readouterr().out
+    assert "topk_attention takes" in said and "gathered" in said
+
+
+def test_a_call_of_one_case_is_a_call_of_another_dtype():
+    """Backends choose alike, as they choose by float32 scores."""
+    c = Case("topk_dtypes", B=1, Nk=200, D=32, returns="out")
+    call = topk_call(c, 20, torch.bfloat16)
+    found = [call.op(**call.leaves, **call.options, backend=b).indices for b in ("sdpa", "eager")]
+    wide = replace(call, leaves={n: t.detach().float() for n, t in call.leaves.items()})
+    found.append(wide.op(**wide.leaves, **wide.options, backend="eager").indices)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[1], found[2])
