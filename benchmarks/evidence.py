@@ -36,6 +36,7 @@ KERNELS = {
     "select_kernel": "choice of the top keys",
     "indices_kernel": "its bits as indices",
     "bits_kernel": "its indices as bits",
+    "turn_bits_kernel": "its bits by key",
     "gated_forward_kernel": "gated residual",
     "gated_backward_kernel": "its gradients",
     "gated_sums_kernel": "sums of its gate, weight and bias",

@@ -252,11 +252,13 @@ def selection(D: int, itemsize: int, rows: int, Nk: int) -> tuple[Config, int]:
     kept = next((n * block_k for n in KEPT_TILES if Nk <= n * block_k <= most), 0)
     if kept:
         block_q = 32 if half and rows > 16 and D <= 128 and kept <= 512 else 16
-        num_warps = 8 if block_q * kept > 8192 or not half else 4
+        num_warps = 8 if block_q * kept > 8192 or D > 128 or not half else 4
         # of the bound ptxas makes a spill at 128 columns, and without one at fewer
         bound = None if half and D > 96 and kept > 512 else register_bound(num_warps)
         return Config(block_q, block_k, num_warps, 1, bound), kept // block_k
     if not half:
         return Config(16, 32, 8, 1, register_bound(8)), 0
     block_q = 16 if rows <= 16 else 64
-    return Config(block_q, 64 if D <= 128 else 32, 4, 2, register_bound(4)), 0
+    num_warps = 8 if block_q == 64 and 64 < D <= 128 else 4
+    block_k = 64 if D <= 128 else 32
+    return Config(block_q, block_k, num_warps, 2, register_bound(num_warps)), 0

@@ -25,6 +25,7 @@ from .scores import (
     row_scale,
     run_offsets,
     split_offsets,
+    tile_bits,
     tile_scores,
 )
 from .tiles import (
@@ -62,6 +63,7 @@ def forward_kernel(
     ALIGN: tl.constexpr, PRECISION: tl.constexpr,
     TWO_LOOPS: tl.constexpr,  # see `keys_of_part`
     SCALE_LATER: tl.constexpr,  # scale > 0 and nothing else in the scores: see `factor`
+    BITS: tl.constexpr,  # the mask is `Call.bits`
 ):  # fmt: skip
     tile, hkv, b, split = program(tl.cdiv(Nq * GROUP, BLOCK_Q), Hkv, B)
     # [BLOCK_Q]
@@ -69,6 +71,9 @@ def forward_kernel(
     first, last, key_begin, key_end, full_begin, full_end = key_ranges(
         start, stop, stride_start, stride_stop, b, i, row_mask, Nk
     )
+    first_key, bool_mask = key_begin, mask
+    if BITS:  # words begin at multiples of 32
+        key_begin, bool_mask = key_begin // 32 * 32, None
     key_begin, key_end = split_range(key_begin, key_end, split, n_splits, BLOCK_K)
 
     rs = row_scale(scale, scale_tensor, stride_scale, h)
@@ -78,7 +83,7 @@ def forward_kernel(
     elif SCALE_LATER:  # the maximum is that of the products: one multiplication less per score
         rs, factor = None, scale * LOG2E
     bias_rows = row_offsets(stride_bias, b, h, i)[:, None]
-    mask_rows = row_offsets(stride_mask, b, h, i)[:, None]
+    mask_rows = row_offsets(stride_mask, b, h, i)
     # [BLOCK_Q, D]
     q_tile = load_tile(q, row_offsets(stride_q, b, h, i), row_mask, D, CHUNKS, ALIGN)
     # [BLOCK_Q], [BLOCK_Q, DV]
@@ -94,6 +99,8 @@ def forward_kernel(
             k0 = over_gap(k0, gap, length, PART)
             j = k0 + tl.arange(0, BLOCK_K)
             there = None if PART == WHOLE else j < key_end
+            if BITS:
+                there = there & (j >= first_key)
             # [BLOCK_K, D]
             k_tile = load_tile(
                 k, run_offsets(stride_k, b, hkv, k0, BLOCK_K), there, D, CHUNKS, ALIGN
@@ -101,10 +108,15 @@ def forward_kernel(
             # [BLOCK_Q, BLOCK_K]
             s, _ = tile_scores(
                 dot_nt(q_tile, k_tile, CHUNKS, PRECISION), rs, softcap, bias, bias_rows,
-                stride_bias, mask, mask_rows, stride_mask, row_mask[:, None], j[None, :], Nk,
+                stride_bias, bool_mask, mask_rows[:, None], stride_mask, row_mask[:, None],
+                j[None, :], Nk,
             )  # fmt: skip
-            cut = (k0 < full_begin) | (k0 + BLOCK_K > full_end)
-            s = cut_scores(s, cut, first, last, j[None, :], PART)
+            if BITS:
+                chosen = tile_bits(mask, mask_rows, row_mask, k0, Nk, BLOCK_K)
+                s = tl.where(chosen, s, float("-inf"))
+            else:
+                cut = (k0 < full_begin) | (k0 + BLOCK_K > full_end)
+                s = cut_scores(s, cut, first, last, j[None, :], PART)
             m_new = tl.maximum(m, times(tl.max(s, 1), factor))
             e = exp_difference(s, m_new[:, None], factor, bias)
             alpha = exp_difference(m, m_new, None, bias)
@@ -147,9 +159,9 @@ def forward(
     lse_low, in log2 units, is what float32 cannot hold of lse; it comes with a bias, as beside one
     of -1e9 nothing of log(sum) is left. entropy and max_probability come with `statistics`.
     q [B, Hq, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv]; start, stop int32 [B, Nq] or None;
-    mask bool and bias 4-d with dimensions 1 or full, or None; scale_tensor [1] or [Hq], or None to
-    use the number `scale`; softcap 0 for none. `n_splits` overrides how many programs share the
-    keys of a row tile.
+    mask bool and bias 4-d with dimensions 1 or full, or None, or mask as in `Call.bits`;
+    scale_tensor [1] or [Hq], or None to use the number `scale`; softcap 0 for none. `n_splits`
+    overrides how many programs share the keys of a row tile.
     """
     call = Call(
         q, k, v, bias, scale_tensor, start, stop, mask, seed, scale, softcap, dropout_p, allow_tf32
@@ -170,7 +182,7 @@ def forward(
         call.launch(
             forward_kernel, config, programs * n_splits, (parts[0], parts[0].stride(), *parts[1:]),
             n_splits, TWO_LOOPS=call.two_loops(config, config.block_q, statistics),
-            SCALE_LATER=plain_scores and scale >= SMALLEST_SCALE,
+            SCALE_LATER=plain_scores and scale >= SMALLEST_SCALE, BITS=call.bits,
         )  # fmt: skip
         if n_splits > 1:
             merge_splits(results, parts)

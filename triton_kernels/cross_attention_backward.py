@@ -6,6 +6,8 @@ all rows of a key head fit one tile the dq kernel writes dk and dv as well, and 
 dS is then computed once. Nothing is summed by atomics, so every result is deterministic.
 """
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -19,8 +21,9 @@ from .launch import (
     sum_splits,
     zero_gradients,
 )
-from .rows import row_terms, tile_bounds
+from .rows import bits_by_key, row_terms, tile_bounds
 from .scores import (
+    clear_gradients,
     cut_columns,
     cut_gradients,
     kept,
@@ -34,6 +37,7 @@ from .scores import (
     score_gradient,
     split_offsets,
     through_softcap,
+    tile_bits,
     tile_offsets,
     tile_scores,
 )
@@ -81,7 +85,7 @@ def dq_kernel(
     B, Hkv, Nq, Nk, n_splits,
     D: tl.constexpr, DV: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_V: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    ALIGN: tl.constexpr, PRECISION: tl.constexpr, TWO_LOOPS: tl.constexpr,
+    ALIGN: tl.constexpr, PRECISION: tl.constexpr, TWO_LOOPS: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     tile, hkv, b, split = program(tl.cdiv(Nq * GROUP, BLOCK_Q), Hkv, B)
     # [BLOCK_Q]
@@ -89,13 +93,16 @@ def dq_kernel(
     first, last, key_begin, key_end, full_begin, full_end = key_ranges(
         start, stop, stride_start, stride_stop, b, i, row_mask, Nk
     )
+    first_key, bool_mask = key_begin, mask
+    if BITS:  # words begin at multiples of 32
+        key_begin, bool_mask = key_begin // 32 * 32, None
     key_begin, key_end = split_range(key_begin, key_end, split, n_splits, BLOCK_K)
 
     rs = row_scale(scale, scale_tensor, stride_scale, h)
     if scale_tensor is not None:
         rs = rs[:, None]
     bias_rows = row_offsets(stride_bias, b, h, i)[:, None]
-    mask_rows = row_offsets(stride_mask, b, h, i)[:, None]
+    mask_rows = row_offsets(stride_mask, b, h, i)
     weight_rows = row_offsets(stride_dweights, b, h, i)[:, None]
     rows = (b * Hkv * GROUP + h) * Nq + i
     row_lse, row_low, row_minus_delta, row_dentropy = load_rows(
@@ -115,6 +122,8 @@ def dq_kernel(
             k0 = over_gap(k0, gap, length, PART)
             j = k0 + tl.arange(0, BLOCK_K)
             there = None if PART == WHOLE else j < key_end
+            if BITS:
+                there = there & (j >= first_key)
             # [BLOCK_K, D], [BLOCK_K, DV]
             k_tile = load_tile(
                 k, run_offsets(stride_k, b, hkv, k0, BLOCK_K), there, D, CHUNKS, ALIGN
@@ -124,7 +133,8 @@ def dq_kernel(
             # [BLOCK_Q, BLOCK_K]
             s, th = tile_scores(
                 dot_nt(q_tile, k_tile, CHUNKS, PRECISION), rs, softcap, bias, bias_rows,
-                stride_bias, mask, mask_rows, stride_mask, row_mask[:, None], j[None, :], Nk,
+                stride_bias, bool_mask, mask_rows[:, None], stride_mask, row_mask[:, None],
+                j[None, :], Nk,
             )  # fmt: skip
             log2_p = log2_probability(s, row_lse, row_low, bias)
             dp = probability_gradient(
@@ -133,7 +143,10 @@ def dq_kernel(
                 b, h[:, None], i[:, None], row_mask[:, None], j[None, :], Nk,
             )  # fmt: skip
             t = plus_rows(dp, row_minus_delta, True)
-            if PART == CUT:
+            if BITS:
+                chosen = tile_bits(mask, mask_rows, row_mask, k0, Nk, BLOCK_K)
+                log2_p, t, th = clear_gradients(chosen, log2_p, t, th, softcap)
+            elif PART == CUT:
                 log2_p, t, th = cut_gradients(log2_p, t, th, softcap, first, last, j[None, :])
             elif PART == ALL:
                 # one branch for all: of two the compiler makes selects in every tile
@@ -188,7 +201,7 @@ def dkdv_kernel(
     B, Hkv, Nq, Nk, n_splits,
     D: tl.constexpr, DV: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_V: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    ALIGN: tl.constexpr, PRECISION: tl.constexpr, TWO_LOOPS: tl.constexpr,
+    ALIGN: tl.constexpr, PRECISION: tl.constexpr, TWO_LOOPS: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     tile, hkv, b, split = program(tl.cdiv(Nk, BLOCK_K), Hkv, B)
     n_tiles = tl.cdiv(Nq * GROUP, BLOCK_Q)
@@ -206,6 +219,7 @@ def dkdv_kernel(
     dk_tile = zero_tile(BLOCK_K, CHUNKS)
     dv_tile = zero_tile(BLOCK_K, CHUNKS_V)
     GUARD: tl.constexpr = mask is not None or bias is not None
+    bool_mask = None if BITS else mask
     # Offsets kept apart take registers, which the mask in CUT needs as well, and so do that of
     # padded columns, further chunks of q and dout, and the accumulators of warpgroup products.
     EXACT: tl.constexpr = first_column(CHUNKS + CHUNKS_V, len(CHUNKS + CHUNKS_V)) == D + DV
@@ -259,7 +273,7 @@ def dkdv_kernel(
                 s, th = tile_scores(
                     dot_nt(k_tile, q_tile, CHUNKS, PRECISION), rs, softcap,
                     bias, row_offsets(stride_bias, b, h, i)[None, :], stride_bias,
-                    mask, row_offsets(stride_mask, b, h, i)[None, :], stride_mask,
+                    bool_mask, row_offsets(stride_mask, b, h, i)[None, :], stride_mask,
                     row_mask[None, :], j[:, None], Nk,
                 )  # fmt: skip
                 log2_p = log2_probability(s, row_lse, row_low, bias)
@@ -270,7 +284,13 @@ def dkdv_kernel(
                     b, h[None, :], i[None, :], row_mask[None, :], j[:, None], Nk,
                 )  # fmt: skip
                 t_tile = plus_rows(dp, row_minus_delta, FREE and PART == WHOLE)
-                if PART == CUT:
+                if BITS:
+                    chosen = tile_bits(
+                        mask, run_offsets(stride_mask, b, hkv, k0, BLOCK_K), there, t * BLOCK_Q,
+                        Nq * GROUP, BLOCK_Q,
+                    )  # fmt: skip
+                    log2_p, t_tile, th = clear_gradients(chosen, log2_p, t_tile, th, softcap)
+                elif PART == CUT:
                     log2_p, t_tile, th = cut_columns(
                         log2_p, t_tile, th, softcap, start, stride_start, stop, stride_stop,
                         b, i, row_mask, j, Nk,
@@ -374,6 +394,7 @@ def backward_dq(
         dq_kernel, config, programs * n_splits,
         (dq, dq.stride(), dscale, dlse, dk, strides[0], dv, strides[1], *rows), n_splits,
         TWO_LOOPS=not with_dkdv and call.two_loops(config, config.block_q, of_statistics(rows)),
+        BITS=call.bits,
     )  # fmt: skip
     if dscale is not None:
         over = (0, 1, 3) if call.scale_tensor.numel() > 1 else (0, 1, 2, 3)
@@ -389,6 +410,8 @@ def of_statistics(rows: tuple) -> bool:
 
 def backward_dkdv(call: Call, config: Config, rows: tuple, n_splits: int | None):
     """(dk, dv)."""
+    if call.bits:
+        call = replace(call, mask=bits_by_key(call))
     bounds = None
     if call.start is not None:
         bounds = tile_bounds(call, config)
@@ -399,6 +422,6 @@ def backward_dkdv(call: Call, config: Config, rows: tuple, n_splits: int | None)
     call.launch(
         dkdv_kernel, config, programs * n_splits,
         (dk, dk.stride(), dv, dv.stride(), bounds, *rows), n_splits,
-        TWO_LOOPS=call.two_loops(config, config.block_k, of_statistics(rows)),
+        TWO_LOOPS=call.two_loops(config, config.block_k, of_statistics(rows)), BITS=call.bits,
     )  # fmt: skip
     return sum_splits(dk, call.k.dtype), sum_splits(dv, call.v.dtype)

@@ -127,7 +127,7 @@ class Call:
     scale_tensor: Tensor | None
     start: Tensor | None
     stop: Tensor | None
-    mask: Tensor | None  # bool, or int32 words of 32 keys each, see `scores.allowed`
+    mask: Tensor | None  # bool; or int32, see `bits`
     seed: Tensor | None
     scale: float
     softcap: float
@@ -144,9 +144,16 @@ class Call:
     DV = property(lambda self: self.v.shape[3])
     group = property(lambda self: self.Hq // self.Hkv)
 
+    @property
+    def bits(self) -> bool:
+        """Whether the mask is [B, Hq, Nq, ceil(Nk / 32)] words of 32 bits, one for each key; none
+        is set outside the intervals, which then only bound the walk over keys."""
+        return self.mask is not None and self.mask.dtype == torch.int32
+
     def plain(self, statistics: bool) -> bool:
-        """Whether a score is a product and one scale of its key head, nothing else."""
-        flags = (self.mask, self.bias, self.softcap or None, self.seed, statistics or None)
+        """Whether a score is a product and one scale of its key head, nothing else but bits."""
+        mask = None if self.bits else self.mask
+        flags = (mask, self.bias, self.softcap or None, self.seed, statistics or None)
         one_scale = self.scale_tensor is None or self.group == 1
         return one_scale and all(flag is None for flag in flags)
 
@@ -155,7 +162,7 @@ class Call:
         for the rest of the code, and each warp has 16 of the `block` rows of a product to itself;
         with fewer the warps should share out its columns, which takes two layouts."""
         short = self.plain(statistics) and self.q.element_size() == 2
-        return short and block >= 16 * config.num_warps
+        return short and not self.bits and block >= 16 * config.num_warps
 
     def config(self, kernel: str, statistics: bool = False) -> Config | None:
         """The table's row for this call; `statistics` also where their gradient is needed."""

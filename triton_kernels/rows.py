@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .configs import Config, column_chunks, register_bound
 from .launch import Call, compiler_options, device_guard, row_alignment
-from .scores import LOWEST
+from .scores import LOWEST, row_offsets, tile_bits
 from .tiles import (
     LN2,
     LOG2E,
@@ -150,9 +150,31 @@ def bounds_kernel(
     tl.store(bounds + 3, tl.max(last))
 
 
+@triton.jit
+def turn_bits_kernel(
+    turned,  # int32 [B, Hkv, Nk, n_row_words]: bit r % 32 of word r // 32 is that of packed row r
+    bits, stride_bits,  # [B, Hq, Nq, n_words], see `Call.bits`
+    Hkv, Nq, Nk, n_row_words, GROUP: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Each program writes one word of BLOCK_K keys."""
+    pid, n_tiles = tl.program_id(0), tl.cdiv(Nk, BLOCK_K)
+    k0, pid = pid % n_tiles * BLOCK_K, pid // n_tiles
+    word, pid = pid % n_row_words, pid // n_row_words
+    hkv, b = pid % Hkv, (pid // Hkv).to(tl.int64)
+    # [32]
+    i, h, row_mask = packed_rows(word, hkv, Nq, 32, GROUP)
+    # [32, BLOCK_K]
+    rows = row_offsets(stride_bits, b, h, i)
+    chosen = tile_bits(bits, rows, row_mask, k0, Nk, BLOCK_K).to(tl.int32)
+    # [BLOCK_K]
+    j = k0 + tl.arange(0, BLOCK_K)
+    at = turned + ((b * Hkv + hkv) * Nk + j.to(tl.int64)) * n_row_words + word
+    tl.store(at, tl.sum(chosen << tl.arange(0, 32)[:, None], 0), j < Nk)
+
+
 # Rows per program: 256 columns of float32 keep four warps busy; few queries make few programs of
 # the merge, which walks its parts one after the other.
-ROWS, MERGE_ROWS = 16, 8
+ROWS, MERGE_ROWS, TURNED_KEYS = 16, 8, 128
 MAX_REGISTERS = register_bound(num_warps=4)
 
 
@@ -204,3 +226,16 @@ def tile_bounds(call: Call, config: Config) -> Tensor:
             **compiler_options(MAX_REGISTERS),
         )  # fmt: skip
     return bounds
+
+
+def bits_by_key(call: Call) -> Tensor:
+    """int32 [B, Hkv, Nk, words]: the bits of `call` by key, see `turn_bits_kernel`."""
+    n_words = triton.cdiv(call.Nq * call.group, 32)
+    turned = call.mask.new_empty((call.B, call.Hkv, call.Nk, n_words))
+    tiles = triton.cdiv(call.Nk, TURNED_KEYS)
+    with device_guard(turned.device):
+        turn_bits_kernel[(tiles * n_words * call.Hkv * call.B,)](
+            turned, call.mask, call.mask.stride(), call.Hkv, call.Nq, call.Nk, n_words,
+            GROUP=call.group, BLOCK_K=TURNED_KEYS, **compiler_options(MAX_REGISTERS),
+        )  # fmt: skip
+    return turned

@@ -87,20 +87,40 @@ def tile_scores(
         b = tl.load(bias + (bias_rows + j.to(tl.int64) * stride_bias[3]), row_mask & (j < Nk), 0.0)
         s += b.to(tl.float32)
     if mask is not None:
-        s = tl.where(
-            allowed(mask, mask_rows, stride_mask, row_mask & (j < Nk), j), s, float("-inf")
-        )
+        at = mask_rows + j.to(tl.int64) * stride_mask[3]
+        allowed = tl.load(mask + at, row_mask & (j < Nk), 0)
+        s = tl.where(allowed != 0, s, float("-inf"))
     return s, th
 
 
 @triton.jit
-def allowed(mask, mask_rows, stride_mask, there, j):
-    """Whether the mask allows key j: a byte each of a bool mask, or a bit of an int32 word."""
-    if mask.dtype.element_ty == tl.int32:
-        word = tl.load(mask + (mask_rows + (j >> 5).to(tl.int64) * stride_mask[3]), there, 0)
-        return ((word >> (j & 31)) & 1) != 0
-    else:
-        return tl.load(mask + (mask_rows + j.to(tl.int64) * stride_mask[3]), there, 0) != 0
+def tile_bits(bits, rows, row_mask, first, n_columns, BLOCK: tl.constexpr):
+    """bool [ROWS, BLOCK]: BLOCK bits from `first` on of rows of n_columns bits in int32 words, at
+    offsets `rows` [ROWS]; `first` is a multiple of 16, or of 32 from a BLOCK of 32 on.
+
+    Words are row quantities, which every thread of a row has to itself: a load or a shuffle per
+    score would cost more than the product.
+    """
+    at = bits + rows + first // 32
+    # [ROWS, 1], [1, BLOCK]
+    word = tl.load(at, row_mask & (first < n_columns), 0)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    for n in tl.static_range(1, BLOCK // 32):
+        there = row_mask & (first + 32 * n < n_columns)
+        word = tl.where(column < 32 * n, word, tl.load(at + n, there, 0)[:, None])
+    if BLOCK < 32:
+        column += first % 32
+    return ((word >> (column % 32)) & 1) != 0
+
+
+@triton.jit
+def clear_gradients(chosen, log2_p, t, th, softcap):
+    """`cut_gradients` where a key is not chosen."""
+    log2_p = tl.where(chosen, log2_p, float("-inf"))
+    t = tl.where(chosen, t, 0.0)
+    if softcap is not None:
+        th = tl.where(chosen, th, 0.0)
+    return log2_p, t, th
 
 
 @triton.jit

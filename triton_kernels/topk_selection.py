@@ -184,8 +184,8 @@ def store_chosen(
     selected, rows, row_mask, s, t, wanted, ties, k0, n_words, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Stores the bits of the scores [BLOCK_Q, BLOCK_K] that reach t [BLOCK_Q]: with `ties`, of those
-    that are t only the first ones, as many as are wanted; returns how many still are."""
+    """Stores the bits of the scores [BLOCK_Q, BLOCK_K] that reach t [BLOCK_Q]; with `ties`, the
+    first ones only of those equal to t, as many as are wanted. Returns how many still are."""
     # [BLOCK_Q, BLOCK_K // 32]
     words = packed_bits(s >= t[:, None], BLOCK_Q, BLOCK_K)
     if ties:
