@@ -262,3 +262,24 @@ def selection(D: int, itemsize: int, rows: int, Nk: int) -> tuple[Config, int]:
     num_warps = 8 if block_q == 64 and 64 < D <= 128 else 4
     block_k = 64 if D <= 128 else 32
     return Config(block_q, block_k, num_warps, 2, register_bound(num_warps)), 0
+
+
+# Keys for each chosen one, beyond which gathering the chosen costs less than every product on the
+# tensor cores: 4 D Nk (forward) or 10 D Nk (backward) of 0.65 * 790 Tflop/s against 4 D k or 8 D k
+# elements of 5.5 TB/s. Arithmetic for an H200; the head width cancels, and nothing was measured.
+GATHERED_BEYOND = {"forward": 93, "backward": 75}
+
+
+def gathers(direction: str, Nk: int, top_k: int) -> bool:
+    """Whether top-k attention gathers its keys in this direction."""
+    return Nk > GATHERED_BEYOND[direction] * top_k
+
+
+def gathered(kernel: str, D: int, Dv: int, itemsize: int) -> Config:
+    """The configuration of a kernel of `topk_gather.py`. Rows alone take `block_k` of their keys at
+    a time; a tile of `block_k` keys takes `block_q` of the pairs that chose one of them."""
+    width = max(D, Dv)
+    if kernel == "dkdv":
+        block = 32 if width <= 64 and itemsize == HALF else 16
+        return Config(block, 16, 4, 1, register_bound(4))
+    return Config(1, 64 if width <= 64 else 32 if width <= 128 else 16, 4, 1, register_bound(4))

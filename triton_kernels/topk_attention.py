@@ -1,13 +1,16 @@
-"""Top-k attention: the selection, then the kernels of `cross_attention` with its bits as the mask.
+"""Top-k attention: the choice of keys, then attention of what is chosen, in one of two ways.
 
-What is saved for the backward is the selection itself, so that a score that rounds differently
-there cannot change it: one bit per key, or the indices where those are fewer bytes.
+Of many chosen keys the kernels of `cross_attention` compute every product and mask it by the bits
+of the choice; of few among many the rows gather their keys, see `topk_gather.py`. What is saved for
+the backward is the choice itself, so that a score that rounds differently there cannot change it:
+one bit per key, or the indices where those are fewer bytes.
 """
 
 from torch import Tensor
 
-from . import cross_attention, cross_attention_backward
-from .launch import Call
+from . import cross_attention, cross_attention_backward, topk_gather
+from .configs import gathers
+from .launch import Call, zero_gradients
 from .topk_selection import select, to_bits, to_indices
 
 
@@ -26,18 +29,19 @@ def forward(
     `with_indices`.
     """
     call = Call(q, k, v, None, scale_tensor, start, stop, mask, None, scale, 0.0, 0.0, allow_tf32)
-    Nk = call.Nk
-    bits = select(call, min(top_k, Nk))
+    Nk, indexed = call.Nk, saves_indices(call.Nk, top_k)
+    if indexed and gathers("forward", Nk, top_k):
+        indices = select(call, top_k, True)
+        results = topk_gather.forward(call, indices, statistics)
+        return *results, indices.new_empty(0), indices
+    bits = select(call, min(top_k, Nk), False)
     out, lse, _, entropy, max_probability = cross_attention.forward(
         q, k, v, None, scale_tensor, start, stop, bits if Nk else None, None, scale, 0.0, 0.0,
         statistics, allow_tf32,
     )  # fmt: skip
-    indices = bits.new_empty(0)
-    if with_indices or saves_indices(Nk, top_k):
-        indices = to_indices(bits, Nk, top_k)
-    if saves_indices(Nk, top_k):
-        bits = bits.new_empty(0)
-    return out, lse, entropy, max_probability, bits, indices
+    empty = bits.new_empty(0)
+    indices = to_indices(bits, Nk, top_k) if indexed or with_indices else empty
+    return out, lse, entropy, max_probability, bits.new_empty(0) if indexed else bits, indices
 
 
 def backward(
@@ -49,8 +53,22 @@ def backward(
     selected: the indices or the bits of `forward`, whichever are saved; the rest as in
     `cross_attention_backward.backward`.
     """
-    Nk = k.shape[2]
-    bits = to_bits(selected, Nk) if saves_indices(Nk, top_k) else selected
+    Nk, indexed = k.shape[2], saves_indices(k.shape[2], top_k)
+    if out.numel() == 0:
+        return zero_gradients((q, k, v, scale_tensor), needs, 3)
+    if dout is None:
+        dout = out.new_zeros(out.shape)
+    elif dout.stride(3) != 1:
+        dout = dout.contiguous()
+    if indexed and gathers("backward", Nk, top_k):
+        call = Call(
+            q, k, v, None, scale_tensor, start, stop, None, None, scale, 0.0, 0.0, allow_tf32
+        )
+        dentropy = None if dentropy is None else dentropy.contiguous()
+        grads = topk_gather.backward(call, dout, dlse, dentropy, selected, out, lse, entropy, needs)
+        none = q.new_empty
+        return tuple(t if n else none(0) for t, n in zip(grads, needs, strict=True))
+    bits = to_bits(selected, Nk) if indexed else selected
     dq, dk, dv, _, dscale = cross_attention_backward.backward(
         dout, dlse, dentropy, q, k, v, None, scale_tensor, start, stop, bits if Nk else None, None,
         out, lse, lse.new_empty(0), entropy, scale, 0.0, 0.0, allow_tf32,

@@ -180,13 +180,9 @@ def lowest_bits(word, n):
 
 
 @triton.jit
-def store_chosen(
-    selected, rows, row_mask, s, t, wanted, ties, k0, n_words, BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Stores the bits of the scores [BLOCK_Q, BLOCK_K] that reach t [BLOCK_Q]; with `ties`, the
-    first ones only of those equal to t, as many as are wanted. Returns how many still are."""
-    # [BLOCK_Q, BLOCK_K // 32]
+def chosen_words(s, t, wanted, ties, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
+    """(int32 [BLOCK_Q, BLOCK_K // 32], how many are still wanted): the bits of the scores that
+    reach t [BLOCK_Q]; with `ties`, the first ones only of those equal to t, as many as wanted."""
     words = packed_bits(s >= t[:, None], BLOCK_Q, BLOCK_K)
     if ties:
         equal = packed_bits(s == t[:, None], BLOCK_Q, BLOCK_K)
@@ -194,15 +190,54 @@ def store_chosen(
         left = wanted[:, None] - (tl.cumsum(n_equal, 1) - n_equal)
         words = (words & ~equal) | lowest_bits(equal, tl.maximum(left, 0))
         wanted -= tl.sum(n_equal, 1)
-    word = k0 // 32 + tl.arange(0, BLOCK_K // 32)
-    there = row_mask[:, None] & (word < n_words)[None, :]
-    tl.store(selected + (rows[:, None] + word.to(tl.int64)[None, :]), words, there)
-    return wanted
+    return words, wanted
+
+
+@triton.jit
+def store_words(
+    selected, b, h, i, Hq, Nq, row_mask, words, filled, k0, Nk, top_k, BLOCK_K: tl.constexpr,
+    INDEXED: tl.constexpr,
+):  # fmt: skip
+    """Stores the words of a tile or, INDEXED, the keys that they stand for behind the `filled`
+    [BLOCK_Q] keys of each row; returns how many are filled then."""
+    rows = ((b * Hq + h) * Nq + i).to(tl.int64)[:, None]
+    word = tl.arange(0, BLOCK_K // 32)[None, :]
+    if INDEXED:
+        n_chosen = n_bits(words)
+        place = (filled[:, None] + tl.cumsum(n_chosen, 1) - n_chosen)[:, :, None]
+        # [BLOCK_Q, BLOCK_K // 32, 32]
+        bit = tl.arange(0, 32)[None, None, :]
+        place += n_bits(words[:, :, None] & ((1 << bit) - 1))
+        chosen = ((words[:, :, None] >> bit) & 1) != 0
+        # a row with an infinite score may have chosen more
+        keep = row_mask[:, None, None] & chosen & (place < top_k)
+        j = k0 + 32 * word[:, :, None] + bit
+        tl.store(selected + rows[:, :, None] * top_k + place, j + 0 * place, keep)
+        filled += tl.sum(n_chosen, 1)
+    else:
+        n_words = tl.cdiv(Nk, 32)
+        word += k0 // 32
+        there = row_mask[:, None] & (word < n_words)
+        tl.store(selected + (rows * n_words + word), words, there)
+    return filled
+
+
+@triton.jit
+def store_no_keys(rows, selected, row_mask, filled, top_k, BLOCK_Q: tl.constexpr):
+    """-1 behind the `filled` [BLOCK_Q] keys of each row."""
+    first = tl.min(tl.where(row_mask, filled, top_k))
+    for place0 in range(first, top_k, 32):
+        place = place0 + tl.arange(0, 32)[None, :]
+        rest = row_mask[:, None] & (place >= filled[:, None]) & (place < top_k)
+        none = tl.full([BLOCK_Q, 32], -1, tl.int32)
+        tl.store(selected + rows[:, None] * top_k + place, none, rest)
 
 
 @triton.jit
 def select_kernel(
-    selected,  # int32 [B, Hq, Nq, n_words]: bit j % 32 of word j // 32 says whether key j is chosen
+    # int32 [B, Hq, Nq, words], where bit j % 32 of word j // 32 says whether key j is chosen, or,
+    # INDEXED, [B, Hq, Nq, top_k], the chosen keys in ascending order and then -1
+    selected,
     q, stride_q, k, stride_k, v, stride_v,
     bias, stride_bias, mask, stride_mask,  # mask 4-d with broadcast strides, or None
     start, stride_start, stop, stride_stop,  # int32 [B, Nq], or None
@@ -212,6 +247,7 @@ def select_kernel(
     GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr,
     TILES: tl.constexpr,  # of keys, all of whose scores are kept; 0: computed in every step
+    INDEXED: tl.constexpr,
 ):  # fmt: skip
     tile, hkv, b, _ = program(tl.cdiv(Nq * GROUP, BLOCK_Q), Hkv, B)
     # [BLOCK_Q]
@@ -264,22 +300,28 @@ def select_kernel(
     # more scores reach the threshold than are wanted where several are equal to it
     ties = tl.max((n_low > top_k).to(tl.int32)) > 0
     wanted = tl.where(n_low > top_k, top_k - n_high, Nk)
-    n_words = tl.cdiv(Nk, 32)
-    rows = ((b * Hkv * GROUP + h) * Nq + i).to(tl.int64) * n_words
+    filled = tl.full([BLOCK_Q], 0, tl.int32)
     if TILES > 0:
         for n in tl.static_range(TILES):
-            wanted = store_chosen(
-                selected, rows, row_mask, scores[n], low, wanted, ties, n * BLOCK_K, n_words,
-                BLOCK_Q, BLOCK_K,
+            words, wanted = chosen_words(scores[n], low, wanted, ties, BLOCK_Q, BLOCK_K)
+            filled = store_words(
+                selected, b, h, i, Hkv * GROUP, Nq, row_mask, words, filled, n * BLOCK_K, Nk, top_k,
+                BLOCK_K, INDEXED,
             )  # fmt: skip
     else:
-        for k0 in range(0, Nk, BLOCK_K):
+        # outside the intervals words are 0, and there is no index
+        for k0 in range(begin if INDEXED else 0, end if INDEXED else Nk, BLOCK_K):
             s = tl.full([BLOCK_Q, BLOCK_K], float("-inf"), tl.float32)
             if (k0 + BLOCK_K > begin) & (k0 < end):
                 s = selection_scores(row_terms, k0, Nk, D, CHUNKS, BLOCK_K, ALIGN, PRECISION)
-            wanted = store_chosen(
-                selected, rows, row_mask, s, low, wanted, ties, k0, n_words, BLOCK_Q, BLOCK_K
-            )
+            words, wanted = chosen_words(s, low, wanted, ties, BLOCK_Q, BLOCK_K)
+            filled = store_words(
+                selected, b, h, i, Hkv * GROUP, Nq, row_mask, words, filled, k0, Nk, top_k,
+                BLOCK_K, INDEXED,
+            )  # fmt: skip
+    if INDEXED:
+        rows = ((b * Hkv * GROUP + h) * Nq + i).to(tl.int64)
+        store_no_keys(rows, selected, row_mask, filled, top_k, BLOCK_Q)
 
 
 @triton.jit
@@ -333,14 +375,16 @@ ROWS, COLUMNS = 8, 128  # of a program between bits and indices
 MAX_REGISTERS = register_bound(num_warps=4)
 
 
-def select(call: Call, top_k: int) -> Tensor:
-    """int32 [B, Hq, Nq, ceil(Nk / 32)], see `select_kernel`."""
-    n_words = triton.cdiv(call.Nk, 32)
-    selected = call.q.new_empty((*call.q.shape[:3], n_words), dtype=torch.int32)
+def select(call: Call, top_k: int, indexed: bool) -> Tensor:
+    """int32 [B, Hq, Nq, ceil(Nk / 32)] or, indexed, [B, Hq, Nq, top_k], see `select_kernel`."""
+    width = top_k if indexed else triton.cdiv(call.Nk, 32)
+    selected = call.q.new_empty((*call.q.shape[:3], width), dtype=torch.int32)
     if selected.numel():
         config, tiles = call.selection_config()
         programs = call.row_tiles(config) * call.B * call.Hkv
-        call.launch(select_kernel, config, programs, (selected,), top_k, TILES=tiles)
+        call.launch(
+            select_kernel, config, programs, (selected,), top_k, TILES=tiles, INDEXED=indexed
+        )
     return selected
 
 
