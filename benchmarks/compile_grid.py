@@ -115,16 +115,17 @@ def cases() -> list[Case]:
 
 
 def topk_cases() -> list[Case]:
-    """Rows whose scores are kept and longer ones, few and many, widths of one and two chunks."""
-    sizes = [(64, 512), (64, 1024), (64, 4096), (128, 512), (128, 1024), (128, 4096), (256, 512)]
-    sizes += [(256, 4096), (96, 1024), (40, 257)]
+    """64 keys of rows whose scores are kept, of longer ones, and of so many that they are gathered;
+    few rows and many, widths of one and two chunks."""
+    sizes = [(64, 512), (64, 1024), (64, 4096), (128, 512), (128, 4096), (256, 512), (256, 4096)]
+    sizes += [(96, 1024), (40, 257), (64, 16384), (96, 16384), (128, 16384), (256, 16384)]
     found = [Case(f"topk-D{D}-Nk{Nk}", D, D, "bfloat16", 2048, Nk, flags="topk") for D, Nk in sizes]
-    for D, Nk in ((64, 1024), (64, 4096), (256, 4096)):
+    for D, Nk in ((64, 1024), (64, 4096), (256, 4096), (128, 16384)):
         found.append(Case(f"topk-few16-D{D}-Nk{Nk}", D, D, "bfloat16", 16, Nk, flags="topk"))
-    for D, Nk in ((64, 1024), (128, 1024), (64, 4096), (256, 4096)):
+    for D, Nk in ((64, 1024), (128, 512), (64, 4096), (256, 4096), (64, 16384), (256, 16384)):
         name, flags = f"topk-mask-scale-D{D}-Nk{Nk}", "topk mask scale"
         found.append(Case(name, D, D, "bfloat16", 2048, Nk, group=2, flags=flags))
-    for D, Nk in ((64, 128), (64, 4096), (256, 4096)):
+    for D, Nk in ((64, 128), (64, 4096), (256, 4096), (64, 16384), (256, 16384)):
         found.append(Case(f"topk-D{D}-Nk{Nk}-float32", D, D, "float32", 2048, Nk, flags="topk"))
     return found
 

@@ -47,6 +47,7 @@ PRODUCTS = {
     "weights": (1, 0),
     "dbias": (1, 1),
     "select": (1, 0),
+    "gather_dkdv": (2, 2),
 }
 PTX_TENSOR = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
 PARTS = ("always", "one_warp", "sometimes", "cut")  # of a main loop, see `sass`

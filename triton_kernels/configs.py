@@ -32,7 +32,8 @@ class Row:
     """Applies up to `width` columns and `rows` query rows; `plain` False to calls with any flag
     (bool mask, bias, softcap, dropout, statistics, scales of a group), `chunked` True to widths
     that are not a power of two and take several loads; None to both. `exact` rows want widths that
-    are multiples of 16: a mask of the last load's columns takes registers."""
+    are multiples of 16: a mask of the last load's columns takes registers. `bits` rows are for
+    plain calls whose mask is bits, which other rows take as well."""
 
     families: tuple[str, ...]
     itemsize: int
@@ -42,6 +43,7 @@ class Row:
     rows: int
     config: Config | None
     exact: bool = False
+    bits: bool = False
 
 
 ALL = ("hopper", "blackwell", "ampere", "ada", "small")
@@ -57,14 +59,15 @@ def register_bound(num_warps: int) -> int:
     return min(255, 65536 // (32 * num_warps))
 
 
-def _rows(families, itemsize, plain, chunked, *table, exact=False) -> list[Row]:
+def _rows(families, itemsize, plain, chunked, *table, exact=False, bits=False) -> list[Row]:
     """Left alone, ptxas guesses how many blocks share a multiprocessor and spills a few registers
     to fit them; told the bound it does not guess. Plain 16-bit kernels seldom spill, and the guess
     leaves room for more blocks of them."""
     bound = not (itemsize == HALF and plain)
     return [
         Row(families, itemsize, plain, chunked, width, rows, tile and Config(
-            *tile[:4], register_bound(tile[2]) if bound or len(tile) > 4 else None), exact)
+            *tile[:4], register_bound(tile[2]) if bound or len(tile) > 4 else None),
+            exact, bits)
         for width, rows, tile in table
     ]  # fmt: skip
 
@@ -83,6 +86,8 @@ TABLE = {
         *_rows(ALL, HALF, True, None, (256, 32, (32, 32, 4, 1))),
         *_rows(NOT_SMALL, HALF, True, None, (128, 64, (64, 64, 4, 2))),
         *_rows(NOT_SMALL, HALF, True, None, (64, ANY, (128, 64, 4, 2))),
+        *_rows(HOPPER, HALF, True, None, (128, ANY, (128, 64, 8, 2)), bits=True),
+        *_rows(SMALL, HALF, True, None, (128, ANY, (128, 32, 8, 2)), bits=True),
         *_rows(HOPPER, HALF, True, None, (128, ANY, (128, 128, 8, 2))),
         *_rows(NOT_HOPPER, HALF, True, None, (128, ANY, (128, 64, 8, 2))),
         *_rows(WGMMA, HALF, True, None, (256, ANY, (128, 32, 8, 2))),
@@ -144,6 +149,10 @@ TABLE = {
     "dkdv": [
         *_rows(BLACKWELL, HALF, True, True, (128, ANY, (64, 128, 8, 1, *BOUND)),
                (160, ANY, (64, 64, 8, 1, *BOUND))),
+        *_rows(AMPERE, HALF, True, False, (64, ANY, (32, 128, 8, 2)), exact=True, bits=True),
+        *_rows(("ampere", "ada"), HALF, True, None, (96, ANY, (16, 128, 8, 2)), bits=True),
+        *_rows(("small",), HALF, True, None, (64, ANY, (16, 128, 8, 2)),
+               (96, ANY, (16, 128, 8, 1)), bits=True),
         *_rows(AMPERE, HALF, True, False, (64, ANY, (64, 128, 8, 2)), exact=True),
         *_rows(AMPERE, HALF, True, None, (64, ANY, (32, 128, 8, 2))),
         *_rows((*WGMMA, *SMALL), HALF, True, None, (64, ANY, (64, 128, 8, 2))),
@@ -205,18 +214,34 @@ def tf32_fits(arch: int, D: int, Dv: int) -> bool:
 
 @cache
 def lookup(
-    kernel: str, arch: int, D: int, Dv: int, itemsize: int, plain: bool, rows: int
+    kernel: str,
+    arch: int,
+    D: int,
+    Dv: int,
+    itemsize: int,
+    plain: bool,
+    rows: int,
+    bits: bool = False,
 ) -> Config | None:
     """The configuration of `kernel`; None where it should not be used (`fused`)."""
-    return find_row(kernel, arch, D, Dv, itemsize, plain, rows).config
+    return find_row(kernel, arch, D, Dv, itemsize, plain, rows, bits).config
 
 
-def find_row(kernel: str, arch: int, D: int, Dv: int, itemsize: int, plain: bool, rows: int) -> Row:
+def find_row(
+    kernel: str,
+    arch: int,
+    D: int,
+    Dv: int,
+    itemsize: int,
+    plain: bool,
+    rows: int,
+    bits: bool = False,
+) -> Row:
     """The first row of TABLE[kernel] that fits a call.
 
     arch: compute capability times ten; D, Dv: head widths, at most 256; itemsize: bytes of an
     element of q; plain: no flag, see `Row`; rows: query rows that
-    share a key head, Nq * Hq / Hkv.
+    share a key head, Nq * Hq / Hkv; bits: the mask is bits.
     """
     family = FAMILIES.get(arch, "small")
     chunked = any(len(column_chunks(width, HALF, max(D, Dv))) > 1 for width in (D, Dv))
@@ -228,6 +253,7 @@ def find_row(kernel: str, arch: int, D: int, Dv: int, itemsize: int, plain: bool
             and row.plain in (plain, None)
             and row.chunked in (chunked, None)
             and (exact or not row.exact)
+            and (bits or not row.bits)
             and max(D, Dv) <= row.width
             and rows <= row.rows
         ):
@@ -248,18 +274,16 @@ def selection(D: int, itemsize: int, rows: int, Nk: int) -> tuple[Config, int]:
     """
     half = itemsize == HALF
     block_k = (128 if D <= 128 else 64) if half else 32
-    most = 1024 if half else 128 if D <= 64 else 0
+    most = (1024 if D <= 96 else 512) if half else 128 if D <= 64 else 0
     kept = next((n * block_k for n in KEPT_TILES if Nk <= n * block_k <= most), 0)
     if kept:
         block_q = 32 if half and rows > 16 and D <= 128 and kept <= 512 else 16
-        num_warps = 8 if block_q * kept > 8192 or D > 128 or not half else 4
-        # of the bound ptxas makes a spill at 128 columns, and without one at fewer
-        bound = None if half and D > 96 and kept > 512 else register_bound(num_warps)
-        return Config(block_q, block_k, num_warps, 1, bound), kept // block_k
+        num_warps = 8 if block_q * kept > 8192 or D > 128 else 4
+        return Config(block_q, block_k, num_warps, 1, register_bound(num_warps)), kept // block_k
     if not half:
         return Config(16, 32, 8, 1, register_bound(8)), 0
     block_q = 16 if rows <= 16 else 64
-    num_warps = 8 if block_q == 64 and 64 < D <= 128 else 4
+    num_warps = 8 if block_q == 64 else 4
     block_k = 64 if D <= 128 else 32
     return Config(block_q, block_k, num_warps, 2, register_bound(num_warps)), 0
 

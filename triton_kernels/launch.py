@@ -168,7 +168,8 @@ class Call:
         """The table's row for this call; `statistics` also where their gradient is needed."""
         plain = self.plain(statistics)
         rows, itemsize = self.Nq * self.group, self.q.element_size()
-        return lookup(kernel, target_arch(self.q.device), self.D, self.DV, itemsize, plain, rows)
+        arch = target_arch(self.q.device)
+        return lookup(kernel, arch, self.D, self.DV, itemsize, plain, rows, self.bits)
 
     def selection_config(self) -> tuple[Config, int]:
         """(configuration, tiles of keys whose scores are kept), see `configs.selection`."""

@@ -180,6 +180,15 @@ def lowest_bits(word, n):
 
 
 @triton.jit
+def sum_before(n):
+    """For each column of n [ROWS, columns] the sum of those before it: there are few, and Triton
+    3.6 aborts on a scan in some of the layouts that they get."""
+    column = tl.arange(0, n.shape[1])
+    before = column[None, None, :] < column[None, :, None]
+    return tl.sum(tl.where(before, n[:, None, :], 0), 2)
+
+
+@triton.jit
 def chosen_words(s, t, wanted, ties, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
     """(int32 [BLOCK_Q, BLOCK_K // 32], how many are still wanted): the bits of the scores that
     reach t [BLOCK_Q]; with `ties`, the first ones only of those equal to t, as many as wanted."""
@@ -187,7 +196,7 @@ def chosen_words(s, t, wanted, ties, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexp
     if ties:
         equal = packed_bits(s == t[:, None], BLOCK_Q, BLOCK_K)
         n_equal = n_bits(equal)
-        left = wanted[:, None] - (tl.cumsum(n_equal, 1) - n_equal)
+        left = wanted[:, None] - sum_before(n_equal)
         words = (words & ~equal) | lowest_bits(equal, tl.maximum(left, 0))
         wanted -= tl.sum(n_equal, 1)
     return words, wanted
@@ -204,7 +213,7 @@ def store_words(
     word = tl.arange(0, BLOCK_K // 32)[None, :]
     if INDEXED:
         n_chosen = n_bits(words)
-        place = (filled[:, None] + tl.cumsum(n_chosen, 1) - n_chosen)[:, :, None]
+        place = (filled[:, None] + sum_before(n_chosen))[:, :, None]
         # [BLOCK_Q, BLOCK_K // 32, 32]
         bit = tl.arange(0, 32)[None, None, :]
         place += n_bits(words[:, :, None] & ((1 << bit) - 1))
