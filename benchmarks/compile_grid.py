@@ -117,7 +117,7 @@ def cases() -> list[Case]:
 def topk_cases() -> list[Case]:
     """64 keys of rows whose scores are kept, of longer ones, and of so many that they are gathered;
     few rows and many, widths of one and two chunks."""
-    sizes = [(64, 512), (64, 1024), (64, 4096), (128, 512), (128, 4096), (256, 512), (256, 4096)]
+    sizes = [(64, 512), (64, 1024), (64, 4096), (128, 512), (128, 4096), (256, 256), (256, 4096)]
     sizes += [(96, 1024), (40, 257), (64, 16384), (96, 16384), (128, 16384), (256, 16384)]
     found = [Case(f"topk-D{D}-Nk{Nk}", D, D, "bfloat16", 2048, Nk, flags="topk") for D, Nk in sizes]
     for D, Nk in ((64, 1024), (64, 4096), (256, 4096), (128, 16384)):
@@ -334,10 +334,10 @@ def faults(row: Row) -> list[str]:
 def wants_tensor_cores(row: Row) -> bool:
     from xattn_kernels.triton_kernels.configs import tf32_fits
 
-    with_products = (
-        "forward_kernel", "dq_kernel", "dkdv_kernel", "dbias_kernel", "select_kernel",
-    )  # fmt: skip
-    if row.kernel.startswith("gated") or not row.kernel.endswith(with_products):
+    with_products = {
+        f"{name}_kernel" for name in ("forward", "dq", "dkdv", "dbias", "select", "gather_dkdv")
+    }
+    if row.kernel not in with_products:
         return False
     width = max((int(D) for D in re.findall(r"-Dv?(\d+)", row.case)), default=0)
     return tf32_fits(row.arch, width, width) if "tf32" in row.case else "float32" not in row.case

@@ -3,6 +3,7 @@
 from mutants_of_gates import GATES
 from mutants_of_helpers import HELPERS
 from mutants_of_modules import MODULES
+from mutants_of_topk import TOP_K
 from mutation import (
     EMPTY_ROWS,
     FLAG,
@@ -249,4 +250,4 @@ WEIGHT = [
     ),
 ]  # fmt: skip
 
-MUTANTS = [*FORWARD, *DQ, *DKDV, *DBIAS, *WEIGHT, *HELPERS, *GATES, *MODULES]
+MUTANTS = [*FORWARD, *DQ, *DKDV, *DBIAS, *WEIGHT, *HELPERS, *GATES, *TOP_K, *MODULES]

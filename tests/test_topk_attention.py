@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from calls import run
 from cases import Case
 from conftest import modes
 from largest_tensor import LargestTensor
@@ -183,6 +184,38 @@ def test_no_score_is_stored(mode, Nk, top_k):
         out = topk_attention(q, k, v, top_k, backend="triton")
         out.sum().backward()
     assert largest.nbytes < 64 * Nk * 2
+
+
+@pytest.mark.parametrize("mask", ["padding", "padding_left"])
+@pytest.mark.parametrize("Nq", [6, 70])
+def test_padding_may_hold_anything(backend, Nq, mask):
+    """Keys and values that no query sees: results are those beside zeros, bit for bit."""
+    name, device = backend
+    c = Case("topk_garbage", B=2, Hq=1, Hkv=1, Nq=Nq, Nk=75, D=32, mask=mask)
+    found = []
+    for fill in (0.0, math.nan):
+        call = topk_call(c, 7, torch.float16, device)
+        unseen = ~call.options["mask"].dense(c.Nk).any(1)
+        assert unseen.any()
+        with torch.no_grad():
+            for n in "kv":
+                call.leaves[n].transpose(0, 1)[:, unseen.expand(c.B, -1)] = fill
+        found.append(run(call, name))
+    assert all(torch.equal(t, found[1][n]) for n, t in found[0].items())
+
+
+@pytest.mark.parametrize("mode", modes("interpreter", "sm_80", "gpu"), indirect=True)
+def test_saved_indices_become_bits_again(mode):
+    from xattn_kernels.triton_kernels.topk_selection import to_bits, to_indices
+
+    g = torch.Generator().manual_seed(5)
+    chosen = torch.rand((2, 2, 9, 100), generator=g) < 0.2
+    chosen[:, :, 3] = False
+    words = torch.nn.functional.pad(chosen, (0, 28)).unflatten(-1, (4, 32)).long()
+    bits = (words << torch.arange(32)).sum(-1).to(mode.device, torch.int32)
+    indices = to_indices(bits, 100, 40)
+    assert torch.equal((indices >= 0).sum(-1), chosen.sum(-1).to(mode.device))
+    assert torch.equal(to_bits(indices, 100), bits)
 
 
 @pytest.mark.parametrize("mode", modes("interpreter", "sm_90", "gpu"), indirect=True)

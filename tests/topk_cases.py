@@ -31,6 +31,7 @@ CASES: dict[str, tuple[dict, int]] = {
     "no_batch": (dict(B=0), 3),
     "long": (LONG, 7),
     "many_keys": (dict(Nk=300, B=1, Hq=1, Hkv=1), 17),
+    "more_than_a_block": (dict(Nk=150, B=1, Hq=1, Hkv=1, Nq=3), 100),
     "few_of_many_keys": (dict(Nk=300, B=1, Hq=1, Hkv=1), 2),  # saved as indices
     "group": (dict(Hq=6, Hkv=2), 6),
     "group_long": (dict(Hq=3, Hkv=1, B=1, Nq=25), 6),

@@ -274,7 +274,8 @@ def selection(D: int, itemsize: int, rows: int, Nk: int) -> tuple[Config, int]:
     """
     half = itemsize == HALF
     block_k = (128 if D <= 128 else 64) if half else 32
-    most = (1024 if D <= 96 else 512) if half else 128 if D <= 64 else 0
+    half_most = 1024 if D <= 96 else 512 if D <= 128 else 256
+    most = half_most if half else 128 if D <= 64 else 0
     kept = next((n * block_k for n in KEPT_TILES if Nk <= n * block_k <= most), 0)
     if kept:
         block_q = 32 if half and rows > 16 and D <= 128 and kept <= 512 else 16

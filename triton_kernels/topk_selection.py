@@ -137,7 +137,7 @@ def next_guess(low, high, n_low, n_high, top_k, mean, deviation, z, step):
     else:
         enclosed = (low > LOWEST) & (high < float("inf"))
         if step % 2 == 0:
-            part = (n_low - top_k + 0.5) / (n_low - n_high)
+            part = (n_low - top_k + 0.5) / tl.maximum(n_low - n_high, 1)
         else:
             a, b = rough_log2(2 * n_low), rough_log2(tl.maximum(2 * n_high, 1))
             part = (a - rough_log2(2 * top_k)) / (a - b)
