@@ -1,0 +1,63 @@
+"""Top-k attention in plain PyTorch, the path of a CPU: chunks, memory, derivatives."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cases import Case
+from largest_tensor import LargestTensor
+from topk_cases import assert_right, case, topk_call
+from xattn_kernels import explain, gathered, topk_attention
+
+
+def test_second_derivatives_are_for_eager():
+    q, k, v = (torch.randn(1, 1, n, 8, dtype=torch.float64, requires_grad=True) for n in (3, 9, 9))
+
+    def call(*leaves):
+        return topk_attention(*leaves, 4, backend="eager")
+
+    assert torch.autograd.gradgradcheck(call, (q, k, v))
+    assert torch.autograd.gradcheck(lambda *t: topk_attention(*t, 4, backend="sdpa"), (q, k, v))
+    out = topk_attention(q, k, v, 4, backend="sdpa")
+    grad = torch.autograd.grad(out.sum(), q, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="backend='eager'"):
+        grad.sum().backward()
+
+
+def test_a_chunk_of_queries_at_a_time(monkeypatch):
+    """The path of a CPU, in pieces of one query and of several."""
+    c, top_k = case("everything")
+    found = []
+    for chunk in (1, 2000, 2**22):
+        monkeypatch.setattr(gathered, "CHUNK", chunk)
+        found.append(assert_right(c, top_k, "sdpa", torch.float64))
+    for name, t in found[0].items():
+        assert all(torch.allclose(t, other[name], atol=1e-12) for other in found[1:])
+
+
+def test_memory_of_a_cpu_is_bounded(monkeypatch):
+    monkeypatch.setattr(gathered, "CHUNK", 2**14)
+    q, k, v = (torch.randn(1, 2, n, 16, requires_grad=True) for n in (256, 500, 500))
+    with LargestTensor() as largest:
+        topk_attention(q, k, v, 4, backend="sdpa").sum().backward()
+    assert largest.nbytes <= 4 * 2**14 * 2 and largest.nbytes < 256 * 500 * 2 * 4
+
+
+def test_explain_says_how(capsys):
+    q = torch.randn(1, 1, 3, 16)
+    explain(topk_attention, q, q, q, 2)
+    said = capsys.readouterr().out
+    assert "topk_attention takes" in said and "gathered" in said
+
+
+def test_a_call_of_one_case_is_a_call_of_another_dtype():
+    """Backends choose alike, as they choose by float32 scores."""
+    c = Case("topk_dtypes", B=1, Nk=200, D=32, returns="out")
+    call = topk_call(c, 20, torch.bfloat16)
+    found = [call.op(**call.leaves, **call.options, backend=b).indices for b in ("sdpa", "eager")]
+    wide = replace(call, leaves={n: t.detach().float() for n, t in call.leaves.items()})
+    found.append(wide.op(**wide.leaves, **wide.options, backend="eager").indices)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[1], found[2])
