@@ -17,30 +17,25 @@ TIES = " ".join(
     f"{TOPK}lower_keys_win_ties[interpreter-{kept}-8]" for kept in ("kept", "recomputed")
 )
 NAN = TOPK + "what_is_not_finite_makes_its_rows_nan"
-LONG = TOPK + "triton_of_long_rows"
 GARBAGE = TOPK + "padding_may_hold_anything"
-LAUNCHED = GATHER + "long_rows_take_it_by_themselves"
 
 TOP_K = [
     *mutants("topk_selection", "selection_scores",
         ("topk-nan", 'tl.where(s == s, s, float("inf"))', "s", "NaN is never chosen", NAN),
         ("topk-interval", "forbid_outside(s, first, last, j[None, :])", "s",
          "keys outside the interval are chosen", cases("mask_padding", "mask_causal")),
+    ),
+    *mutants("topk_selection", "selection_scores",
         ("topk-last-key", "j < Nk, D", "j <= Nk, D", "a key behind the last one is loaded",
-         GARBAGE + " " + cases("plain")),
+         TOPK + "compiled[plain-sm_80]"),
+        mode="emulated",
     ),
     *mutants("topk_selection", "select_kernel",
         ("topk-wanted", "top_k - n_high, Nk", "top_k - n_high + 1, Nk", "one tie too many", TIES),
         ("topk-ties", "tl.max((n_low > top_k).to(tl.int32)) > 0", "False",
          "all keys equal to the threshold", TIES),
-        ("topk-halved", "(new | ~halved)", "new", "a search ends where a guess fell outside",
-         cases("plain", "peaked", "ties", "many_keys")),
-        ("topk-low-count", "tl.where(enough, found, n_low)", "tl.where(enough, n_low, n_low)",
-         "the count of the lower end stays", cases("plain", "many_keys")),
         ("topk-group-scale", "rs = rs[:, None]", "rs = rs[0]", "one scale for all heads",
          cases("scale_group")),
-        ("topk-aligned", "begin // BLOCK_K * BLOCK_K", "begin", "words of a start that is not "
-         "aligned", LONG),
     ),
     *mutants("topk_selection", "count",
         ("topk-reach", ">= t[:, None], 1.0, 0.0)\n    else", "> t[:, None], 1.0, 0.0)\n    else",
@@ -115,9 +110,18 @@ TOP_K = [
     *mutants("topk_gather", "gather_dkdv_kernel",
         ("gather-own", "own[None, :]", "own[None, :] + 1", "the pairs of the key before",
          gathered("plain")),
-        ("gather-end", "there = e < end", "there = e <= end", "a pair of the next tile",
-         gathered("many_keys", "plain", "group")),
         ("gather-row", "// top_k", "// (top_k + 1)", "rows of other pairs", gathered("plain")),
+    ),
+    *mutants("topk_gather", "gather_dkdv_kernel",
+        ("gather-end", "there = e < end", "there = e <= end", "a pair behind the last one is read",
+         GATHER + "compiled[plain-sm_80]"),
+        mode="emulated",
+    ),
+    *mutants("topk_selection", "next_guess",
+        ("topk-middle", "tl.minimum(high, -LOWEST)", "high", "the search ends at infinity",
+         TOPK + "scores_at_the_limits_of_float32"),
+        ("topk-outward", "low + outward, high - outward", "low + outward, low + outward",
+         "the search goes up for ever where its first guess was too high", cases("peaked")),
     ),
     *mutants("topk_gather", "pairs_by_key",
         ("gather-head", "// call.group", "// 1", "every query head has its own keys",

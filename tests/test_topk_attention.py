@@ -97,6 +97,16 @@ def test_lower_keys_win_ties(backend, top_k, scores_are):
     assert torch.equal(found[:, :, 0, 0].unique(), torch.tensor([3], device=device))
 
 
+@pytest.mark.parametrize("factor", [2.0**61, 2.0**-70])
+def test_scores_at_the_limits_of_float32(backend, factor, scores_are):
+    """Squares of scores overflow, or scores are subnormal: no guess is of use."""
+    name, device = backend
+    q, k, v = (t.float() for t in quantised(device))
+    options = dict(scale=1.0, return_indices=True, backend=name)
+    found = topk_attention(q * factor, k * factor, v, 9, **options).indices
+    assert torch.equal(found, reference.top_indices(q.double() @ k.double().mT, 9).int())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_only_key_gives_its_value(backend, dtype):
     name, device = backend

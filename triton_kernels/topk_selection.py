@@ -130,7 +130,7 @@ def rough_log2(n):
 def next_guess(low, high, n_low, n_high, top_k, mean, deviation, z, step):
     """The next threshold [BLOCK_Q] to try: n_low scores, at least top_k, reach `low`, which is
     LOWEST while no guess was low enough, and n_high, fewer, reach `high`, inf while none was high
-    enough. It is `high` again where nothing else is found."""
+    enough. It is `high` again where no number lies between them."""
     if (step >= MODEL_STEPS) & (step % 2 == 0):
         a, b = to_key(low), to_key(high)
         guess = from_key((a >> 1) + (b >> 1) + (a & b & 1))  # rounds down, maybe to `low`
@@ -148,8 +148,9 @@ def next_guess(low, high, n_low, n_high, top_k, mean, deviation, z, step):
         guess = tl.where(enclosed, inside, outside)
         if step == 0:
             guess = mean + z * deviation
-        # where numbers overflow, or low and high are neighbours
-        guess = tl.where((guess > low) & (guess < high), guess, 0.5 * low + 0.5 * high)
+        # where that rounds or overflows to something else
+        middle = 0.5 * low + 0.5 * tl.minimum(high, -LOWEST)
+        guess = tl.where((guess > low) & (guess < high), guess, middle)
     return tl.where((guess > low) & (guess < high), guess, high)
 
 
@@ -264,7 +265,6 @@ def select_kernel(
     first, last, begin, end, _, _ = key_ranges(
         start, stop, stride_start, stride_stop, b, i, row_mask, Nk
     )
-    begin = begin // BLOCK_K * BLOCK_K
     rs = row_scale(scale, scale_tensor, stride_scale, h)
     if scale_tensor is not None:
         rs = rs[:, None]
@@ -301,9 +301,7 @@ def select_kernel(
         fewer = new & (found < top_k)
         low, n_low = tl.where(enough, guess, low), tl.where(enough, found, n_low)
         high, n_high = tl.where(fewer, guess, high), tl.where(fewer, found, n_high)
-        # after halving failed to find a number between, there is none
-        halved = (step >= MODEL_STEPS) & (step % 2 == 0)
-        searching = searching & (n_low > top_k) & (new | ~halved)
+        searching = new & (n_low > top_k)
         step += 1
 
     # more scores reach the threshold than are wanted where several are equal to it
