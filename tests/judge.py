@@ -21,10 +21,11 @@ from cases import Case
 from fuzz import Drawn
 from fuzz_gated import DrawnGated
 from fuzz_module import ModuleCase
+from fuzz_topk import DrawnTopK
 from xattn_kernels import KeyInterval
 
 CALLS_PER_ROUND = 50
-Judged = Drawn | DrawnGated | ModuleCase
+Judged = Drawn | DrawnGated | DrawnTopK | ModuleCase
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from fuzz import INTERPRETED, SDPA, Reach, calls
 from fuzz_compiled import family_of
 from fuzz_gated import gated_calls
 from fuzz_module import module_calls
+from fuzz_topk import topk_calls
 from judge import Judged, check, first_seed, rounds
 from xattn_kernels import sdpa
 
@@ -33,7 +34,7 @@ SEED = os.environ.get("FUZZ_SEED", "1")  # empty: a new one each time, as `make 
 def anything(reach: Reach) -> SearchStrategy[Judged]:
     """Calls of attention most of all, then of its weights and of what is the kernels' alone."""
     kinds = [*[calls(reach)] * 4, *[calls(reach, "attention_weights")] * 2, module_calls(reach)]
-    kinds += [gated_calls(reach)] * 2 * (reach.backend == "triton")
+    kinds += [topk_calls(reach)] * 2 + [gated_calls(reach)] * 2 * (reach.backend == "triton")
     return st.sampled_from(kinds).flatmap(lambda kind: kind)
 
 
