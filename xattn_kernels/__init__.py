@@ -14,6 +14,7 @@ from .modules import (
     MediaCache,
     MultiheadAttention,
     PerceiverResampler,
+    SparseCrossAttention,
     replace_multihead_attention,
 )
 from .topk_attention import topk_attention
@@ -28,6 +29,7 @@ __all__ = [
     "MediaCache",
     "MultiheadAttention",
     "PerceiverResampler",
+    "SparseCrossAttention",
     "TopKAttentionResult",
     "attention_weights",
     "cross_attention",

@@ -5,6 +5,7 @@ from .masked_cross_attention import MaskedCrossAttention
 from .media_cache import MediaCache
 from .multihead_attention import MultiheadAttention, replace_multihead_attention
 from .perceiver_resampler import PerceiverResampler
+from .sparse_cross_attention import SparseCrossAttention
 
 __all__ = [
     "GatedCrossAttentionBlock",
@@ -12,5 +13,6 @@ __all__ = [
     "MediaCache",
     "MultiheadAttention",
     "PerceiverResampler",
+    "SparseCrossAttention",
     "replace_multihead_attention",
 ]

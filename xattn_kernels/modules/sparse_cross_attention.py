@@ -1,0 +1,112 @@
+"""`SparseCrossAttention`: multi-head attention of which each query takes its `top_k` keys only."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..dispatch import choice, choose
+from ..inputs import CrossAttentionInputs, TopKAttentionInputs
+from ..masks import KeyInterval
+from ..topk_attention import check_top_k, topk_attention
+from .multihead_attention import MultiheadAttention, _inputs
+
+
+class SparseCrossAttention(MultiheadAttention):
+    """`MultiheadAttention` over the `top_k` highest-scoring keys of each query and head.
+
+    Constructor, parameters and call are those of `MultiheadAttention`, whose state dict it loads
+    and gives; the choice of keys is that of `topk_attention`. There are no weights to return, no
+    dropout of them, and no additive masks.
+
+    Args:
+        top_k: keys per query and head; None for all, which is dense attention.
+        The others are those of `MultiheadAttention`.
+
+    Raises:
+        TypeError, ValueError: top_k is no int of at least 1; dropout is not 0 beside a top_k.
+    """
+
+    top_k: int | None = None
+
+    def __init__(self, embed_dim, num_heads, *args, top_k: int | None = None, **kwargs) -> None:
+        super().__init__(embed_dim, num_heads, *args, **kwargs)
+        self.top_k = None if top_k is None else check_top_k(top_k)
+        self._check_dropout()
+
+    @classmethod
+    def from_torch(
+        cls, module: nn.MultiheadAttention, *, top_k: int | None = None, backend=None
+    ) -> SparseCrossAttention:
+        """A new module with the same Parameter objects, as `MultiheadAttention.from_torch`."""
+        new = super().from_torch(module, backend=backend)
+        new.top_k = None if top_k is None else check_top_k(top_k)
+        new._check_dropout()
+        return new
+
+    def _check_dropout(self) -> None:
+        if self.top_k is not None and self.dropout != 0.0:
+            raise ValueError(f"dropout must be 0 beside a top_k, got {self.dropout}")
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = False,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+        *,
+        mask: KeyInterval | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(output, None), arguments as in `MultiheadAttention.forward`; its result without top_k.
+
+        Raises:
+            ValueError: need_weights beside a top_k.
+            TypeError: a mask beside a top_k is not bool.
+            The others are those of `MultiheadAttention.forward`.
+        """
+        if self.top_k is not None:
+            self._check_call(key_padding_mask, need_weights, attn_mask)
+        return super().forward(
+            query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights,
+            is_causal, mask=mask,
+        )  # fmt: skip
+
+    def _check_call(self, key_padding_mask, need_weights: bool, attn_mask) -> None:
+        if need_weights:
+            raise ValueError("need_weights must be False beside a top_k, which has no weights")
+        for name, t in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
+            if t is not None and t.dtype != torch.bool:
+                raise TypeError(
+                    f"{name} must be bool (True = not allowed) beside a top_k, got {t.dtype}"
+                )
+
+    def _attend(self, x: CrossAttentionInputs, average: bool | None):
+        """(out, weights); no weights if `average` is None."""
+        if self.top_k is None:
+            return super()._attend(x, average)
+        y = top_k_inputs(x, self.top_k)
+        backend = choose("SparseCrossAttention", topk_attention.backends, y, self.backend)
+        return backend.run(y).out, None
+
+    def explain(self, *args, need_weights: bool = False, **kwargs) -> None:
+        """Prints which backend `forward(*args, **kwargs)` takes, and why."""
+        if self.top_k is None:
+            super().explain(*args, need_weights=need_weights, **kwargs)
+            return
+        x = _inputs(self, *args, need_weights=need_weights, **kwargs)
+        inputs, backends = top_k_inputs(x, self.top_k), topk_attention.backends
+        print(choice("SparseCrossAttention", backends, inputs, self.backend))
+
+
+def top_k_inputs(x: CrossAttentionInputs, top_k: int) -> TopKAttentionInputs:
+    """The same call for `top_k` keys. Of two bool masks the second one comes as a bias of -inf."""
+    mask = x.mask
+    if x.bias is not None:
+        allowed = x.bias == 0
+        mask = allowed if mask is None else mask & allowed
+    fields = vars(x) | dict(mask=mask, bias=None, dropout_p=0.0, seed=None)
+    return TopKAttentionInputs(**fields, top_k=top_k, return_indices=False)
