@@ -30,7 +30,8 @@ ALWAYS = ("many2048-D64-Dv64", "few64-D96-Dv96", "prefill-gqa-D128")
 # and of what else has main loops, each on one architecture
 ALSO = {
     "many2048-D64-dropout": 80, "many2048-D64-bias": 90, "many2048-D64-weights": 90,
-    "topk-D64-Nk4096": 90, "topk-D64-Nk16384": 80, "gated-layer-dim4096-bfloat16": 90, "gated-vector-mask-dim4096-float32": 80,
+    "topk-D64-Nk4096": 90, "topk-D64-Nk16384": 80,
+    "gated-layer-dim4096-bfloat16": 90, "gated-vector-mask-dim4096-float32": 80,
 }  # fmt: skip
 FLAGS = ("mask", "bias", "scale", "softcap", "dropout", "statistics")
 # what the assembler said of a kernel: Triton compiles it once in a process, for whichever case
@@ -122,6 +123,9 @@ def topk_cases() -> list[Case]:
     found = [Case(f"topk-D{D}-Nk{Nk}", D, D, "bfloat16", 2048, Nk, flags="topk") for D, Nk in sizes]
     for D, Nk in ((64, 1024), (64, 4096), (256, 4096), (128, 16384)):
         found.append(Case(f"topk-few16-D{D}-Nk{Nk}", D, D, "bfloat16", 16, Nk, flags="topk"))
+    for D, rows in itertools.product((64, 96, 128), (32, 64)):
+        name = f"topk-few{rows}-D{D}-Nk1024"
+        found.append(Case(name, D, D, "bfloat16", rows, 1024, flags="topk"))
     for D, Nk in ((64, 1024), (128, 512), (64, 4096), (256, 4096), (64, 16384), (256, 16384)):
         name, flags = f"topk-mask-scale-D{D}-Nk{Nk}", "topk mask scale"
         found.append(Case(name, D, D, "bfloat16", 2048, Nk, group=2, flags=flags))
