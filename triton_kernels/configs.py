@@ -280,13 +280,13 @@ def selection(D: int, itemsize: int, rows: int, Nk: int) -> tuple[Config, int]:
     most = half_most if half else 128 if D <= 64 else 0
     kept = next((n * block_k for n in KEPT_TILES if Nk <= n * block_k <= most), 0)
     if kept:
-        block_q = 32 if half and rows > 16 and D <= 128 and kept <= 512 else 16
-        num_warps = 8 if block_q * kept > 8192 or D > 128 else 4
+        block_q = 32 if half and rows > 16 and D <= 96 and kept <= 512 else 16
+        num_warps = 8 if block_q * kept > 8192 or D > 96 else 4
         return Config(block_q, block_k, num_warps, 1, register_bound(num_warps)), kept // block_k
     if not half:
         return Config(16, 32, 8, 1, register_bound(8)), 0
-    block_q = 16 if rows <= 16 else 64
-    num_warps = 8 if block_q == 64 else 4
+    block_q = 16 if rows <= 16 else 64 if D <= 128 else 32
+    num_warps = 8 if block_q > 16 else 4
     block_k = 64 if D <= 128 else 32
     return Config(block_q, block_k, num_warps, 2, register_bound(num_warps)), 0
 
