@@ -84,6 +84,8 @@ TABLE = {
         *_rows(WGMMA, HALF, True, True, (256, 32, (32, 16, 4, 1))),
         *_rows(SMALL, HALF, True, None, (64, 64, (64, 64, 4, 2)), (128, 64, (64, 32, 4, 2))),
         *_rows(ALL, HALF, True, None, (256, 32, (32, 32, 4, 1))),
+        *_rows(AMPERE, HALF, True, None, (64, 64, (64, 64, 4, 2)), (128, 64, (64, 32, 4, 2)),
+               bits=True),
         *_rows(NOT_SMALL, HALF, True, None, (128, 64, (64, 64, 4, 2))),
         *_rows(BLACKWELL, HALF, True, None, (64, ANY, (128, 64, 8, 2)), bits=True),
         *_rows(NOT_SMALL, HALF, True, None, (64, ANY, (128, 64, 4, 2))),
