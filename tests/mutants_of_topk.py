@@ -120,8 +120,6 @@ TOP_K = [
     *mutants("topk_selection", "next_guess",
         ("topk-middle", "tl.minimum(high, -LOWEST)", "high", "the search ends at infinity",
          TOPK + "scores_at_the_limits_of_float32"),
-        ("topk-outward", "low + outward, high - outward", "low + outward, low + outward",
-         "the search goes up for ever where its first guess was too high", cases("peaked")),
     ),
     *mutants("topk_gather", "pairs_by_key",
         ("gather-head", "// call.group", "// 1", "every query head has its own keys",
