@@ -87,7 +87,9 @@ def test_ranks_and_empty_media():
     lengths = torch.tensor([3, 5])
     assert torch.equal(module(x, lengths), module(x, lengths[:, None]))
     assert module(x[:, None][:, :0]).shape == (B, 0, 5, DIM)
-    assert torch.equal(module(x[:, :0]), module(x, torch.zeros(B, dtype=torch.int32)))
+    # sums of other lengths, which a BLAS may round otherwise
+    empty = module(x, torch.zeros(B, dtype=torch.int32))
+    torch.testing.assert_close(module(x[:, :0]), empty)
 
 
 def test_autocast_and_copies():
