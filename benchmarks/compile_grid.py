@@ -51,8 +51,8 @@ class Case:
     Nk: int = 4096
     group: int = 1
     interval: bool = True
-    # any of: mask bias scale softcap dropout statistics; weights with some of them; topk with mask
-    # and scale; or gated with any of: layer or rms, vector, mask
+    # any of: mask bias scale softcap dropout statistics; weights with some of them; topk or blocks
+    # with mask and scale; or gated with any of: layer or rms, vector, mask
     flags: str = ""
     tf32: bool = False
 
@@ -112,7 +112,7 @@ def cases() -> list[Case]:
     found.append(Case("many2048-gqa-D64-scale", 64, 64, "bfloat16", 2048, group=4, flags="scale"))
     found.append(Case("decode-gqa-D128", 128, 128, "bfloat16", 1, group=4))
     found.append(Case("prefill-gqa-D128", 128, 128, "bfloat16", 512, group=4))
-    return found + topk_cases() + gated_cases()
+    return found + topk_cases() + block_cases() + gated_cases()
 
 
 def topk_cases() -> list[Case]:
@@ -129,8 +129,22 @@ def topk_cases() -> list[Case]:
     for D, Nk in ((64, 1024), (128, 512), (64, 4096), (256, 4096), (64, 16384), (256, 16384)):
         name, flags = f"topk-mask-scale-D{D}-Nk{Nk}", "topk mask scale"
         found.append(Case(name, D, D, "bfloat16", 2048, Nk, group=2, flags=flags))
-    for D, Nk in ((64, 128), (64, 4096), (256, 4096), (64, 16384), (256, 16384)):
+    for D, Nk in ((64, 64), (64, 4096), (256, 4096), (64, 16384), (256, 16384)):
         found.append(Case(f"topk-D{D}-Nk{Nk}-float32", D, D, "float32", 2048, Nk, flags="topk"))
+    return found
+
+
+def block_cases() -> list[Case]:
+    """Eight blocks of 64 keys: few rows and many, widths of one and two chunks, each dtype."""
+    found = []
+    for D, (regime, rows) in itertools.product((64, 96, 128, 256), (("few", 16), ("many", 2048))):
+        found.append(Case(f"blocks-{regime}{rows}-D{D}", D, D, "bfloat16", rows, flags="blocks"))
+    for D in (64, 128):
+        name = f"blocks-dense-D{D}"
+        found.append(Case(name, D, D, "bfloat16", 2048, flags="blocks", interval=False))
+        name, flags = f"blocks-mask-scale-D{D}", "blocks mask scale"
+        found.append(Case(name, D, D, "bfloat16", 2048, group=3, flags=flags))
+        found.append(Case(f"blocks-D{D}-float32", D, D, "float32", 2048, flags="blocks"))
     return found
 
 
@@ -218,6 +232,42 @@ def launch_gated(case: Case) -> None:
     gated_residual.backward(x, dnormed, *saved, norm, 1e-5, [True] * 5)
 
 
+def launch_topk(q, k, v, scale, start, stop, mask, allow_tf32: bool) -> None:
+    """Forward and backward of top-k attention on meta tensors, 64 keys a row."""
+    import torch
+
+    from xattn_kernels.triton_kernels import topk_attention, topk_selection
+
+    Nk, needs = k.shape[2], [True, True, True, scale is not None]
+    out, lse, _, _, bits, indices = topk_attention.forward(
+        q, k, v, scale, start, stop, mask, 0.125, 64, False, True, allow_tf32
+    )
+    selected = bits if bits.numel() else indices
+    # both directions between bits and indices, whichever of them are saved
+    topk_selection.to_bits(q.new_empty((*q.shape[:3], 64), dtype=torch.int32), Nk)
+    topk_attention.backward(
+        out, None, None, q, k, v, scale, start, stop, selected, out, lse, lse, 0.125, 64,
+        allow_tf32, needs,
+    )  # fmt: skip
+
+
+def launch_blocks(q, k, v, scale, start, stop, mask, allow_tf32: bool) -> None:
+    """Choice, forward and backward of 8 blocks of 64 keys for tiles of 64 queries."""
+    import torch
+
+    from xattn_kernels.triton_kernels import topk_blocks
+
+    B, Hkv, Nk = k.shape[:3]
+    rows, needs = (start, stop), [True, True, True, scale is not None]
+    seen = torch.empty((B, Nk), dtype=torch.bool, device="meta")
+    of_blocks = None if mask is None else mask[..., : Nk // 64]
+    weights = topk_blocks.importance(q, k, seen, scale, *rows, of_blocks, 0.125, 64, 64, allow_tf32)
+    chosen = torch.empty((*weights.shape[:3], 8), dtype=torch.int32, device="meta")
+    call = (q, k, v, scale, *rows, mask, chosen)
+    out, lse, _, _ = topk_blocks.forward(*call, 0.125, 64, 64, False, allow_tf32)
+    topk_blocks.backward(out, None, None, *call, out, lse, lse, 0.125, 64, 64, allow_tf32, needs)
+
+
 def launch(case: Case) -> None:
     """Forward and backward of `case` on meta tensors."""
     if "gated" in case.flags.split():
@@ -228,8 +278,6 @@ def launch(case: Case) -> None:
         attention_weights,
         cross_attention,
         cross_attention_backward,
-        topk_attention,
-        topk_selection,
     )
 
     dtype = getattr(torch, case.dtype)
@@ -251,21 +299,9 @@ def launch(case: Case) -> None:
         empty(B, 1, 1, case.Nk, dtype=torch.bool) if "mask" in flags else None,
         empty(1, dtype=torch.int64) if "dropout" in flags else None,
     )  # fmt: skip
-    if "topk" in flags:
-        interval, mask, scale = operands[5:7], operands[7], operands[4]
-        call = (scale, *interval, mask, 0.125, 64)
-        out, lse, _, _, bits, indices = topk_attention.forward(
-            q, k, v, *call, False, True, case.tf32
-        )
-        selected = bits if bits.numel() else indices
-        # both directions between bits and indices, whichever of them are saved
-        topk_selection.to_bits(q.new_empty((*q.shape[:3], 64), dtype=torch.int32), case.Nk)
-        needs = [True, True, True, scale is not None]
-        topk_attention.backward(
-            out, None, None, q, k, v, scale, *interval, selected, out, lse, lse, 0.125, 64,
-            case.tf32, needs,
-        )  # fmt: skip
-        return
+    for flag, launch_it in (("topk", launch_topk), ("blocks", launch_blocks)):
+        if flag in flags:
+            return launch_it(q, k, v, operands[4], *operands[5:8], case.tf32)
     options = (0.125, 30.0 if "softcap" in flags else 0.0, 0.1 if "dropout" in flags else 0.0)
     if "weights" in flags:
         lse = empty(B, Hq, case.rows, dtype=torch.float32)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from cases import Case
 from fuzz import BIAS_VALUES, INTERVALS, NOT_FINITE, QKV_VALUES, SEEDS, Drawn, pick, sometimes
 from fuzz_gated import DrawnGated, compiled_gated_calls
-from fuzz_topk import DrawnTopK, compiled_topk_calls
+from fuzz_topk import DrawnBlocks, DrawnTopK, compiled_block_calls, compiled_topk_calls
 from mask_kinds import possible
 
 
@@ -86,13 +86,15 @@ def compiled_calls(draw, family: Family, dtype: torch.dtype, long: bool) -> Draw
     return Drawn(c, "triton", dtype, None, draw(st.sampled_from(twists)))
 
 
-def family_of(seed: int) -> st.SearchStrategy[Drawn | DrawnGated | DrawnTopK]:
+def family_of(seed: int) -> st.SearchStrategy[Drawn | DrawnGated | DrawnTopK | DrawnBlocks]:
     """The calls of the family that belongs to a round's seed."""
     r = random.Random(seed)
     dtype, either = r.choice(DTYPES), r.random() < 0.5
     kind = r.random()
     if kind < 0.25:
         return compiled_gated_calls(r.choice([None, "layer", "rms"]), either, dtype)
+    if kind < 0.35:
+        return compiled_block_calls(dtype)
     if kind < 0.5:
         return compiled_topk_calls(dtype, either, r.random() < 0.5)
     return compiled_calls(r.choice(list(FAMILIES.values())), dtype, either)

@@ -1,4 +1,5 @@
-"""Random calls of top-k attention: scores kept or computed again, keys masked or gathered."""
+"""Random calls of top-k attention: scores kept or computed again, keys masked or gathered; and by
+blocks of keys."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from unittest.mock import patch
 import torch
 from hypothesis import strategies as st
 
+import block_cases
 from calls import UPSTREAM, written_out
 from cases import Case
 from fuzz import (
@@ -59,8 +61,21 @@ class DrawnTopK:
             judge(call, self.case, self.top_k, self.backend, self.dtype)
 
 
+@dataclass(frozen=True)
+class DrawnBlocks:
+    case: Case
+    blocks: tuple[int, int]
+    backend: str
+    dtype: torch.dtype
+    kind = property(lambda self: f"topk_attention of blocks {str(self.dtype)[6:]}")
+
+    def check(self, device: str) -> None:
+        call = block_cases.blocks_call(self.case, self.blocks, self.dtype, device)
+        block_cases.judge(written_out(call), self.case, self.blocks, self.backend, self.dtype)
+
+
 @st.composite
-def topk_calls(draw, reach: Reach) -> DrawnTopK:
+def topk_calls(draw, reach: Reach) -> DrawnTopK | DrawnBlocks:
     lengths, _ = draw(sizes(reach))
     c = Case(f"fuzz_{draw(st.integers(0, 9999))}", **lengths)
     c = replace(c, mask=draw(mask_names(c)), layout=draw(layouts(c, reach)))
@@ -69,6 +84,9 @@ def topk_calls(draw, reach: Reach) -> DrawnTopK:
     c = replace(c, used=draw(sometimes(None, subset(UPSTREAM[c.returns], least=1))))
     leaves = ["q", "k", "v", *["scale"] * isinstance(c.scale, tuple)]
     c = replace(c, needs=draw(sometimes(None, subset(leaves))))
+    if draw(st.booleans()):
+        blocks = (draw(pick(16, 32, 64)), draw(st.integers(1, 5)))
+        return DrawnBlocks(c, blocks, reach.backend, draw(st.sampled_from(reach.dtypes)))
     top_k = draw(st.one_of(TOP_KS, st.integers(1, c.Nk + 3)))
     dtype, kept, gathered = draw(st.sampled_from(reach.dtypes)), draw(st.booleans()), False
     if reach.backend == "triton":
@@ -87,3 +105,10 @@ def compiled_topk_calls(draw, dtype: torch.dtype, kept: bool, gathered: bool) ->
     c = replace(c, mask=draw(st.sampled_from([m for m in INTERVALS if possible(m, c)])))
     top_k = 2 * draw(st.integers(1, 40)) + 1
     return DrawnTopK(c, top_k, "triton", dtype, kept, gathered)
+
+
+@st.composite
+def compiled_block_calls(draw, dtype: torch.dtype) -> DrawnBlocks:
+    """As `compiled_topk_calls`; blocks of 16 keys."""
+    drawn = draw(compiled_topk_calls(dtype, True, False))
+    return DrawnBlocks(drawn.case, (16, 2 * draw(st.integers(1, 3)) + 1), "triton", dtype)

@@ -21,11 +21,11 @@ from cases import Case
 from fuzz import Drawn
 from fuzz_gated import DrawnGated
 from fuzz_module import ModuleCase
-from fuzz_topk import DrawnTopK
+from fuzz_topk import DrawnBlocks, DrawnTopK
 from xattn_kernels import KeyInterval
 
 CALLS_PER_ROUND = 50
-Judged = Drawn | DrawnGated | DrawnTopK | ModuleCase
+Judged = Drawn | DrawnGated | DrawnTopK | DrawnBlocks | ModuleCase
 
 
 @contextmanager

@@ -79,8 +79,9 @@ TABLE = {
     # one tile of query rows walks its keys
     "forward": [
         *_rows(MMA, HALF, True, True, (64, 64, (64, 64, 4, 1)), (256, 64, (64, 32, 8, 2))),
-        *_rows(ALL, HALF, True, None, (128, 16, (16, 64, 4, 3)), (256, 16, (16, 32, 4, 2)),
-               (64, 32, (32, 64, 4, 3)), (128, 32, (32, 64, 4, 2))),
+        *_rows(ALL, HALF, True, None, (128, 16, (16, 64, 4, 3)), (256, 16, (16, 32, 4, 2))),
+        *_rows(WGMMA, HALF, True, True, (128, 32, (32, 32, 4, 2)), bits=True),
+        *_rows(ALL, HALF, True, None, (64, 32, (32, 64, 4, 3)), (128, 32, (32, 64, 4, 2))),
         *_rows(WGMMA, HALF, True, True, (256, 32, (32, 16, 4, 1))),
         *_rows(SMALL, HALF, True, None, (64, 64, (64, 64, 4, 2)), (128, 64, (64, 32, 4, 2))),
         *_rows(ALL, HALF, True, None, (256, 32, (32, 32, 4, 1))),
@@ -139,6 +140,8 @@ TABLE = {
         *_rows(ALL, HALF, True, None, (128, 16, (16, 32, 4, 2)), (128, 32, (32, 32, 4, 2))),
         *_rows(HOPPER, HALF, True, None, (64, 64, (64, 32, 4, 3))),
         *_rows(BLACKWELL, HALF, True, None, (64, 64, (64, 64, 4, 2))),
+        *_rows(AMPERE, HALF, True, None, (64, ANY, (64, 32, 8, 1)), (128, ANY, (64, 16, 8, 1)),
+               bits=True),
         *_rows(ALL, HALF, True, None, (128, ANY, (64, 32, 8, 1)), (256, ANY, (16, 32, 8, 1))),
         *_rows(ALL, HALF, False, True, (128, 16, (16, 16, 4, 1))),
         *_rows(ALL, HALF, False, None, (128, 16, (16, 32, 4, 1)), (128, ANY, (32, 16, 4, 1)),
@@ -279,7 +282,7 @@ def selection(D: int, itemsize: int, rows: int, Nk: int) -> tuple[Config, int]:
     half = itemsize == HALF
     block_k = (128 if D <= 128 else 64) if half else 32
     half_most = 1024 if D <= 96 else 512 if D <= 128 else 256
-    most = half_most if half else 128 if D <= 64 else 0
+    most = half_most if half else 64 if D <= 64 else 0
     kept = next((n * block_k for n in KEPT_TILES if Nk <= n * block_k <= most), 0)
     if kept:
         block_q = 32 if half and rows > 16 and D <= 96 and kept <= 512 else 16

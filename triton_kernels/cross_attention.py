@@ -32,8 +32,10 @@ from .tiles import (
     ALL,
     LOG2E,
     WHOLE,
+    blocks_of_tile,
     dot_into,
     dot_nt,
+    in_blocks,
     keys_of_part,
     load_tile,
     over_gap,
@@ -64,6 +66,7 @@ def forward_kernel(
     TWO_LOOPS: tl.constexpr,  # see `keys_of_part`
     SCALE_LATER: tl.constexpr,  # scale > 0 and nothing else in the scores: see `factor`
     BITS: tl.constexpr,  # the mask is `Call.bits`
+    blocks, n_chosen, n_blocks, BLOCK_SIZE: tl.constexpr, QUERIES: tl.constexpr,  # see `Blocks`
 ):  # fmt: skip
     tile, hkv, b, split = program(tl.cdiv(Nq * GROUP, BLOCK_Q), Hkv, B)
     # [BLOCK_Q]
@@ -71,9 +74,14 @@ def forward_kernel(
     first, last, key_begin, key_end, full_begin, full_end = key_ranges(
         start, stop, stride_start, stride_stop, b, i, row_mask, Nk
     )
-    first_key, bool_mask = key_begin, mask
+    first_key, last_key, bool_mask = key_begin, key_end, mask
     if BITS:  # words begin at multiples of 32
         key_begin, bool_mask = key_begin // 32 * 32, None
+    if blocks is not None:
+        blocks, n = blocks_of_tile(
+            blocks, n_chosen, n_blocks, b, hkv, Hkv, tile, Nq, QUERIES, BLOCK_Q, GROUP
+        )
+        key_begin, key_end = 0, n * BLOCK_SIZE
     key_begin, key_end = split_range(key_begin, key_end, split, n_splits, BLOCK_K)
 
     rs = row_scale(scale, scale_tensor, stride_scale, h)
@@ -97,9 +105,11 @@ def forward_kernel(
         )
         for k0 in range(begin, end, BLOCK_K):
             k0 = over_gap(k0, gap, length, PART)
+            if blocks is not None:
+                k0 = in_blocks(blocks, k0, BLOCK_SIZE)
             j = k0 + tl.arange(0, BLOCK_K)
-            there = None if PART == WHOLE else j < key_end
-            if BITS:
+            there = None if PART == WHOLE else j < (last_key if blocks is not None else key_end)
+            if BITS or blocks is not None:
                 there = there & (j >= first_key)
             # [BLOCK_K, D]
             k_tile = load_tile(
@@ -152,7 +162,7 @@ def forward_kernel(
 
 def forward(
     q, k, v, bias, scale_tensor, start, stop, mask, seed, scale, softcap, dropout_p, statistics,
-    allow_tf32, n_splits=None,
+    allow_tf32, n_splits=None, blocks=None,
 ):  # fmt: skip
     """(out, lse, lse_low, entropy, max_probability): what was not asked for has no elements.
 
@@ -161,11 +171,12 @@ def forward(
     q [B, Hq, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv]; start, stop int32 [B, Nq] or None;
     mask bool and bias 4-d with dimensions 1 or full, or None, or mask as in `Call.bits`;
     scale_tensor [1] or [Hq], or None to use the number `scale`; softcap 0 for none. `n_splits`
-    overrides how many programs share the keys of a row tile.
+    overrides how many programs share the keys of a row tile; `blocks`: the keys that it walks.
     """
     call = Call(
-        q, k, v, bias, scale_tensor, start, stop, mask, seed, scale, softcap, dropout_p, allow_tf32
-    )
+        q, k, v, bias, scale_tensor, start, stop, mask, seed, scale, softcap, dropout_p, allow_tf32,
+        blocks=blocks,
+    )  # fmt: skip
     out = empty_rows(q, call.DV)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     wanted = (bias is not None, statistics, statistics)
@@ -176,13 +187,14 @@ def forward(
     elif out.numel():
         config = call.config("forward", statistics)
         programs = call.row_tiles(config) * call.B * call.Hkv
-        n_splits = call.splits(programs, call.key_tiles(config), n_splits)
+        n_splits = call.splits(programs, call.key_steps(config), n_splits)
         parts = [split_buffer(t, n_splits) for t in results]
         plain_scores = bias is None and scale_tensor is None and not softcap and not statistics
         call.launch(
             forward_kernel, config, programs * n_splits, (parts[0], parts[0].stride(), *parts[1:]),
             n_splits, TWO_LOOPS=call.two_loops(config, config.block_q, statistics),
             SCALE_LATER=plain_scores and scale >= SMALLEST_SCALE, BITS=call.bits,
+            **call.block_arguments(),
         )  # fmt: skip
         if n_splits > 1:
             merge_splits(results, parts)

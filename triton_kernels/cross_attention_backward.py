@@ -45,11 +45,13 @@ from .tiles import (
     ALL,
     CUT,
     WHOLE,
+    blocks_of_tile,
     clear_rows,
     dot_into,
     dot_nt,
     first_column,
     has_warpgroup_products,
+    in_blocks,
     keys_of_part,
     load_rows,
     load_tile,
@@ -86,6 +88,7 @@ def dq_kernel(
     D: tl.constexpr, DV: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_V: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr, TWO_LOOPS: tl.constexpr, BITS: tl.constexpr,
+    blocks, n_chosen, n_blocks, BLOCK_SIZE: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
     tile, hkv, b, split = program(tl.cdiv(Nq * GROUP, BLOCK_Q), Hkv, B)
     # [BLOCK_Q]
@@ -93,9 +96,14 @@ def dq_kernel(
     first, last, key_begin, key_end, full_begin, full_end = key_ranges(
         start, stop, stride_start, stride_stop, b, i, row_mask, Nk
     )
-    first_key, bool_mask = key_begin, mask
+    first_key, last_key, bool_mask = key_begin, key_end, mask
     if BITS:  # words begin at multiples of 32
         key_begin, bool_mask = key_begin // 32 * 32, None
+    if blocks is not None:
+        blocks, n = blocks_of_tile(
+            blocks, n_chosen, n_blocks, b, hkv, Hkv, tile, Nq, QUERIES, BLOCK_Q, GROUP
+        )
+        key_begin, key_end = 0, n * BLOCK_SIZE
     key_begin, key_end = split_range(key_begin, key_end, split, n_splits, BLOCK_K)
 
     rs = row_scale(scale, scale_tensor, stride_scale, h)
@@ -120,9 +128,11 @@ def dq_kernel(
         )
         for k0 in range(begin, end, BLOCK_K):
             k0 = over_gap(k0, gap, length, PART)
+            if blocks is not None:
+                k0 = in_blocks(blocks, k0, BLOCK_SIZE)
             j = k0 + tl.arange(0, BLOCK_K)
-            there = None if PART == WHOLE else j < key_end
-            if BITS:
+            there = None if PART == WHOLE else j < (last_key if blocks is not None else key_end)
+            if BITS or blocks is not None:
                 there = there & (j >= first_key)
             # [BLOCK_K, D], [BLOCK_K, DV]
             k_tile = load_tile(
@@ -202,6 +212,7 @@ def dkdv_kernel(
     D: tl.constexpr, DV: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_V: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr, TWO_LOOPS: tl.constexpr, BITS: tl.constexpr,
+    blocks, n_chosen, n_blocks, BLOCK_SIZE: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
     tile, hkv, b, split = program(tl.cdiv(Nk, BLOCK_K), Hkv, B)
     n_tiles = tl.cdiv(Nq * GROUP, BLOCK_Q)
@@ -209,7 +220,14 @@ def dkdv_kernel(
     # [BLOCK_K]
     j = k0 + tl.arange(0, BLOCK_K)
     there = j < Nk
-    tile_begin, tile_end = split_range(0, n_tiles, split, n_splits, 1)
+    last_tile = n_tiles
+    if blocks is not None:  # the queries that chose this block
+        n_chosen += (b * Hkv + hkv) * (tl.cdiv(Nk, BLOCK_SIZE) + 1) + k0 // BLOCK_SIZE
+        PER_CHOICE: tl.constexpr = QUERIES * GROUP // BLOCK_Q
+        first_choice = tl.load(n_chosen)
+        blocks += first_choice
+        last_tile = ((tl.load(n_chosen + 1) - first_choice) * PER_CHOICE).to(tl.int32)
+    tile_begin, tile_end = split_range(0, last_tile, split, n_splits, 1)
     if start is not None:
         bounds += b * n_tiles * 4
     # [BLOCK_K, D], [BLOCK_K, DV]
@@ -237,13 +255,15 @@ def dkdv_kernel(
         while run_end < part_end:
             # runs of row tiles that all reach these keys, so that the inner loop has no branch
             # around its loads and can be pipelined; sorted intervals make one run
-            if start is not None:
+            if start is not None and blocks is None:
                 run_begin, run_end = next_run(
                     bounds, run_end, part_end, n_tiles, k0, k0 + BLOCK_K, PART
                 )
             else:
                 run_begin, run_end = run_end, part_end
             for t in range(run_begin, run_end):
+                if blocks is not None:
+                    t = tl.load(blocks + t // PER_CHOICE) * PER_CHOICE + t % PER_CHOICE
                 # [BLOCK_Q]
                 i, h, row_mask = packed_rows(t, hkv, Nq, BLOCK_Q, GROUP)
                 rows_there = None if PART == WHOLE else row_mask
@@ -298,8 +318,9 @@ def dkdv_kernel(
                 elif PART == ALL:
                     cut = k0 + BLOCK_K > Nk
                     if start is not None:
-                        cut |= tl.load(bounds + t * 4 + 1) > k0
-                        cut |= tl.load(bounds + t * 4 + 2) < k0 + BLOCK_K
+                        own = bounds + (t if blocks is None else tl.minimum(t, n_tiles - 1)) * 4
+                        cut |= tl.load(own + 1) > k0
+                        cut |= tl.load(own + 2) < k0 + BLOCK_K
                     # one branch for all: of two the compiler makes selects in every tile
                     if cut:
                         log2_p, t_tile, th = cut_columns(
@@ -332,7 +353,7 @@ def dkdv_kernel(
 
 def backward(
     dout, dlse, dentropy, q, k, v, bias, scale_tensor, start, stop, mask, seed, out, lse, lse_low,
-    entropy, scale, softcap, dropout_p, allow_tf32, needs, n_splits=None,
+    entropy, scale, softcap, dropout_p, allow_tf32, needs, n_splits=None, blocks=None,
 ):  # fmt: skip
     """(dq, dk, dv, dbias, dscale); those that are not in the five `needs` have no elements.
 
@@ -340,8 +361,9 @@ def backward(
     bias and scale_tensor; the rest as `forward` took and returned it.
     """
     call = Call(
-        q, k, v, bias, scale_tensor, start, stop, mask, seed, scale, softcap, dropout_p, allow_tf32
-    )
+        q, k, v, bias, scale_tensor, start, stop, mask, seed, scale, softcap, dropout_p, allow_tf32,
+        blocks=blocks,
+    )  # fmt: skip
     if call.Nk == 0 or out.numel() == 0:
         return zero_gradients((q, k, v, bias, scale_tensor), needs, 3)
     if dout is None:
@@ -378,12 +400,12 @@ def backward_dq(
     """
     q, k, v = call.q, call.k, call.v
     programs = call.row_tiles(config) * call.B * call.Hkv
-    n_splits = call.splits(programs, call.key_tiles(config), n_splits)
+    n_splits = call.splits(programs, call.key_steps(config), n_splits)
     dq = split_buffer(empty_rows(q, call.D), n_splits)
     dk, dv = None, None
     if with_dkdv:
         dk, dv = empty_rows(k, call.D), empty_rows(v, call.DV)
-        if call.start is not None:  # keys that no row reaches are not visited
+        if call.start is not None or call.blocks:  # keys that no row reaches are not visited
             dk.zero_(), dv.zero_()
     dscale = None
     if call.scale_tensor is not None:
@@ -394,7 +416,7 @@ def backward_dq(
         dq_kernel, config, programs * n_splits,
         (dq, dq.stride(), dscale, dlse, dk, strides[0], dv, strides[1], *rows), n_splits,
         TWO_LOOPS=not with_dkdv and call.two_loops(config, config.block_q, of_statistics(rows)),
-        BITS=call.bits,
+        BITS=call.bits, **call.block_arguments(),
     )  # fmt: skip
     if dscale is not None:
         over = (0, 1, 3) if call.scale_tensor.numel() > 1 else (0, 1, 2, 3)
@@ -416,12 +438,13 @@ def backward_dkdv(call: Call, config: Config, rows: tuple, n_splits: int | None)
     if call.start is not None:
         bounds = tile_bounds(call, config)
     programs = call.key_tiles(config) * call.B * call.Hkv
-    n_splits = call.splits(programs, call.row_tiles(config), n_splits)
+    n_splits = call.splits(programs, call.row_steps(config), n_splits)
     dk = split_buffer(empty_rows(call.k, call.D), n_splits)
     dv = split_buffer(empty_rows(call.v, call.DV), n_splits)
     call.launch(
         dkdv_kernel, config, programs * n_splits,
         (dk, dk.stride(), dv, dv.stride(), bounds, *rows), n_splits,
         TWO_LOOPS=call.two_loops(config, config.block_k, of_statistics(rows)), BITS=call.bits,
+        **call.block_arguments(by_key=True),
     )  # fmt: skip
     return sum_splits(dk, call.k.dtype), sum_splits(dv, call.v.dtype)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from .configs import Config, column_chunks, lookup, selection, tf32_fits
+from .configs import Config, column_chunks, lookup, register_bound, selection, tf32_fits
 
 INTERPRETED_ARCH = 90  # whose table rows the interpreter runs
 DEFAULT_MULTIPROCESSORS = 132
@@ -116,6 +117,18 @@ def device_guard(device: torch.device):
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+class Blocks(NamedTuple):
+    """The blocks of `size` keys that tiles of `queries` queries attend to: of each row tile in the
+    walk over keys, and which tiles chose a block in the walk over rows."""
+
+    size: int
+    queries: int
+    chosen: Tensor  # int32 [B, Hkv, T, n], in ascending order, then -1
+    counts: Tensor  # int32 [B, Hkv, T], how many are not -1
+    tiles: Tensor | None = None  # int32, the T of each choice, sorted by key head and block
+    ends: Tensor | None = None  # int64 [B, Hkv, blocks + 1]: where those of each block begin
+
+
 @dataclass(frozen=True)
 class Call:
     """One call's inputs, in the order in which every kernel takes them."""
@@ -134,6 +147,7 @@ class Call:
     dropout_p: float
     allow_tf32: bool
     p_scale: float = 1.0  # of the probabilities after the softmax, beside that of dropout
+    blocks: Blocks | None = None
 
     B = property(lambda self: self.q.shape[0])
     Hq = property(lambda self: self.q.shape[1])
@@ -162,14 +176,28 @@ class Call:
         for the rest of the code, and each warp has 16 of the `block` rows of a product to itself;
         with fewer the warps should share out its columns, which takes two layouts."""
         short = self.plain(statistics) and self.q.element_size() == 2
-        return short and not self.bits and block >= 16 * config.num_warps
+        return short and not self.bits and not self.blocks and block >= 16 * config.num_warps
 
     def config(self, kernel: str, statistics: bool = False) -> Config | None:
         """The table's row for this call; `statistics` also where their gradient is needed."""
         plain = self.plain(statistics)
         rows, itemsize = self.Nq * self.group, self.q.element_size()
         arch = target_arch(self.q.device)
-        return lookup(kernel, arch, self.D, self.DV, itemsize, plain, rows, self.bits)
+        if not self.blocks:
+            return lookup(kernel, arch, self.D, self.DV, itemsize, plain, rows, self.bits)
+        rows = min(rows, self.blocks.queries * self.group)
+        config = lookup(kernel, arch, self.D, self.DV, itemsize, plain, rows, bits=True)
+        if config is None:
+            return None
+        bound = register_bound(config.num_warps)
+        block_k = min(config.block_k, self.blocks.size)
+        config = replace(config, block_k=block_k, max_registers=bound)
+        return self.within(config, self.blocks.queries)
+
+    def within(self, config: Config, queries: int) -> Config:
+        """The configuration with row tiles that do not cross the border of `queries` queries."""
+        rows = queries * self.group
+        return replace(config, block_q=min(config.block_q, rows & -rows))
 
     def selection_config(self) -> tuple[Config, int]:
         """(configuration, tiles of keys whose scores are kept), see `configs.selection`."""
@@ -185,6 +213,29 @@ class Call:
 
     def key_tiles(self, config: Config) -> int:
         return triton.cdiv(self.Nk, config.block_k)
+
+    def key_steps(self, config: Config) -> int:
+        """Tiles of keys that a row tile walks, at most."""
+        if not self.blocks:
+            return self.key_tiles(config)
+        return self.blocks.chosen.shape[3] * self.blocks.size // config.block_k
+
+    def row_steps(self, config: Config) -> int:
+        """Row tiles that a tile of keys walks, on average where it is chosen by some."""
+        if not self.blocks:
+            return self.row_tiles(config)
+        chosen = self.blocks.chosen.shape[3] * self.blocks.size
+        return triton.cdiv(self.row_tiles(config) * chosen, self.Nk)
+
+    def block_arguments(self, by_key: bool = False) -> dict:
+        """What kernels take of `blocks`, all None without."""
+        names = ("blocks", "n_chosen", "n_blocks", "BLOCK_SIZE", "QUERIES")
+        if not self.blocks:
+            return dict.fromkeys(names)
+        size, queries, *by_tile = self.blocks
+        lists = by_tile[2:] if by_key else by_tile[:2]
+        values = (*lists, by_tile[0].shape[3], size, queries)
+        return dict(zip(names, values, strict=True))
 
     def operands(self) -> tuple:
         """q ... p_factor, the run of parameters that all kernels share."""

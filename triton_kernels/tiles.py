@@ -211,6 +211,22 @@ def split_range(begin, end, split, n_splits, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def blocks_of_tile(
+    blocks, n_chosen, n_blocks, b, hkv, Hkv, tile, Nq,
+    QUERIES: tl.constexpr, BLOCK_Q: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """(pointer to the blocks that this row tile attends to, their number), see `Blocks`."""
+    at = (b * Hkv + hkv) * tl.cdiv(Nq, QUERIES) + tile * BLOCK_Q // (QUERIES * GROUP)
+    return blocks + at * n_blocks, tl.load(n_chosen + at)
+
+
+@triton.jit
+def in_blocks(blocks, k0, SIZE: tl.constexpr):
+    """The first key of the tile at `k0` of the chosen blocks, counted end to end."""
+    return tl.load(blocks + k0 // SIZE) * SIZE + k0 % SIZE
+
+
+@triton.jit
 def keys_of_part(begin, end, full_begin, full_end, BLOCK: tl.constexpr, PART: tl.constexpr):
     """(begin, end, gap, length): the loop over the tiles of this part of a row tile's keys; from
     `gap` on it goes on `length` keys further.

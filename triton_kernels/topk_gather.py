@@ -259,22 +259,25 @@ def backward(
     if needs[1] or needs[2]:
         dk, dv = empty_rows(call.k, call.D), empty_rows(call.v, call.DV)
         config = gathered("dkdv", call.D, call.DV, q.element_size())
-        pairs, keys, ends = pairs_by_key(call, indices, config.block_k)
+        pairs, keys, ends = pairs_by_key(indices, call.B * call.Hkv, call.Nk, config.block_k)
         results = (dk, dk.stride(), dv, dv.stride(), pairs, keys, ends, *rows)
         programs = call.key_tiles(config) * call.B * call.Hkv
         call.launch(gather_dkdv_kernel, config, programs, results, top_k)
     return dq, dk, dv, dscale
 
 
-def pairs_by_key(call: Call, indices: Tensor, block_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(pairs, keys, ends), see `gather_dkdv_kernel`: a stable sort, so pairs of a key come in the
-    order of their rows."""
-    device, heads = indices.device, call.B * call.Hkv
-    head = torch.arange(call.B * call.Hq, device=device) // call.group
+def pairs_by_key(
+    indices: Tensor, heads: int, Nk: int, block_k: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(pairs, keys, ends), see `gather_dkdv_kernel`, of indices [B, H, N, n], -1 for none, of which
+    H * B / heads neighbours have one key head: a stable sort, so pairs of a key come in the order
+    of their rows."""
+    device, all_heads = indices.device, indices.shape[0] * indices.shape[1]
+    head = torch.arange(all_heads, device=device) // (all_heads // heads)
     # pairs of no key come last
-    keys = indices.view(call.B * call.Hq, -1) + head[:, None] * call.Nk
-    keys = keys.masked_fill_(indices.view_as(keys) < 0, heads * call.Nk)
+    keys = indices.reshape(all_heads, -1) + head[:, None] * Nk
+    keys = keys.masked_fill_(indices.reshape(all_heads, -1) < 0, heads * Nk)
     keys, pairs = torch.sort(keys.view(-1), stable=True)
-    tiles = torch.arange(triton.cdiv(call.Nk, block_k) + 1, device=device) * block_k
-    borders = tiles.clamp_(max=call.Nk) + torch.arange(heads, device=device)[:, None] * call.Nk
+    tiles = torch.arange(triton.cdiv(Nk, block_k) + 1, device=device) * block_k
+    borders = tiles.clamp_(max=Nk) + torch.arange(heads, device=device)[:, None] * Nk
     return pairs, keys, torch.searchsorted(keys, borders)

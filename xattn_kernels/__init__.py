@@ -17,7 +17,7 @@ from .modules import (
     SparseCrossAttention,
     replace_multihead_attention,
 )
-from .topk_attention import topk_attention
+from .topk_attention import kept_mass, topk_attention
 
 __version__ = "0.1.0"
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "gated_projection",
     "gated_residual",
     "gated_residual_norm",
+    "kept_mass",
     "masks",
     "replace_multihead_attention",
     "topk_attention",

@@ -30,7 +30,8 @@ class TopKAttentionResult(NamedTuple):
 
     out [B, Hq, Nq, Dv] in the dtype of q; lse, entropy, max_probability float32 [B, Hq, Nq]
     (float64 for float64 inputs), natural logarithms, of the chosen keys alone; indices int32
-    [B, Hq, Nq, top_k], the chosen keys in ascending order and -1 where there are fewer.
+    [B, Hq, Nq, top_k], the chosen keys in ascending order and -1 where there are fewer; of a call
+    by blocks [B, Hkv, ceil(Nq / 64), n_blocks], the chosen blocks likewise.
     """
 
     out: Tensor
@@ -79,9 +80,11 @@ class CrossAttentionInputs:
 
 @dataclass(frozen=True)
 class TopKAttentionInputs(CrossAttentionInputs):
-    """One checked call; there is no bias, softcap or dropout."""
+    """One checked call, by keys (`top_k`) or by blocks of keys (`topk_blocks`: keys of a block,
+    number of blocks); the other is None. There is no bias, softcap or dropout."""
 
-    top_k: int
+    top_k: int | None
+    topk_blocks: tuple[int, int] | None
     return_indices: bool
 
 

@@ -33,6 +33,7 @@ from .inputs import (
     TopKAttentionInputs,
     TopKAttentionResult,
 )
+from .masks import KeyInterval
 
 NEG_INF = float("-inf")
 
@@ -183,19 +184,112 @@ def choose(x: TopKAttentionInputs) -> Tensor:
 
 
 def topk_attention(x: TopKAttentionInputs) -> TopKAttentionResult:
-    """`cross_attention` of the keys that `top_indices` names."""
-    indices, s = choose(x), scores(x)
-    chosen = torch.zeros((*s.shape[:3], x.Nk + 1), dtype=torch.bool, device=s.device)
-    chosen.scatter_(-1, indices.masked_fill(indices < 0, x.Nk), True)
-    p, lse, entropy, max_probability = softmax(s.masked_fill(~chosen[..., : x.Nk], NEG_INF))
+    """`cross_attention` of the keys that `top_indices` names, or of the blocks of keys."""
+    if x.topk_blocks is None:
+        indices, wanted = choose(x), x.top_k
+        chosen = named(indices, x.Nk)
+    else:
+        indices, wanted = choose_blocks(x), x.topk_blocks[1]
+        chosen = keys_of_blocks(named(indices, n_blocks(x)), x)
+    p, lse, entropy, max_probability = softmax(scores(x).masked_fill(~chosen, NEG_INF))
     v = used_keys(x.v, x).repeat_interleave(x.Hq // x.Hkv, dim=1)
-    missing = indices.new_full((*indices.shape[:3], x.top_k - indices.shape[3]), -1)
     return TopKAttentionResult(
         p.to(v.dtype) @ v,
         lse if x.return_lse else None,
-        torch.cat((indices, missing), -1).to(torch.int32) if x.return_indices else None,
+        with_missing(indices, wanted) if x.return_indices else None,
         *((entropy, max_probability) if x.return_statistics else (None, None)),
     )
+
+
+def named(indices: Tensor, n: int) -> Tensor:
+    """bool [..., n], True at the `indices` [..., top_k]; -1 names none."""
+    found = torch.zeros((*indices.shape[:-1], n + 1), dtype=torch.bool, device=indices.device)
+    return found.scatter_(-1, indices.long().masked_fill(indices < 0, n), True)[..., :n]
+
+
+def with_missing(indices: Tensor, top_k: int) -> Tensor:
+    """int32 [..., top_k]: the indices, then -1."""
+    return F.pad(indices, (0, top_k - indices.shape[-1]), value=-1).to(torch.int32)
+
+
+QUERIES_PER_CHOICE = 64  # neighbouring queries, of all heads of a group, that share their blocks
+
+
+def n_blocks(x: TopKAttentionInputs) -> int:
+    return -(-x.Nk // x.topk_blocks[0])
+
+
+def seen_keys(x: CrossAttentionInputs) -> Tensor:
+    """bool [B or 1, Nk]: whether any query of the batch element may see the key."""
+    seen = torch.ones((1, x.Nk), dtype=torch.bool, device=x.q.device)
+    if x.interval is not None:
+        start, stop = x.bounds()
+        empty = start >= stop
+        # keys where more intervals have begun than ended; an empty one does neither
+        bounds = (t.masked_fill(empty, x.Nk).sort(-1).values for t in (start, stop))
+        j = torch.arange(x.Nk, dtype=start.dtype, device=start.device).expand(x.B, -1).contiguous()
+        begun, ended = (torch.searchsorted(t, j, right=True) for t in bounds)
+        seen = begun > ended
+    return seen if x.mask is None else seen & x.mask.any((1, 2))
+
+
+def blocked(x: TopKAttentionInputs) -> tuple[KeyInterval | None, Tensor | None]:
+    """(interval, mask) over blocks: one is allowed where any of its keys is."""
+    size, N = x.topk_blocks[0], n_blocks(x)
+    interval = mask = None
+    if x.interval is not None:
+        start, stop = x.bounds()
+        stop = stop.masked_fill(start >= stop, 0)
+        interval = KeyInterval(start // size, (stop + size - 1) // size)
+    if x.mask is not None:
+        mask = F.pad(x.mask.expand(-1, -1, -1, x.Nk), (0, N * size - x.Nk))
+        mask = mask.unflatten(3, (N, size)).any(4)
+    return interval, mask
+
+
+def pooled(x: TopKAttentionInputs) -> Tensor:
+    """[B, Hkv, N, D]: the mean of each block's seen keys in the dtype of k, 0 where none is."""
+    size, N = x.topk_blocks[0], n_blocks(x)
+    seen, missing = seen_keys(x), N * size - x.Nk
+    k = x.k.masked_fill(~seen[:, None, :, None], 0.0)
+    k = F.pad(k.to(torch.promote_types(k.dtype, torch.float32)), (0, 0, 0, missing))
+    count = F.pad(seen, (0, missing)).unflatten(1, (N, size)).sum(2).clamp(min=1)
+    return (k.unflatten(2, (N, size)).sum(3) / count[:, None, :, None]).to(x.k.dtype)
+
+
+def pooled_call(x: TopKAttentionInputs) -> TopKAttentionInputs:
+    """The call of the same queries with one key for each block."""
+    interval, mask = blocked(x)
+    return replace(x, k=pooled(x), interval=interval, mask=mask)
+
+
+def importance(y: TopKAttentionInputs) -> Tensor:
+    """[B, Hkv, T, N] of T tiles of QUERIES_PER_CHOICE queries and the N keys of a `pooled_call`:
+    the attention weights of the pooled keys, summed over the tile's queries and the group's heads;
+    -inf where none of them may see the block."""
+    q, k = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (y.q, y.k))
+    s = scores(replace(y, q=q, k=k))
+    tiles = (-(-y.Nq // QUERIES_PER_CHOICE), QUERIES_PER_CHOICE)
+
+    def by_tile(t: Tensor) -> Tensor:
+        t = F.pad(t, (0, 0, 0, tiles[0] * tiles[1] - y.Nq))
+        return t.unflatten(1, (y.Hkv, y.Hq // y.Hkv)).unflatten(3, tiles)
+
+    allowed = by_tile(s != NEG_INF).any(4).any(2)
+    return by_tile(softmax(s)[0]).sum((2, 4)).masked_fill(~allowed, NEG_INF)
+
+
+def choose_blocks(x: TopKAttentionInputs) -> Tensor:
+    """int64 [B, Hkv, T, min(n_blocks, N)]: the most important blocks, see `top_indices`."""
+    with torch.no_grad():
+        return top_indices(importance(pooled_call(x)), min(x.topk_blocks[1], n_blocks(x)))
+
+
+def keys_of_blocks(chosen: Tensor, x: TopKAttentionInputs) -> Tensor:
+    """bool [B, Hq, Nq, Nk] of the chosen blocks [B, Hkv, T, N]."""
+    rows = chosen.repeat_interleave(QUERIES_PER_CHOICE, 2)[:, :, : x.Nq]
+    keys = rows.repeat_interleave(x.topk_blocks[0], 3)[..., : x.Nk]
+    return keys.repeat_interleave(x.Hq // x.Hkv, 1)
 
 
 def gated_residual(x: Tensor, h: Tensor, gate: Tensor, row_mask: Tensor | None = None) -> Tensor:

@@ -8,7 +8,8 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from . import gathered, reference
+from . import gathered, gathered_blocks, reference
+from . import topk_blocks as by_blocks
 from .autograd import apart, refuse_double_backward
 from .cross_attention import triton_attend, triton_reasons
 from .dispatch import Backend, allow_tf32, run
@@ -19,8 +20,9 @@ def topk_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    top_k: int,
+    top_k: int | None = None,
     *,
+    topk_blocks: tuple[int, int] | None = None,
     mask=None,
     scale: float | Tensor | None = None,
     return_lse: bool = False,
@@ -40,10 +42,18 @@ def topk_attention(
     is -inf counts as not allowed; one that is NaN ranks first, so that the row is NaN. No score is
     kept in memory on the triton backend, in either direction.
 
+    With `topk_blocks` instead, 64 neighbouring queries of all heads of a group share n_blocks
+    blocks of block_size neighbouring keys, and only those are read: an approximation, in which a
+    query may miss its highest keys, see `kept_mass`. Those blocks are chosen whose mean keys would
+    get most attention, summed over the queries and heads; a query attends to what its mask allows
+    of them, and where that is nothing its out is 0.
+
     Args:
         q, k, v, mask, scale, return_lse, return_statistics, validate: as in `cross_attention`.
         top_k: keys per query, at least 1.
-        return_indices: also return the chosen keys.
+        topk_blocks: (block_size, n_blocks) in place of top_k; block_size is a power of two from 16
+            on, n_blocks at least 1.
+        return_indices: also return the chosen keys or blocks.
         backend: "triton", "sdpa" (PyTorch's operations on keys that are gathered for a few queries
             at a time) or "eager"; None takes the first of triton and sdpa that can run.
 
@@ -55,13 +65,15 @@ def topk_attention(
         RuntimeError: the named backend, or every backend, has reasons against this call.
 
     Source: Zhao et al., "Explicit sparse transformer" (2019), and Gupta et al., "Memory-efficient
-    transformers via top-k attention" (2021), both by way of the matrix of scores.
+    transformers via top-k attention" (2021), both by way of the matrix of scores; blocks by pooled
+    keys as in Yuan et al., "Native sparse attention" (2025), without its other branches.
     """
     x = check(
         q,
         k,
         v,
         top_k,
+        topk_blocks=topk_blocks,
         mask=mask,
         scale=scale,
         return_lse=return_lse,
@@ -73,11 +85,52 @@ def topk_attention(
     return result if x.return_lse or x.return_indices else result.out
 
 
-def check(q, k, v, top_k, *, return_indices=False, **options) -> TopKAttentionInputs:
+@torch.no_grad()
+def kept_mass(
+    q: Tensor,
+    k: Tensor,
+    top_k: int | None = None,
+    *,
+    topk_blocks: tuple[int, int] | None = None,
+    mask=None,
+    scale: float | Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The share of a query's attention that its chosen keys have: how good the approximation is.
+
+        sum of p_j over the chosen j, p the softmax over all allowed keys
+
+    It is exp(lse of the chosen keys - lse of all), at the cost of both forwards, and 1 for a query
+    without any key.
+
+    Args: as in `topk_attention`.
+
+    Returns:
+        float32 [B, Hq, Nq] (float64 for float64 inputs), from 0 to 1; without gradient.
+    """
+    v = k[..., : min(k.shape[3], 16)]
+    options = dict(mask=mask, scale=scale, return_lse=True, backend=backend)
+    chosen = topk_attention(q, k, v, top_k, topk_blocks=topk_blocks, **options).lse
+    all_blocks = (64, max(1, -(-k.shape[2] // 64)))
+    every = topk_attention(q, k, v, topk_blocks=all_blocks, **options).lse
+    none = every == -math.inf
+    return (chosen - every.masked_fill(none, 0.0)).exp().clamp(max=1.0).masked_fill(none, 1.0)
+
+
+def check(
+    q, k, v, top_k=None, *, topk_blocks=None, return_indices=False, **options
+) -> TopKAttentionInputs:
     """The checked inputs of one call; raises TypeError or ValueError naming the argument."""
-    x = check_inputs(q, k, v, **options)
+    if (top_k is None) == (topk_blocks is None):
+        raise ValueError(
+            f"one of top_k and topk_blocks must be given, got top_k={top_k!r} and "
+            f"topk_blocks={topk_blocks!r}"
+        )
     return TopKAttentionInputs(
-        **vars(x), top_k=check_top_k(top_k), return_indices=bool(return_indices)
+        **vars(check_inputs(q, k, v, **options)),
+        top_k=None if top_k is None else check_top_k(top_k),
+        topk_blocks=None if topk_blocks is None else check_topk_blocks(topk_blocks),
+        return_indices=bool(return_indices),
     )
 
 
@@ -89,7 +142,24 @@ def check_top_k(top_k) -> int:
     return int(top_k)
 
 
+def check_topk_blocks(topk_blocks) -> tuple[int, int]:
+    allowed = "topk_blocks must be (block_size, n_blocks)"
+    if not isinstance(topk_blocks, (tuple, list)) or len(topk_blocks) != 2:
+        raise TypeError(f"{allowed}, got {topk_blocks!r}")
+    for name, n in zip(("block_size", "n_blocks"), topk_blocks, strict=True):
+        if isinstance(n, bool) or not isinstance(n, Integral):
+            raise TypeError(f"{allowed}, two ints, got {name}={n!r}")
+    size, n = map(int, topk_blocks)
+    if size < 16 or size & (size - 1):
+        raise ValueError(f"{allowed} with a power of two >= 16 for block_size, got {size}")
+    if n < 1:
+        raise ValueError(f"{allowed} with n_blocks >= 1, got {n}")
+    return size, n
+
+
 def run_triton(x: TopKAttentionInputs) -> TopKAttentionResult:
+    if x.topk_blocks is not None:
+        return by_blocks.run_triton(x)
     start, stop = x.bounds()
     if x.top_k >= x.Nk:  # every allowed key: attention itself
         result, _ = triton_attend(x)
@@ -128,9 +198,13 @@ def all_keys(x: TopKAttentionInputs) -> Tensor:
         return launch(*operands, scale, x.top_k, False, True, allow_tf32())[5]
 
 
+def run_gathered(x: TopKAttentionInputs) -> TopKAttentionResult:
+    return (gathered.topk_attention if x.topk_blocks is None else gathered_blocks.topk_blocks)(x)
+
+
 BACKENDS = (
     Backend("triton", triton_reasons, run_triton),
-    Backend("sdpa", gathered.reasons, gathered.topk_attention, note=gathered.NOTE),
+    Backend("sdpa", gathered.reasons, run_gathered, note=gathered.NOTE),
     Backend("eager", reference.reasons, reference.topk_attention, by_name=True),
 )
 topk_attention.backends, topk_attention.check = BACKENDS, check

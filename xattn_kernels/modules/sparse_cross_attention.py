@@ -109,4 +109,4 @@ def top_k_inputs(x: CrossAttentionInputs, top_k: int) -> TopKAttentionInputs:
         allowed = x.bias == 0
         mask = allowed if mask is None else mask & allowed
     fields = vars(x) | dict(mask=mask, bias=None, dropout_p=0.0, seed=None)
-    return TopKAttentionInputs(**fields, top_k=top_k, return_indices=False)
+    return TopKAttentionInputs(**fields, top_k=top_k, topk_blocks=None, return_indices=False)
