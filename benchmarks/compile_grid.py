@@ -121,7 +121,8 @@ def topk_cases() -> list[Case]:
     sizes = [(64, 512), (64, 1024), (64, 4096), (128, 512), (128, 4096), (256, 256), (256, 4096)]
     sizes += [(96, 1024), (40, 257), (64, 16384), (96, 16384), (128, 16384), (256, 16384)]
     found = [Case(f"topk-D{D}-Nk{Nk}", D, D, "bfloat16", 2048, Nk, flags="topk") for D, Nk in sizes]
-    for D, Nk in ((64, 1024), (64, 4096), (256, 4096), (128, 16384)):
+    # keys in parts, whose scores are kept or, of 65536, computed again
+    for D, Nk in ((64, 1024), (64, 4096), (256, 4096), (128, 16384), (64, 65536), (128, 65536)):
         found.append(Case(f"topk-few16-D{D}-Nk{Nk}", D, D, "bfloat16", 16, Nk, flags="topk"))
     for D, rows in itertools.product((64, 96, 128), (32, 64)):
         name = f"topk-few{rows}-D{D}-Nk1024"
@@ -131,7 +132,8 @@ def topk_cases() -> list[Case]:
         found.append(Case(name, D, D, "bfloat16", 2048, Nk, group=2, flags=flags))
     for D, Nk in ((64, 64), (64, 4096), (256, 4096), (64, 16384), (256, 16384)):
         found.append(Case(f"topk-D{D}-Nk{Nk}-float32", D, D, "float32", 2048, Nk, flags="topk"))
-    return found
+    name = "topk-few16-D64-Nk16384-float32"
+    return [*found, Case(name, 64, 64, "float32", 16, 16384, flags="topk")]
 
 
 def block_cases() -> list[Case]:

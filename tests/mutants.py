@@ -1,5 +1,6 @@
 """Mutants of the kernels that walk tiles and of their launchers, and the list of all mutants."""
 
+from mutants_of_blocks import BLOCK
 from mutants_of_gates import GATES
 from mutants_of_helpers import HELPERS
 from mutants_of_modules import MODULES
@@ -18,7 +19,7 @@ from mutation import (
 
 FORWARD = [
     *mutants("cross_attention", "forward_kernel",
-        ("forward-key-mask", "else j < key_end", "else j <= key_end",
+        ("forward-key-mask", "else key_end)", "else key_end + 1)",
          "loads a key beyond the last interval", PADDING),
         ("forward-start-cut", "(k0 < full_begin)", "(k0 + BLOCK_K < full_begin)",
          "a tile cut by a start counts as full", "mask_per_row"),
@@ -70,7 +71,7 @@ FORWARD = [
 
 DQ = [
     *mutants("cross_attention_backward", "dq_kernel",
-        ("dq-key-mask", "else j < key_end", "else j <= key_end",
+        ("dq-key-mask", "else key_end)", "else key_end + 1)",
          "loads a key beyond the last interval", PADDING),
         ("dq-stop-cut", "(k0 + BLOCK_K > full_end)", "(k0 > full_end)",
          "a tile cut by a stop counts as full", "mask_causal mask_in_order"),
@@ -116,11 +117,11 @@ DQ = [
 
 DKDV = [
     *mutants("cross_attention_backward", "dkdv_kernel",
-        ("dkdv-start-cut", "tl.load(bounds + t * 4 + 1) > k0",
-         "tl.load(bounds + t * 4 + 1) > k0 + BLOCK_K", "a tile cut by a start counts as full",
+        ("dkdv-start-cut", "tl.load(own + 1) > k0",
+         "tl.load(own + 1) > k0 + BLOCK_K", "a tile cut by a start counts as full",
          "mask_per_row"),
-        ("dkdv-stop-cut", "tl.load(bounds + t * 4 + 2) < k0 + BLOCK_K",
-         "tl.load(bounds + t * 4 + 2) < k0", "a tile cut by a stop counts as full",
+        ("dkdv-stop-cut", "tl.load(own + 2) < k0 + BLOCK_K",
+         "tl.load(own + 2) < k0", "a tile cut by a stop counts as full",
          "mask_causal_long"),
         ("dkdv-last-of-run", "range(run_begin, run_end)", "range(run_begin, run_end - 1)",
          "the last row tile of a run is left out", "lse_only_long"),
@@ -250,4 +251,4 @@ WEIGHT = [
     ),
 ]  # fmt: skip
 
-MUTANTS = [*FORWARD, *DQ, *DKDV, *DBIAS, *WEIGHT, *HELPERS, *GATES, *TOP_K, *MODULES]
+MUTANTS = [*FORWARD, *DQ, *DKDV, *DBIAS, *WEIGHT, *HELPERS, *GATES, *TOP_K, *BLOCK, *MODULES]

@@ -122,9 +122,9 @@ TOP_K = [
          TOPK + "scores_at_the_limits_of_float32"),
     ),
     *mutants("topk_gather", "pairs_by_key",
-        ("gather-head", "// call.group", "// 1", "every query head has its own keys",
+        ("gather-head", "// (all_heads // heads)", "// 1", "every query head has its own keys",
          gathered("group")),
-        ("gather-no-key", "heads * call.Nk)", "0)", "-1 is a pair of the first key",
+        ("gather-no-key", "heads * Nk)", "0)", "-1 is a pair of the first key",
          gathered("mask_empty_rows")),
     ),
 ]  # fmt: skip

@@ -14,6 +14,7 @@ from conftest import modes
 from largest_tensor import LargestTensor
 from topk_cases import dense_bool
 from xattn_kernels import KeyInterval, cross_attention, kept_mass, reference, topk_attention
+from xattn_kernels.topk_blocks import importance_triton
 
 QUICK = ("plain", "long", "mask_padding", "mask_causal_long", "everything")
 
@@ -46,6 +47,17 @@ def test_compiled_of_other_dtypes(mode, name, dtype):
     assert_right(*case(name, D=32), "triton", dtype, mode.device)
 
 
+@pytest.mark.parametrize("mode", modes("interpreter", "sm_80", "gpu"), indirect=True)
+@pytest.mark.parametrize("name", ["long", "group_long", "mask_padding", "mask_bool_BHQK"])
+def test_importance(mode, name):
+    c, blocks = case(name)
+    call = blocks_call(c, blocks, torch.float32, mode.device)
+    x = topk_attention.check(**call.leaves, **call.options, topk_blocks=blocks)
+    with torch.no_grad():
+        found, expected = importance_triton(x), reference.importance(reference.pooled_call(x))
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("mode", modes("interpreter", "sm_90", "gpu"), indirect=True)
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("name", ["long", "everything", "mask_padding"])
@@ -55,7 +67,7 @@ def test_splits(mode, name, splits, force_splits):
 
 
 @pytest.mark.parametrize("mode", modes("interpreter", "sm_90", "gpu"), indirect=True)
-@pytest.mark.parametrize("name", ["long", "group_long", "mask_all_empty", "mask_unsorted"])
+@pytest.mark.parametrize("name", ["plain", "long", "mask_all_empty", "mask_unsorted"])
 def test_every_output_is_written(mode, name):
     from judge import poisoned
 

@@ -272,17 +272,21 @@ def find_row(
 KEPT_TILES = (1, 2, 3, 4, 6, 8)
 
 
+def most_kept(D: int, itemsize: int) -> int:
+    """Keys whose scores a row tile may keep: in 64 registers of a thread. More would take fewer
+    warps through the arithmetic of a row, which each of them repeats, but ptxas then takes minutes
+    for what spills in the end."""
+    if itemsize == HALF:
+        return 1024 if D <= 96 else 512 if D <= 128 else 256
+    return 64 if D <= 64 else 0
+
+
 def selection(D: int, itemsize: int, rows: int, Nk: int) -> tuple[Config, int]:
     """(configuration, tiles of keys whose scores are kept) of the search for the top keys; 0 tiles
-    where a row is too long to keep it.
-
-    64 registers of a thread hold scores. More would take fewer warps through the arithmetic of a
-    row, which each of them repeats, but ptxas then takes minutes for what spills in the end.
-    """
+    where a row is too long to keep it."""
     half = itemsize == HALF
     block_k = (128 if D <= 128 else 64) if half else 32
-    half_most = 1024 if D <= 96 else 512 if D <= 128 else 256
-    most = half_most if half else 64 if D <= 64 else 0
+    most = most_kept(D, itemsize)
     kept = next((n * block_k for n in KEPT_TILES if Nk <= n * block_k <= most), 0)
     if kept:
         block_q = 32 if half and rows > 16 and D <= 96 and kept <= 512 else 16
@@ -294,6 +298,27 @@ def selection(D: int, itemsize: int, rows: int, Nk: int) -> tuple[Config, int]:
     num_warps = 8 if block_q > 16 else 4
     block_k = 64 if D <= 128 else 32
     return Config(block_q, block_k, num_warps, 2, register_bound(num_warps)), 0
+
+
+# of a row whose keys several programs search: what they found must fit one search in registers
+MOST_CANDIDATES = 2048
+
+
+def parts_to_search(n_splits: int, D: int, itemsize: int, Nk: int, top_k: int) -> int:
+    """Parts into which a row's keys are cut where n_splits programs would fill the device: not more
+    than leave MOST_CANDIDATES or a quarter of the keys, and if possible so many that each keeps its
+    scores."""
+    if n_splits > 1 and (kept := most_kept(D, itemsize)):
+        n_splits = max(n_splits, -(-Nk // kept))
+    return max(1, min(n_splits, min(MOST_CANDIDATES, Nk // 4) // top_k))
+
+
+def candidates(n: int, itemsize: int) -> Config:
+    """Of the search among n candidates of one row, `block_q` of whose columns are read at a time:
+    16 bytes, which with a row's neighbours make whole sectors."""
+    block_k = 1 << max(6, (n - 1).bit_length())
+    num_warps = 8 if block_k > 512 else 4
+    return Config(16 // itemsize, block_k, num_warps, 1, register_bound(num_warps))
 
 
 # Keys for each chosen one, beyond which gathering the chosen costs less than every product on the

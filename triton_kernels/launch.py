@@ -199,10 +199,11 @@ class Call:
         rows = queries * self.group
         return replace(config, block_q=min(config.block_q, rows & -rows))
 
-    def selection_config(self) -> tuple[Config, int]:
-        """(configuration, tiles of keys whose scores are kept), see `configs.selection`."""
+    def selection_config(self, n_splits: int = 1) -> tuple[Config, int]:
+        """(configuration, tiles of keys whose scores are kept) of one of n_splits parts of the
+        keys, see `configs.selection`."""
         rows, itemsize = self.Nq * self.group, self.q.element_size()
-        return selection(self.D, itemsize, rows, self.Nk)
+        return selection(self.D, itemsize, rows, triton.cdiv(self.Nk, n_splits))
 
     def splits(self, programs: int, steps: int, wanted: int | None = None) -> int:
         """`split_count` unless a number is wanted."""

@@ -11,7 +11,8 @@ from torch import Tensor
 from . import cross_attention, cross_attention_backward, topk_gather
 from .configs import gathers
 from .launch import Call, zero_gradients
-from .topk_selection import select, to_bits, to_indices
+from .topk_candidates import choose
+from .topk_selection import to_bits, to_indices
 
 
 def saves_indices(Nk: int, top_k: int) -> bool:
@@ -31,10 +32,10 @@ def forward(
     call = Call(q, k, v, None, scale_tensor, start, stop, mask, None, scale, 0.0, 0.0, allow_tf32)
     Nk, indexed = call.Nk, saves_indices(call.Nk, top_k)
     if indexed and gathers("forward", Nk, top_k):
-        indices = select(call, top_k, True)
+        indices = choose(call, top_k, True)
         results = topk_gather.forward(call, indices, statistics)
         return *results, indices.new_empty(0), indices
-    bits = select(call, min(top_k, Nk), False)
+    bits = choose(call, min(top_k, Nk), False)
     out, lse, _, entropy, max_probability = cross_attention.forward(
         q, k, v, None, scale_tensor, start, stop, bits if Nk else None, None, scale, 0.0, 0.0,
         statistics, allow_tf32,

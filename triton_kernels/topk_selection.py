@@ -25,7 +25,7 @@ from .scores import (
     run_offsets,
     tile_scores,
 )
-from .tiles import dot_nt, load_tile, packed_rows, program
+from .tiles import dot_nt, load_tile, packed_rows, program, split_range
 
 MODEL_STEPS = tl.constexpr(8)  # of a search, before every other one halves the integers between
 
@@ -155,6 +155,38 @@ def next_guess(low, high, n_low, n_high, top_k, mean, deviation, z, step):
 
 
 @triton.jit
+def search(
+    scores, row_terms, begin, end, Nk, row_mask, top_k, D: tl.constexpr, CHUNKS: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(t, how many scores reach t, how many are above t) of each row, [BLOCK_Q]: t is the top_k-th
+    score, or below all where there are fewer."""
+    n_row, mean, deviation = moments(
+        scores, row_terms, begin, end, Nk, D, CHUNKS, BLOCK_Q, BLOCK_K, ALIGN, PRECISION
+    )
+    top_k = tl.full([], 0, tl.int32) + top_k
+    n = tl.maximum(n_row, 1).to(tl.float32)
+    z = normal_quantile(tl.minimum(tl.maximum(top_k - 0.5, 0.3), n - 0.3) / n)
+    low, high = tl.full([BLOCK_Q], LOWEST, tl.float32), tl.full([BLOCK_Q], float("inf"), tl.float32)
+    n_low, n_high = n_row, tl.full([BLOCK_Q], 0, tl.int32)
+    step = tl.full([], 0, tl.int32)
+    searching = row_mask & (n_low > top_k)
+    while tl.max(searching.to(tl.int32)) > 0:
+        guess = next_guess(low, high, n_low, n_high, top_k, mean, deviation, z, step)
+        found = count(
+            scores, row_terms, begin, end, Nk, guess, D, CHUNKS, BLOCK_Q, BLOCK_K, ALIGN, PRECISION
+        )  # fmt: skip
+        new = searching & (guess < high)
+        enough = new & (found >= top_k)
+        fewer = new & (found < top_k)
+        low, n_low = tl.where(enough, guess, low), tl.where(enough, found, n_low)
+        high, n_high = tl.where(fewer, guess, high), tl.where(fewer, found, n_high)
+        searching = new & (n_low > top_k)
+        step += 1
+    return low, n_low, n_high
+
+
+@triton.jit
 def packed_bits(chosen, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
     """int32 [BLOCK_Q, BLOCK_K // 32] of bool [BLOCK_Q, BLOCK_K]."""
     bits = tl.reshape(chosen.to(tl.int32), [BLOCK_Q, BLOCK_K // 32, 32])
@@ -205,12 +237,12 @@ def chosen_words(s, t, wanted, ties, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexp
 
 @triton.jit
 def store_words(
-    selected, b, h, i, Hq, Nq, row_mask, words, filled, k0, Nk, top_k, BLOCK_K: tl.constexpr,
+    selected, rows, row_mask, words, filled, k0, Nk, top_k, width, BLOCK_K: tl.constexpr,
     INDEXED: tl.constexpr,
 ):  # fmt: skip
     """Stores the words of a tile or, INDEXED, the keys that they stand for behind the `filled`
-    [BLOCK_Q] keys of each row; returns how many are filled then."""
-    rows = ((b * Hq + h) * Nq + i).to(tl.int64)[:, None]
+    [BLOCK_Q] keys of each of the `rows`, which are `width` apart; returns how many are filled."""
+    rows = rows[:, None]
     word = tl.arange(0, BLOCK_K // 32)[None, :]
     if INDEXED:
         n_chosen = n_bits(words)
@@ -222,7 +254,7 @@ def store_words(
         # a row with an infinite score may have chosen more
         keep = row_mask[:, None, None] & chosen & (place < top_k)
         j = k0 + 32 * word[:, :, None] + bit
-        tl.store(selected + rows[:, :, None] * top_k + place, j + 0 * place, keep)
+        tl.store(selected + rows[:, :, None] * width + place, j + 0 * place, keep)
         filled += tl.sum(n_chosen, 1)
     else:
         n_words = tl.cdiv(Nk, 32)
@@ -233,20 +265,20 @@ def store_words(
 
 
 @triton.jit
-def store_no_keys(rows, selected, row_mask, filled, top_k, BLOCK_Q: tl.constexpr):
+def store_no_keys(selected, rows, row_mask, filled, top_k, width, BLOCK_Q: tl.constexpr):
     """-1 behind the `filled` [BLOCK_Q] keys of each row."""
     first = tl.min(tl.where(row_mask, filled, top_k))
     for place0 in range(first, top_k, 32):
         place = place0 + tl.arange(0, 32)[None, :]
         rest = row_mask[:, None] & (place >= filled[:, None]) & (place < top_k)
         none = tl.full([BLOCK_Q, 32], -1, tl.int32)
-        tl.store(selected + rows[:, None] * top_k + place, none, rest)
+        tl.store(selected + rows[:, None] * width + place, none, rest)
 
 
 @triton.jit
 def select_kernel(
     # int32 [B, Hq, Nq, words], where bit j % 32 of word j // 32 says whether key j is chosen, or,
-    # INDEXED, [B, Hq, Nq, top_k], the chosen keys in ascending order and then -1
+    # INDEXED, [B, Hq, Nq, n_parts, top_k], the chosen keys in ascending order and then -1
     selected,
     q, stride_q, k, stride_k, v, stride_v,
     bias, stride_bias, mask, stride_mask,  # mask 4-d with broadcast strides, or None
@@ -258,13 +290,20 @@ def select_kernel(
     ALIGN: tl.constexpr, PRECISION: tl.constexpr,
     TILES: tl.constexpr,  # of keys, all of whose scores are kept; 0: computed in every step
     INDEXED: tl.constexpr,
+    n_parts,  # programs that each choose top_k of their own part of the keys, or None for one
 ):  # fmt: skip
-    tile, hkv, b, _ = program(tl.cdiv(Nq * GROUP, BLOCK_Q), Hkv, B)
+    tile, hkv, b, split = program(tl.cdiv(Nq * GROUP, BLOCK_Q), Hkv, B)
     # [BLOCK_Q]
     i, h, row_mask = packed_rows(tile, hkv, Nq, BLOCK_Q, GROUP)
     first, last, begin, end, _, _ = key_ranges(
         start, stop, stride_start, stride_stop, b, i, row_mask, Nk
     )
+    first_key, width = 0, top_k
+    if n_parts is not None:
+        begin, end = split_range(begin, end, split, n_parts, BLOCK_K)
+        first, last, first_key = tl.maximum(first, begin), tl.minimum(last, end), begin
+        selected += split * top_k
+        width = n_parts * top_k
     rs = row_scale(scale, scale_tensor, stride_scale, h)
     if scale_tensor is not None:
         rs = rs[:, None]
@@ -278,41 +317,25 @@ def select_kernel(
     scores = ()
     for n in tl.static_range(TILES):
         scores = scores + (
-            selection_scores(row_terms, n * BLOCK_K, Nk, D, CHUNKS, BLOCK_K, ALIGN, PRECISION),
+            selection_scores(
+                row_terms, first_key + n * BLOCK_K, Nk, D, CHUNKS, BLOCK_K, ALIGN, PRECISION
+            ),
         )
 
-    n_row, mean, deviation = moments(
-        scores, row_terms, begin, end, Nk, D, CHUNKS, BLOCK_Q, BLOCK_K, ALIGN, PRECISION
-    )
-    top_k = tl.full([], 0, tl.int32) + top_k
-    n = tl.maximum(n_row, 1).to(tl.float32)
-    z = normal_quantile(tl.minimum(tl.maximum(top_k - 0.5, 0.3), n - 0.3) / n)
-    low, high = tl.full([BLOCK_Q], LOWEST, tl.float32), tl.full([BLOCK_Q], float("inf"), tl.float32)
-    n_low, n_high = n_row, tl.full([BLOCK_Q], 0, tl.int32)
-    step = tl.full([], 0, tl.int32)
-    searching = row_mask & (n_low > top_k)
-    while tl.max(searching.to(tl.int32)) > 0:
-        guess = next_guess(low, high, n_low, n_high, top_k, mean, deviation, z, step)
-        found = count(
-            scores, row_terms, begin, end, Nk, guess, D, CHUNKS, BLOCK_Q, BLOCK_K, ALIGN, PRECISION
-        )  # fmt: skip
-        new = searching & (guess < high)
-        enough = new & (found >= top_k)
-        fewer = new & (found < top_k)
-        low, n_low = tl.where(enough, guess, low), tl.where(enough, found, n_low)
-        high, n_high = tl.where(fewer, guess, high), tl.where(fewer, found, n_high)
-        searching = new & (n_low > top_k)
-        step += 1
-
+    low, n_low, n_high = search(
+        scores, row_terms, begin, end, Nk, row_mask, top_k, D, CHUNKS, BLOCK_Q, BLOCK_K, ALIGN,
+        PRECISION,
+    )  # fmt: skip
     # more scores reach the threshold than are wanted where several are equal to it
     ties = tl.max((n_low > top_k).to(tl.int32)) > 0
     wanted = tl.where(n_low > top_k, top_k - n_high, Nk)
     filled = tl.full([BLOCK_Q], 0, tl.int32)
+    rows = ((b * Hkv * GROUP + h) * Nq + i).to(tl.int64)
     if TILES > 0:
         for n in tl.static_range(TILES):
             words, wanted = chosen_words(scores[n], low, wanted, ties, BLOCK_Q, BLOCK_K)
             filled = store_words(
-                selected, b, h, i, Hkv * GROUP, Nq, row_mask, words, filled, n * BLOCK_K, Nk, top_k,
+                selected, rows, row_mask, words, filled, first_key + n * BLOCK_K, Nk, top_k, width,
                 BLOCK_K, INDEXED,
             )  # fmt: skip
     else:
@@ -323,12 +346,10 @@ def select_kernel(
                 s = selection_scores(row_terms, k0, Nk, D, CHUNKS, BLOCK_K, ALIGN, PRECISION)
             words, wanted = chosen_words(s, low, wanted, ties, BLOCK_Q, BLOCK_K)
             filled = store_words(
-                selected, b, h, i, Hkv * GROUP, Nq, row_mask, words, filled, k0, Nk, top_k,
-                BLOCK_K, INDEXED,
-            )  # fmt: skip
+                selected, rows, row_mask, words, filled, k0, Nk, top_k, width, BLOCK_K, INDEXED
+            )
     if INDEXED:
-        rows = ((b * Hkv * GROUP + h) * Nq + i).to(tl.int64)
-        store_no_keys(rows, selected, row_mask, filled, top_k, BLOCK_Q)
+        store_no_keys(selected, rows, row_mask, filled, top_k, width, BLOCK_Q)
 
 
 @triton.jit
@@ -382,16 +403,18 @@ ROWS, COLUMNS = 8, 128  # of a program between bits and indices
 MAX_REGISTERS = register_bound(num_warps=4)
 
 
-def select(call: Call, top_k: int, indexed: bool) -> Tensor:
-    """int32 [B, Hq, Nq, ceil(Nk / 32)] or, indexed, [B, Hq, Nq, top_k], see `select_kernel`."""
-    width = top_k if indexed else triton.cdiv(call.Nk, 32)
+def select(call: Call, top_k: int, indexed: bool, n_parts: int = 1) -> Tensor:
+    """int32 [B, Hq, Nq, ceil(Nk / 32)] or, indexed, [B, Hq, Nq, n_parts * top_k], see
+    `select_kernel`."""
+    width = n_parts * top_k if indexed else triton.cdiv(call.Nk, 32)
     selected = call.q.new_empty((*call.q.shape[:3], width), dtype=torch.int32)
     if selected.numel():
-        config, tiles = call.selection_config()
-        programs = call.row_tiles(config) * call.B * call.Hkv
+        config, tiles = call.selection_config(n_parts)
+        programs = call.row_tiles(config) * call.B * call.Hkv * n_parts
         call.launch(
-            select_kernel, config, programs, (selected,), top_k, TILES=tiles, INDEXED=indexed
-        )
+            select_kernel, config, programs, (selected,), top_k, TILES=tiles, INDEXED=indexed,
+            n_parts=n_parts if n_parts > 1 else None,
+        )  # fmt: skip
     return selected
 
 

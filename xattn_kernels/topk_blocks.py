@@ -43,16 +43,21 @@ def run_triton(x: TopKAttentionInputs) -> TopKAttentionResult:
 
 def choose_triton(x: TopKAttentionInputs) -> Tensor:
     """`reference.choose_blocks`, int32, by the kernels."""
+    weights = importance_triton(x)
+    return top_indices(weights, min(x.topk_blocks[1], n_blocks(x))).to(torch.int32)
+
+
+def importance_triton(x: TopKAttentionInputs) -> Tensor:
+    """`reference.importance` of the pooled call, by the kernels."""
     scale_tensor = x.scale if isinstance(x.scale, Tensor) else None
     interval, mask = blocked(x)
     start, stop = (None, None) if interval is None else interval.expand(x.B, x.Nq)
     launch = importance_op if torch.compiler.is_compiling() else launch_importance
-    weights = launch(
+    return launch(
         x.q, x.k, seen_keys(x), scale_tensor, start, stop, mask,
         math.nan if scale_tensor is not None else x.scale, x.topk_blocks[0], QUERIES_PER_CHOICE,
         allow_tf32(),
     )  # fmt: skip
-    return top_indices(weights, min(x.topk_blocks[1], n_blocks(x))).to(torch.int32)
 
 
 class TopKBlocksFunction(torch.autograd.Function):
