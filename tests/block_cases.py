@@ -36,6 +36,7 @@ CASES: dict[str, tuple[dict, tuple[int, int]]] = {
     "no_batch": (dict(B=0), (16, 1)),
     "group": (dict(Hq=6, Hkv=2), (16, 2)),
     "group_long": (dict(Hq=3, Hkv=1, B=1, Nq=70), (16, 2)),
+    "group_out": (dict(Hq=3, Hkv=1, B=1, Nq=70, Nk=200, returns="out"), (32, 2)),
     "widths": (dict(D=20, Dv=40), (16, 2)),
     "width_96": (dict(D=96, B=1, Hq=1, Hkv=1), (16, 2)),
     "BNHD": (dict(layout="BNHD"), (16, 2)),

@@ -60,7 +60,7 @@ TOP_K = [
         ("topk-index-filled", "filled += tl.sum(n_chosen, 1)", "filled += 0 * tl.sum(n_chosen, 1)",
          "each tile begins at the first place", gathered("many_keys")),
         ("topk-word", "word += k0 // 32", "word += 0 * k0", "every tile at the first word",
-         cases("many_keys")),
+         cases("mask_causal_long", "mask_blocks_long")),
     ),
     *mutants("topk_selection", "store_no_keys",
         ("topk-no-keys", "place >= filled[:, None]", "place > filled[:, None]",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from cases import Case
 from conftest import modes
 from topk_cases import assert_right, case
 from xattn_kernels import reference, topk_attention
@@ -23,7 +24,7 @@ def in_parts(request, monkeypatch):
     pytest.importorskip("triton")
     from xattn_kernels.triton_kernels import configs, launch, topk_candidates
 
-    monkeypatch.setattr(configs, "most_kept", lambda D, itemsize: 128)
+    monkeypatch.setattr(configs, "most_kept", lambda D, itemsize: 256)
     if request.param == "recomputed":
         monkeypatch.setattr(configs, "KEPT_TILES", ())
     monkeypatch.setattr(topk_candidates, "parts", lambda call, top_k: 3)
@@ -50,6 +51,13 @@ def test_triton(mode, name, in_parts):
 @pytest.mark.parametrize("name", NAMES)
 def test_compiled(mode, name, in_parts):
     assert_right(*case(name, D=32, Nk=150), "triton", mode.dtypes[0], mode.device)
+
+
+@pytest.mark.parametrize("mode", modes("interpreter", "gpu"), indirect=True)
+def test_a_part_that_keeps_more_tiles_than_it_has(mode, in_parts):
+    """Five tiles of 32 keys each, where six are kept."""
+    c = Case("topk_five_tiles", B=1, Hq=1, Hkv=1, Nq=5, Nk=480)
+    assert_right(c, 40, "triton", torch.float32, mode.device)
 
 
 @pytest.mark.parametrize("mode", modes("interpreter", "sm_80", "gpu"), indirect=True)
