@@ -32,7 +32,8 @@ def by_hand(m: SparseCrossAttention, x, y, allowed=None):
         t.unflatten(-1, (H, E // H)).transpose(1, 2)
         for t in nn.functional._in_projection_packed(x, y, y, m.in_proj_weight, m.in_proj_bias)
     )
-    out = topk_attention(q, k, v, m.top_k, mask=allowed, backend="eager")
+    chosen = dict(top_k=m.top_k, topk_blocks=m.topk_blocks)
+    out = topk_attention(q, k, v, **chosen, mask=allowed, backend="eager")
     return m.out_proj(out.transpose(1, 2).flatten(-2))
 
 
@@ -51,12 +52,16 @@ MASKS = {
 }
 
 
+CHOSEN = {"keys": {}, "blocks": dict(top_k=None, topk_blocks=(16, 1))}
+
+
 @pytest.mark.parametrize("backend", [None, "eager"])
+@pytest.mark.parametrize("chosen", CHOSEN)
 @pytest.mark.parametrize("masks", MASKS)
-def test_output_and_gradients(masks, backend):
+def test_output_and_gradients(masks, chosen, backend):
     options, allow = MASKS[masks]
     allowed = allow(*options.values()) if allow else None
-    m, exact = module(backend=backend), module().double()
+    m, exact = module(backend=backend, **CHOSEN[chosen]), module(**CHOSEN[chosen]).double()
     x, y = inputs()
     found = run(m, lambda: m(x, y, y, **options)[0])
     eager = run(m, lambda: by_hand(m, x, y, allowed))
@@ -117,6 +122,8 @@ def test_in_a_decoder_layer():
     expected = layer(x, y)
     layer.multihead_attn = SparseCrossAttention.from_torch(layer.multihead_attn, top_k=NK)
     torch.testing.assert_close(layer(x, y), expected)
+    blocks = SparseCrossAttention.from_torch(nn.MultiheadAttention(E, H), topk_blocks=(16, 2))
+    assert blocks.topk_blocks == (16, 2) and blocks.in_proj_weight.shape == (3 * E, E)
     layer.multihead_attn.top_k = 2
     assert not torch.allclose(layer(x, y), expected)
 
@@ -127,8 +134,11 @@ def test_what_has_no_top_k():
         m(x, y, y, need_weights=True)
     with pytest.raises(TypeError, match="attn_mask must be bool"):
         m(x, y, y, attn_mask=torch.zeros(NQ, NK))
-    with pytest.raises(ValueError, match="dropout must be 0 beside a top_k, got 0.1"):
-        module(dropout=0.1)
+    for chosen in CHOSEN.values():
+        with pytest.raises(ValueError, match="dropout must be 0 beside a top_k .*, got 0.1"):
+            module(dropout=0.1, **chosen)
+    with pytest.raises(ValueError, match="one of top_k and topk_blocks"):
+        module(top_k=3, topk_blocks=(16, 1))
     with pytest.raises(ValueError, match="top_k must be an int >= 1, got 0"):
         module(top_k=0)
 

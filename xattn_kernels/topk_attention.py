@@ -121,17 +121,25 @@ def check(
     q, k, v, top_k=None, *, topk_blocks=None, return_indices=False, **options
 ) -> TopKAttentionInputs:
     """The checked inputs of one call; raises TypeError or ValueError naming the argument."""
+    top_k, topk_blocks = check_chosen(top_k, topk_blocks)
+    return TopKAttentionInputs(
+        **vars(check_inputs(q, k, v, **options)),
+        top_k=top_k,
+        topk_blocks=topk_blocks,
+        return_indices=bool(return_indices),
+    )
+
+
+def check_chosen(top_k, topk_blocks) -> tuple[int | None, tuple[int, int] | None]:
+    """(top_k, topk_blocks), exactly one of which is not None."""
     if (top_k is None) == (topk_blocks is None):
         raise ValueError(
             f"one of top_k and topk_blocks must be given, got top_k={top_k!r} and "
             f"topk_blocks={topk_blocks!r}"
         )
-    return TopKAttentionInputs(
-        **vars(check_inputs(q, k, v, **options)),
-        top_k=None if top_k is None else check_top_k(top_k),
-        topk_blocks=None if topk_blocks is None else check_topk_blocks(topk_blocks),
-        return_indices=bool(return_indices),
-    )
+    if top_k is None:
+        return None, check_topk_blocks(topk_blocks)
+    return check_top_k(top_k), None
 
 
 def check_top_k(top_k) -> int:

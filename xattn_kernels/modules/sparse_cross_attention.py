@@ -1,4 +1,4 @@
-"""`SparseCrossAttention`: multi-head attention of which each query takes its `top_k` keys only."""
+"""`SparseCrossAttention`: multi-head attention of the top keys, or blocks of keys, only."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..dispatch import choice, choose
 from ..inputs import CrossAttentionInputs, TopKAttentionInputs
 from ..masks import KeyInterval
-from ..topk_attention import check_top_k, topk_attention
+from ..topk_attention import check_chosen, topk_attention
 from .multihead_attention import MultiheadAttention, _inputs
 
 
@@ -21,32 +21,52 @@ class SparseCrossAttention(MultiheadAttention):
 
     Args:
         top_k: keys per query and head; None for all, which is dense attention.
+        topk_blocks: (block_size, n_blocks) in place of top_k, as in `topk_attention`.
         The others are those of `MultiheadAttention`.
 
     Raises:
-        TypeError, ValueError: top_k is no int of at least 1; dropout is not 0 beside a top_k.
+        TypeError, ValueError: top_k is no int of at least 1, topk_blocks no such pair, or both are
+            given; dropout is not 0 beside either.
     """
 
     top_k: int | None = None
+    topk_blocks: tuple[int, int] | None = None
 
-    def __init__(self, embed_dim, num_heads, *args, top_k: int | None = None, **kwargs) -> None:
+    def __init__(
+        self,
+        embed_dim,
+        num_heads,
+        *args,
+        top_k: int | None = None,
+        topk_blocks: tuple[int, int] | None = None,
+        **kwargs,
+    ) -> None:
         super().__init__(embed_dim, num_heads, *args, **kwargs)
-        self.top_k = None if top_k is None else check_top_k(top_k)
-        self._check_dropout()
+        self._choose(top_k, topk_blocks)
 
     @classmethod
     def from_torch(
-        cls, module: nn.MultiheadAttention, *, top_k: int | None = None, backend=None
+        cls,
+        module: nn.MultiheadAttention,
+        *,
+        top_k: int | None = None,
+        topk_blocks: tuple[int, int] | None = None,
+        backend=None,
     ) -> SparseCrossAttention:
         """A new module with the same Parameter objects, as `MultiheadAttention.from_torch`."""
         new = super().from_torch(module, backend=backend)
-        new.top_k = None if top_k is None else check_top_k(top_k)
-        new._check_dropout()
+        new._choose(top_k, topk_blocks)
         return new
 
-    def _check_dropout(self) -> None:
-        if self.top_k is not None and self.dropout != 0.0:
-            raise ValueError(f"dropout must be 0 beside a top_k, got {self.dropout}")
+    sparse = property(lambda self: self.top_k is not None or self.topk_blocks is not None)
+
+    def _choose(self, top_k, topk_blocks) -> None:
+        if top_k is not None or topk_blocks is not None:
+            self.top_k, self.topk_blocks = check_chosen(top_k, topk_blocks)
+            if self.dropout != 0.0:
+                raise ValueError(
+                    f"dropout must be 0 beside a top_k or topk_blocks, got {self.dropout}"
+                )
 
     def forward(
         self,
@@ -61,14 +81,15 @@ class SparseCrossAttention(MultiheadAttention):
         *,
         mask: KeyInterval | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """(output, None), arguments as in `MultiheadAttention.forward`; its result without top_k.
+        """(output, None), arguments as in `MultiheadAttention.forward`; its result where all keys
+        are taken.
 
         Raises:
-            ValueError: need_weights beside a top_k.
-            TypeError: a mask beside a top_k is not bool.
+            ValueError: need_weights beside a top_k or topk_blocks.
+            TypeError: a mask beside them is not bool.
             The others are those of `MultiheadAttention.forward`.
         """
-        if self.top_k is not None:
+        if self.sparse:
             self._check_call(key_padding_mask, need_weights, attn_mask)
         return super().forward(
             query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights,
@@ -77,36 +98,37 @@ class SparseCrossAttention(MultiheadAttention):
 
     def _check_call(self, key_padding_mask, need_weights: bool, attn_mask) -> None:
         if need_weights:
-            raise ValueError("need_weights must be False beside a top_k, which has no weights")
+            raise ValueError("need_weights must be False: sparse attention has no weights")
         for name, t in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
             if t is not None and t.dtype != torch.bool:
                 raise TypeError(
-                    f"{name} must be bool (True = not allowed) beside a top_k, got {t.dtype}"
+                    f"{name} must be bool (True = not allowed) in sparse attention, got {t.dtype}"
                 )
 
     def _attend(self, x: CrossAttentionInputs, average: bool | None):
         """(out, weights); no weights if `average` is None."""
-        if self.top_k is None:
+        if not self.sparse:
             return super()._attend(x, average)
-        y = top_k_inputs(x, self.top_k)
+        y = self._sparse_inputs(x)
         backend = choose("SparseCrossAttention", topk_attention.backends, y, self.backend)
         return backend.run(y).out, None
 
     def explain(self, *args, need_weights: bool = False, **kwargs) -> None:
         """Prints which backend `forward(*args, **kwargs)` takes, and why."""
-        if self.top_k is None:
+        if not self.sparse:
             super().explain(*args, need_weights=need_weights, **kwargs)
             return
         x = _inputs(self, *args, need_weights=need_weights, **kwargs)
-        inputs, backends = top_k_inputs(x, self.top_k), topk_attention.backends
-        print(choice("SparseCrossAttention", backends, inputs, self.backend))
+        backends = topk_attention.backends
+        print(choice("SparseCrossAttention", backends, self._sparse_inputs(x), self.backend))
 
-
-def top_k_inputs(x: CrossAttentionInputs, top_k: int) -> TopKAttentionInputs:
-    """The same call for `top_k` keys. Of two bool masks the second one comes as a bias of -inf."""
-    mask = x.mask
-    if x.bias is not None:
-        allowed = x.bias == 0
-        mask = allowed if mask is None else mask & allowed
-    fields = vars(x) | dict(mask=mask, bias=None, dropout_p=0.0, seed=None)
-    return TopKAttentionInputs(**fields, top_k=top_k, topk_blocks=None, return_indices=False)
+    def _sparse_inputs(self, x: CrossAttentionInputs) -> TopKAttentionInputs:
+        """The same call for some keys. Of two bool masks the second one comes as a bias of -inf."""
+        mask = x.mask
+        if x.bias is not None:
+            allowed = x.bias == 0
+            mask = allowed if mask is None else mask & allowed
+        fields = vars(x) | dict(mask=mask, bias=None, dropout_p=0.0, seed=None)
+        return TopKAttentionInputs(
+            **fields, top_k=self.top_k, topk_blocks=self.topk_blocks, return_indices=False
+        )
