@@ -58,7 +58,10 @@ class SparseCrossAttention(MultiheadAttention):
         new._choose(top_k, topk_blocks)
         return new
 
-    sparse = property(lambda self: self.top_k is not None or self.topk_blocks is not None)
+    @property
+    def sparse(self) -> bool:
+        """Whether some keys are chosen; dense attention otherwise."""
+        return self.top_k is not None or self.topk_blocks is not None
 
     def _choose(self, top_k, topk_blocks) -> None:
         if top_k is not None or topk_blocks is not None:
