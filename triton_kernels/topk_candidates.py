@@ -14,7 +14,7 @@ from .launch import Call
 from .scores import row_scale
 from .tiles import LOG2E
 from .topk_gather import one_row
-from .topk_selection import search, select, to_bits
+from .topk_selection import reaches, search, select, to_bits
 
 
 @triton.jit
@@ -48,7 +48,6 @@ def candidates_kernel(
         k_part = tl.load(k + at, there[:, None] & (d < D)[None, :], 0.0).to(tl.float32)
         s += tl.sum(k_part * q_part[None, :], 1)
     s *= row_scale(scale, scale_tensor, stride_scale, h) * LOG2E
-    s = tl.where(s == s, s, float("inf"))
     s = tl.where(there, s, float("-inf"))
     t, n_reach, n_above = search(
         (s[None, :],), None, 0, 0, Nk, tl.full([1], 1, tl.int1), top_k, D, CHUNKS, 1, BLOCK_K,
@@ -57,7 +56,7 @@ def candidates_kernel(
     # of those equal to the threshold the first ones only, as many as are wanted
     wanted = tl.where(n_reach > top_k, top_k - n_above, n_reach)
     equal = (s == t).to(tl.int32)
-    chosen = (s > t) | ((equal != 0) & (tl.cumsum(equal, 0) <= wanted))
+    chosen = (reaches(s, t) & (s != t)) | ((equal != 0) & (tl.cumsum(equal, 0) <= wanted))
     chosen_before = tl.cumsum(chosen.to(tl.int32), 0)
     selected += n * top_k
     tl.store(selected + chosen_before - 1, j, chosen & (chosen_before <= top_k))

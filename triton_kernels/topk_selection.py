@@ -9,6 +9,8 @@ computed again in each step, which costs the tensor cores less than a trip to me
 No score is written anywhere: the result is one bit per key.
 """
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -18,14 +20,14 @@ from .configs import register_bound
 from .launch import Call, compiler_options, device_guard
 from .scores import (
     LOWEST,
-    forbid_outside,
+    cut_scores,
     key_ranges,
     row_offsets,
     row_scale,
     run_offsets,
     tile_scores,
 )
-from .tiles import dot_nt, load_tile, packed_rows, program, split_range
+from .tiles import ALL, dot_nt, load_tile, packed_rows, program, split_range
 
 MODEL_STEPS = tl.constexpr(8)  # of a search, before every other one halves the integers between
 
@@ -58,17 +60,29 @@ def selection_scores(
     row_terms, k0, Nk, D: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_K: tl.constexpr,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Scores [BLOCK_Q, BLOCK_K] of the keys from k0 on, -inf where a key is not allowed. NaN ranks
-    above all, so it counts as infinite: either makes the row's softmax NaN."""
-    q_tile, k, stride_k, b, hkv, rs, mask, mask_rows, stride_mask, row_mask, first, last = row_terms
+    """Scores [BLOCK_Q, BLOCK_K] of the keys from k0 on, -inf where a key is not allowed."""
+    q_tile, k, stride_k, b, hkv, scales, masks, row_mask, bounds = row_terms
+    scale, scale_tensor, stride_scale, h = scales
+    mask, mask_rows, stride_mask = masks
+    first, last, full_begin, full_end = bounds
+    rs = scale
+    if scale_tensor is not None:
+        rs = row_scale(scale, scale_tensor, stride_scale, h)[:, None]
     j = k0 + tl.arange(0, BLOCK_K)
     k_tile = load_tile(k, run_offsets(stride_k, b, hkv, k0, BLOCK_K), j < Nk, D, CHUNKS, ALIGN)
     s, _ = tile_scores(
         dot_nt(q_tile, k_tile, CHUNKS, PRECISION), rs, None, None, 0, (0, 0, 0, 0),
         mask, mask_rows, stride_mask, row_mask, j[None, :], Nk,
     )  # fmt: skip
-    s = tl.where(s == s, s, float("inf"))
-    return forbid_outside(s, first, last, j[None, :])
+    cut = (k0 < full_begin) | (k0 + BLOCK_K > full_end)
+    return cut_scores(s, cut, first, last, j[None, :], ALL)
+
+
+@triton.jit
+def reaches(s, t):
+    """Whether scores s reach t. NaN reaches everything, as an infinite score does, so that it is
+    chosen: either makes the row's softmax NaN."""
+    return (s < t) == 0
 
 
 @triton.jit
@@ -81,11 +95,11 @@ def count(
     found = tl.full([BLOCK_Q, BLOCK_K], 0.0, tl.float32)
     if len(scores) > 0:
         for n in tl.static_range(len(scores)):
-            found += tl.where(scores[n] >= t[:, None], 1.0, 0.0)
+            found += tl.where(reaches(scores[n], t[:, None]), 1.0, 0.0)
     else:
         for k0 in range(begin, end, BLOCK_K):
             s = selection_scores(row_terms, k0, Nk, D, CHUNKS, BLOCK_K, ALIGN, PRECISION)
-            found += tl.where(s >= t[:, None], 1.0, 0.0)
+            found += tl.where(reaches(s, t[:, None]), 1.0, 0.0)
     return tl.sum(found, 1).to(tl.int32)
 
 
@@ -115,7 +129,7 @@ def moments(
 
 @triton.jit
 def add_moments(s, found, total, squares):
-    there = s > float("-inf")
+    there = reaches(s, LOWEST)
     s = tl.where(there, s, 0.0)
     return found + tl.where(there, 1.0, 0.0), total + s, squares + s * s
 
@@ -225,7 +239,7 @@ def sum_before(n):
 def chosen_words(s, t, wanted, ties, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
     """(int32 [BLOCK_Q, BLOCK_K // 32], how many are still wanted): the bits of the scores that
     reach t [BLOCK_Q]; with `ties`, the first ones only of those equal to t, as many as wanted."""
-    words = packed_bits(s >= t[:, None], BLOCK_Q, BLOCK_K)
+    words = packed_bits(reaches(s, t[:, None]), BLOCK_Q, BLOCK_K)
     if ties:
         equal = packed_bits(s == t[:, None], BLOCK_Q, BLOCK_K)
         n_equal = n_bits(equal)
@@ -283,7 +297,8 @@ def select_kernel(
     q, stride_q, k, stride_k, v, stride_v,
     bias, stride_bias, mask, stride_mask,  # mask 4-d with broadcast strides, or None
     start, stride_start, stop, stride_stop,  # int32 [B, Nq], or None
-    scale, scale_tensor, stride_scale, softcap, seed, threshold, p_factor,
+    scale, scale_tensor, stride_scale,  # both None for a scale from 0 to 1
+    softcap, seed, threshold, p_factor,
     B, Hkv, Nq, Nk, top_k,
     D: tl.constexpr, DV: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_V: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -295,24 +310,22 @@ def select_kernel(
     tile, hkv, b, split = program(tl.cdiv(Nq * GROUP, BLOCK_Q), Hkv, B)
     # [BLOCK_Q]
     i, h, row_mask = packed_rows(tile, hkv, Nq, BLOCK_Q, GROUP)
-    first, last, begin, end, _, _ = key_ranges(
+    first, last, begin, end, full_begin, full_end = key_ranges(
         start, stop, stride_start, stride_stop, b, i, row_mask, Nk
     )
     first_key, width = 0, top_k
     if n_parts is not None:
         begin, end = split_range(begin, end, split, n_parts, BLOCK_K)
         first, last, first_key = tl.maximum(first, begin), tl.minimum(last, end), begin
+        full_begin, full_end = tl.maximum(full_begin, begin), tl.minimum(full_end, end)
         selected += split * top_k
         width = n_parts * top_k
-    rs = row_scale(scale, scale_tensor, stride_scale, h)
-    if scale_tensor is not None:
-        rs = rs[:, None]
     # [BLOCK_Q, D]
     q_tile = load_tile(q, row_offsets(stride_q, b, h, i), row_mask, D, CHUNKS, ALIGN)
     mask_rows = row_offsets(stride_mask, b, h, i)[:, None]
     row_terms = (
-        q_tile, k, stride_k, b, hkv, rs, mask, mask_rows, stride_mask, row_mask[:, None],
-        first, last,
+        q_tile, k, stride_k, b, hkv, (scale, scale_tensor, stride_scale, h),
+        (mask, mask_rows, stride_mask), row_mask[:, None], (first, last, full_begin, full_end),
     )  # fmt: skip
     scores = ()
     for n in tl.static_range(TILES):
@@ -409,6 +422,8 @@ def select(call: Call, top_k: int, indexed: bool, n_parts: int = 1) -> Tensor:
     width = n_parts * top_k if indexed else triton.cdiv(call.Nk, 32)
     selected = call.q.new_empty((*call.q.shape[:3], width), dtype=torch.int32)
     if selected.numel():
+        if call.scale_tensor is None and 0.0 < call.scale <= 1.0:  # products have its order
+            call = replace(call, scale=None)
         config, tiles = call.selection_config(n_parts)
         programs = call.row_tiles(config) * call.B * call.Hkv * n_parts
         call.launch(
