@@ -87,6 +87,15 @@ What the textbook's kernels keep ahead of ours where they do: their strides are 
 compiled, so the rows of a tile differ by an immediate offset of one address. Ours take any strides,
 two instructions for each 64-bit address and, on Ampere, a multiplication for each tile.
 """
+TOPK = """\
+## Top-k attention
+
+The same counting for `topk_attention` of 64 keys, or of 8 blocks of 64, among 1,024 to 16,384:
+select chooses the keys, forward, dq and dkdv then mask by its bits; of 16,384 keys they are
+gathered. A pair of select is a score that one of its sweeps looks at; those of kept scores have no
+product in the loop. A walk over blocks looks up each tile.
+"""
+TOPK_CASES = ("topk-D64-Nk1024", "topk-D64-Nk4096", "topk-D64-Nk16384", "blocks-many2048-D64")
 CONFLICTS = """\
 ## Bank conflicts
 
@@ -105,22 +114,44 @@ def pairs(full: float, masked: float) -> str:
     return f"{full:.0f} / {masked:.0f}" if masked else f"{full:.0f} / –"
 
 
-def our_tables(reports: list[static_report.KernelReport]) -> str:
-    shown = {r.key: r for r in reports if r.case in ALWAYS and r.kernel in static_report.PRODUCTS}
-    kernels = sorted({(ALWAYS.index(case), case, kernel) for _, case, kernel in shown})
-    head = ["case", "kernel", *(f"sm_{arch}" for arch in ARCHS)]
-    counts, bounds, resources = [], [], []
+def by_arch(shown: Iterable[static_report.KernelReport], cases: tuple[str, ...], cell) -> str:
+    """A row for each case and kernel, and `cell` of the report of each architecture."""
+    found = {r.key: r for r in shown}
+    kernels = sorted({(cases.index(case), case, kernel) for _, case, kernel in found})
+    rows = []
     for _, case, kernel in kernels:
-        found = [shown.get((arch, case, kernel)) for arch in ARCHS]
-        name = [f"`{case}`", kernel]
-        counts.append(name + [r and pairs(r.per_1000, r.per_1000_cut) or "" for r in found])
-        bounds.append(name + [r and f"{r.bound:.0%} {r.limiter}" or "" for r in found])
-        resources.append(name + [r and f"{r.registers}, {r.blocks_per_sm}" or "" for r in found])
-    text = "## Instructions per 1,000 pairs: full tile / masked tile\n\n" + table(head, counts)
-    text += "\n## Bound on the tensor cores' peak, and the busiest unit\n\n" + table(head, bounds)
-    return (
-        text + "\n## Registers per thread, blocks per multiprocessor\n\n" + table(head, resources)
-    )
+        reports = [found.get((arch, case, kernel)) for arch in ARCHS]
+        rows.append([f"`{case}`", kernel, *(r and cell(r) or "" for r in reports)])
+    return table(["case", "kernel", *(f"sm_{arch}" for arch in ARCHS)], rows)
+
+
+def our_tables(reports: list[static_report.KernelReport]) -> str:
+    shown = [r for r in reports if r.case in ALWAYS and r.kernel in static_report.PRODUCTS]
+    cells = {
+        "Instructions per 1,000 pairs: full tile / masked tile": counts,
+        "Bound on the tensor cores' peak, and the busiest unit": bound,
+        "Registers per thread, blocks per multiprocessor": resources,
+    }
+    texts = (f"## {title}\n\n{by_arch(shown, ALWAYS, cell)}" for title, cell in cells.items())
+    return "\n".join(texts)
+
+
+def counts(r: static_report.KernelReport) -> str:
+    return pairs(r.per_1000, r.per_1000_cut)
+
+
+def bound(r: static_report.KernelReport) -> str:
+    return f"{r.bound:.0%} {r.limiter}"
+
+
+def resources(r: static_report.KernelReport) -> str:
+    return f"{r.registers}, {r.blocks_per_sm}"
+
+
+def topk_tables(reports: list[static_report.KernelReport]) -> str:
+    shown = [r for r in reports if r.case in TOPK_CASES and r.per_1000]
+    text = TOPK + "\nInstructions per 1,000 pairs:\n\n" + by_arch(shown, TOPK_CASES, counts)
+    return text + "\nRegisters, blocks:\n\n" + by_arch(shown, TOPK_CASES, resources)
 
 
 def mix_table(rows: list, names: Iterable[str], name_of) -> str:
@@ -201,6 +232,7 @@ def page(folder: Path, triton: str) -> str:
     shown = [r for r in reports if r.arch in MIX_ARCHS and r.case == ALWAYS[0] and r.per_1000]
     text += f"\n## By unit, per 1,000 pairs of a full tile of `{ALWAYS[0]}`\n\n"
     text += mix_table(shown, ("arch", "kernel"), lambda r: [f"sm_{r.arch}", r.kernel])
+    text += "\n" + topk_tables(reports)
     rows, versions = compare.read(compare.rivals_file(folder, triton))
     text += "\n" + rival_tables(rows, versions["torch"])
     conflicts = shared_conflicts.read(shared_conflicts.conflicts_file(folder, triton))
