@@ -18,6 +18,16 @@ from . import workloads
 from .workloads import Workload
 
 
+class Piece(NamedTuple):
+    """Part of a case: which batches, query heads, key heads, rows and keys."""
+
+    b: slice
+    q_heads: slice
+    kv_heads: slice
+    rows: slice
+    keys: slice
+
+
 class Segments(NamedTuple):
     """The same mask for packed (varlen) kernels: cumulative lengths over the flattened batch.
 
@@ -92,6 +102,15 @@ class Case:
         w, mask = self.workload, self.interval
         alike = max(mask.start.dim(), mask.stop.dim()) < 2
         return tuple(t.contiguous() for t in mask.expand(1 if alike else w.B, w.Nq))
+
+    def mask_of(self, piece: Piece) -> KeyInterval | None:
+        """The mask of part of the case, of keys that are counted from the first of them."""
+        if self.bounds is None:
+            return None
+        batches = piece.b if self.bounds[0].shape[0] > 1 else slice(None)
+        first, last = piece.keys.start, piece.keys.stop
+        shifted = (t[batches, piece.rows].clamp(first, last) - first for t in self.bounds)
+        return KeyInterval(*shifted)
 
     def dense_mask(self) -> Tensor | None:
         """bool [B or 1, 1, Nq, Nk], True = attend."""

@@ -9,30 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from xattn_kernels import KeyInterval, cross_attention
+from xattn_kernels import cross_attention
 
-from .case import Case
+from .case import Case, Piece
 
 FACTOR = 2.0
 FLOOR = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 NAMES = ("out", "dq", "dk", "dv")
 CHUNK = {"cpu": 2**25, "cuda": 2**27}  # scores that are held at once, in elements
 ROWS = 256
-
-
-class Piece(NamedTuple):
-    """Part of a case: which batches, query heads, key heads, rows and keys."""
-
-    b: slice
-    q_heads: slice
-    kv_heads: slice
-    rows: slice
-    keys: slice
 
 
 @dataclass(frozen=True)
@@ -42,6 +31,10 @@ class Truth:
     names: tuple[str, ...]
     truth: list[Tensor]
     allowed: list[float]
+
+    def of(self, provider: str) -> Truth:
+        """What this provider is held against; another truth where it computes something else."""
+        return self
 
     def verdict(self, results: tuple[Tensor, ...]) -> tuple[str, float]:
         """("", largest share of an allowed error) if right, else what is wrong and its share."""
@@ -139,12 +132,7 @@ def piece_results(
     b, q_heads, kv_heads, rows, keys = piece
     places = ((case.q, q_heads, rows), (case.k, kv_heads, keys), (case.v, kv_heads, keys))
     q, k, v = (t[b, h, n].detach().to(dtype).requires_grad_(gradients) for t, h, n in places)
-    mask = None
-    if case.bounds is not None:
-        batches = b if case.bounds[0].shape[0] > 1 else slice(None)
-        shifted = ((t[batches, rows] - keys.start).clamp(0, k.shape[2]) for t in case.bounds)
-        mask = KeyInterval(*shifted)
-    out = cross_attention(q, k, v, mask=mask, backend="eager")
+    out = cross_attention(q, k, v, mask=case.mask_of(piece), backend="eager")
     if not gradients:
         return (out,)
     dout = case.dout[b, q_heads, rows].to(dtype)

@@ -140,7 +140,7 @@ class Group:
             with timing.time_limit(min(self.settings.first_call, left)):
                 before = memory.allocated(case.device)
                 call = step(provider, case, self.mode)
-                wrong, share = truth.verdict(call())
+                wrong, share = truth.of(provider.name).verdict(call())
                 if wrong:
                     return self.without_time(provider, "wrong", wrong)
                 return Checked(call, memory.device_peak(call, before, case.device), share)
