@@ -1,4 +1,4 @@
-"""The command line: `python -m benchmarks run | main | gated | warm | gpu`."""
+"""The command line: `python -m benchmarks run | main | gated | topk | warm | gpu`."""
 
 from __future__ import annotations
 
@@ -23,6 +23,9 @@ def main(arguments: list[str] | None = None) -> int:
     gates = tasks.add_parser("gated", help="the gated residual in real models' shapes")
     options(gates, workload="all", budget=240.0)
     gates.set_defaults(call=commands.gated)
+    chosen_keys = tasks.add_parser("topk", help="top-k attention beside rivals and dense attention")
+    options(chosen_keys, workload="all", budget=360.0)
+    chosen_keys.set_defaults(call=commands.topk)
     warm = tasks.add_parser("warm", help="compile in parallel, so that a later run need not")
     options(warm, workload="all", budget=120.0)
     warm.add_argument("--jobs", type=int, default=4, help="processes (%(default)s)")

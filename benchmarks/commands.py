@@ -42,6 +42,11 @@ def gated(options: argparse.Namespace) -> int:
     return measure(options, SUITES["gated"], "random normal", "gated")
 
 
+def topk(options: argparse.Namespace) -> int:
+    """Top-k attention of random tensors."""
+    return measure(options, SUITES["topk"], "random normal", "topk")
+
+
 def measure(options: argparse.Namespace, suite: Suite, words: str, name: str) -> int:
     """Runs, printing each table as it is ready and saving all rows after each."""
     device, dtype = device_and_dtype(options)

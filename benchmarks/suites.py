@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from . import case, check, gated, gated_providers, providers, workloads
+from . import case, check, gated, gated_providers, providers, topk, topk_providers, workloads
 from .providers import Provider
 
 
@@ -33,5 +33,9 @@ SUITES = {
     "gated": Suite(
         gated.BY_NAME, gated_providers.BY_NAME, gated.fit, gated.build, gated.GatedCase.load,
         gated_providers.truth_of,
+    ),
+    "topk": Suite(
+        topk.BY_NAME, topk_providers.BY_NAME, topk.fit, topk.build, topk.TopKCase.load,
+        topk_providers.truth_of,
     ),
 }  # fmt: skip
