@@ -30,7 +30,8 @@ ALWAYS = ("many2048-D64-Dv64", "few64-D96-Dv96", "prefill-gqa-D128")
 # and of what else has main loops, each on one architecture
 ALSO = {
     "many2048-D64-dropout": 80, "many2048-D64-bias": 90, "many2048-D64-weights": 90,
-    "topk-D64-Nk4096": 90, "topk-D64-Nk16384": 80,
+    "topk-D64-Nk4096": 90, "topk-D64-Nk16384": 80, "topk-few16-D64-Nk65536": 80,
+    "blocks-many2048-D64": 90,
     "gated-layer-dim4096-bfloat16": 90, "gated-vector-mask-dim4096-float32": 80,
 }  # fmt: skip
 FLAGS = ("mask", "bias", "scale", "softcap", "dropout", "statistics")
