@@ -82,7 +82,7 @@ BLOCK = [
          parts("mask_empty_rows", "mask_unsorted")),
         ("parts-columns", "d = d0 + ", "d = 0 * d0 + ", "the first columns again and again",
          parts("plain")),
-        ("parts-nan", 'tl.where(s == s, s, float("inf"))', "s", "NaN is never chosen",
+        ("parts-nan", "reaches(s, t) & (s != t)", "(s > t)", "NaN is never chosen",
          PARTS + "what_is_not_finite_makes_its_rows_nan"),
     ),
 ]  # fmt: skip

@@ -22,6 +22,12 @@ TINY = {
 MODES = ("forward", "backward", "both")
 
 
+@pytest.fixture(autouse=True)
+def without_interpreter(monkeypatch):
+    """What is timed here is what a CPU would be timed with, not kernels in the interpreter."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
 @pytest.fixture(params=TINY)
 def tiny(request) -> TopKCase:
     return topk.build(TINY[request.param], TINY[request.param], "cpu", torch.float32)
@@ -163,7 +169,7 @@ def test_peak_memory_sees_the_gathered_values(tmp_path):
 
 
 def test_the_command_writes_rows(tmp_path, capsys):
-    chosen = "--workload Nk1024-k16,Nk16384-blocks64x16 --provider xattn-sdpa,dense"
+    chosen = "--workload Nk1024-k16,Nk16384-blocks64x16 --provider xattn-sdpa,xattn-eager"
     limits = f"--dense-gflop 0.1 --budget-seconds 60 --no-memory --device cpu --out {tmp_path}"
     assert main(["topk", *chosen.split(), *limits.split()]) == 0
     done = rows.load(tmp_path / "topk-float32.csv")
