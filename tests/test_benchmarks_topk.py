@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import memory, rows, runner, topk, topk_providers
+from benchmarks import memory, rows, runner, topk, topk_error, topk_providers
 from benchmarks.__main__ import main
 from benchmarks.providers import Provider
 from benchmarks.topk import TopKCase, TopKWorkload
@@ -176,3 +176,30 @@ def test_the_command_writes_rows(tmp_path, capsys):
     assert [r.mode for r in done] == ["forward"] * 2 + ["both"] * 2 + ["forward"] * 2 + ["both"] * 2
     assert all(r.status == "ok" for r in done)
     assert "Nk1024-k16[B=2->" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", topk_error.KINDS)
+def test_the_error_falls_as_more_is_kept_and_is_that_of_dense_attention_without_the_rest(kind):
+    q, k, v = (t.double() for t in topk_error.inputs(kind, 256, torch.device("cpu")))
+    scores = q @ k.mT * topk_error.D**-0.5
+    found = topk_error.rows(kind, 256, torch.device("cpu"))
+    by_key = [r for r in found if r.way == "keys"]
+    assert [r.kept for r in by_key] == [16, 64, 128] and len(found) == 5
+    for r in by_key:
+        kept = scores >= scores.topk(r.kept).values[..., -1:]
+        sparse = scores.masked_fill(~kept, float("-inf")).softmax(-1) @ v
+        dense = scores.softmax(-1) @ v
+        assert r.mass == pytest.approx((scores.softmax(-1) * kept).sum(-1).mean().item(), rel=1e-4)
+        assert r.error == pytest.approx(((sparse - dense).norm() / dense.norm()).item(), rel=1e-4)
+    for way in ("keys", "blocks"):
+        line = [r for r in found if r.way == way]
+        assert sorted(line, key=lambda r: r.kept) == sorted(line, key=lambda r: -r.error)
+
+
+def test_neighbours_are_alike_in_regions_alone():
+    def likeness(kind: str) -> float:
+        _, k, _ = topk_error.inputs(kind, 1024, torch.device("cpu"))
+        return float((k[:, :, 1:] * k[:, :, :-1]).mean())
+
+    assert abs(likeness("normal")) < 0.01 and abs(likeness("peaked")) < 0.01
+    assert likeness("regions") == pytest.approx(0.81 * 63 / 64, abs=0.08)
