@@ -43,7 +43,9 @@ def test_no_spills_and_tensor_cores(arch: int, case: Case):
     elif "topk" in case.flags:
         expected = {"select_kernel"}
     elif "blocks" in case.flags:
-        expected |= {"pool_kernel", "importance_kernel", "dkdv_kernel"}
+        expected |= {"pool_kernel", "importance_kernel"}
+        if case.rows > 64:  # of fewer dq_kernel writes dk and dv as well
+            expected.add("dkdv_kernel")
     elif "gated" in case.flags:
         expected = {"gated_forward_kernel", "gated_backward_kernel", "gated_sums_kernel"}
     assert expected <= {row.kernel for row in rows}
@@ -59,8 +61,8 @@ def test_the_grid_takes_every_row_of_the_table(monkeypatch):
 
     taken = set()
 
-    def record(kernel, arch, *key):
-        row = configs.find_row(kernel, arch, *key)
+    def record(kernel, arch, *key, **bits):
+        row = configs.find_row(kernel, arch, *key, **bits)
         taken.add((kernel, configs.FAMILIES.get(arch, "small"), id(row)))
         return row.config
 

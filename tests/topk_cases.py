@@ -28,6 +28,7 @@ CASES: dict[str, tuple[dict, int]] = {
     "two_keys": (dict(Nk=2), 1),
     "no_queries": (dict(Nq=0), 3),
     "no_keys": (dict(Nk=0), 3),
+    "no_keys_wide": (dict(Nk=0, D=80), 3),  # whose scores float32 cannot keep
     "no_batch": (dict(B=0), 3),
     "long": (LONG, 7),
     "many_keys": (dict(Nk=300, B=1, Hq=1, Hkv=1), 17),

@@ -82,7 +82,7 @@ def choose(call: Call, top_k: int, indexed: bool) -> Tensor:
 def parts(call: Call, top_k: int) -> int:
     """How many programs share the keys of a row tile."""
     config, tiles = call.selection_config()
-    if tiles:
+    if tiles or not top_k:
         return 1
     programs = call.row_tiles(config) * call.B * call.Hkv
     n_splits = call.splits(programs, call.key_tiles(config))
