@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,8 +10,8 @@ import torch
 
 from cases import Case
 from largest_tensor import LargestTensor
-from topk_cases import assert_right, case, topk_call
-from xattn_kernels import explain, gathered, topk_attention
+from topk_cases import CASES, assert_right, case, topk_call
+from xattn_kernels import explain, gathered, reference, topk_attention
 
 
 def test_second_derivatives_are_for_eager():
@@ -38,11 +39,38 @@ def test_a_chunk_of_queries_at_a_time(monkeypatch):
         assert all(torch.allclose(t, other[name], atol=1e-12) for other in found[1:])
 
 
-def test_memory_of_a_cpu_is_bounded(monkeypatch):
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("beyond", [0, math.inf], ids=["gathered", "whole"])
+def test_both_ways(beyond, name, monkeypatch):
+    monkeypatch.setattr(gathered, "GATHERED_BEYOND", beyond)
+    assert_right(*case(name), "sdpa", torch.float32)
+
+
+@pytest.mark.parametrize(
+    "values", ["normal", "ties", "one value", "with -inf", "with nan", "zeros"]
+)
+@pytest.mark.parametrize("top_k", [0, 1, 5, 39, 40])
+def test_a_partial_sort_finds_what_a_whole_one_does(top_k, values):
+    s = torch.randn(3, 7, 40)
+    if values == "ties":
+        s = s.round()
+    elif values == "one value":
+        s = torch.full_like(s, 0.25)
+    elif values == "with -inf":
+        s = s.round().masked_fill(torch.rand(s.shape) < 0.6, -torch.inf)
+    elif values == "with nan":
+        s = s.round().masked_fill(torch.rand(s.shape) < 0.1, torch.nan)
+    elif values == "zeros":
+        s = torch.zeros_like(s) * s  # of both signs
+    assert torch.equal(gathered.top_indices(s, top_k), reference.top_indices(s, top_k))
+
+
+@pytest.mark.parametrize("top_k", [4, 40])
+def test_memory_of_a_cpu_is_bounded(top_k, monkeypatch):
     monkeypatch.setattr(gathered, "CHUNK", 2**14)
     q, k, v = (torch.randn(1, 2, n, 16, requires_grad=True) for n in (256, 500, 500))
     with LargestTensor() as largest:
-        topk_attention(q, k, v, 4, backend="sdpa").sum().backward()
+        topk_attention(q, k, v, top_k, backend="sdpa").sum().backward()
     assert largest.nbytes <= 4 * 2**14 * 2 and largest.nbytes < 256 * 500 * 2 * 4
 
 
@@ -50,7 +78,7 @@ def test_explain_says_how(capsys):
     q = torch.randn(1, 1, 3, 16)
     explain(topk_attention, q, q, q, 2)
     said = capsys.readouterr().out
-    assert "topk_attention takes" in said and "gathered" in said
+    assert "topk_attention takes" in said and gathered.NOTE in said
 
 
 def test_a_call_of_one_case_is_a_call_of_another_dtype():

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from . import reference
 from .autograd import refuse_double_backward
-from .gathered import CHUNK, Gathered, rows_of, sum_dtype
+from .gathered import CHUNK, Gathered, rows_of, sum_dtype, top_indices
 from .inputs import CrossAttentionInputs, TopKAttentionInputs, TopKAttentionResult
 from .masks import KeyInterval
-from .reference import QUERIES_PER_CHOICE, n_blocks, pooled_call, top_indices
+from .reference import QUERIES_PER_CHOICE, n_blocks, pooled_call
 
 NEG_INF = float("-inf")
 

@@ -176,11 +176,16 @@ def top_indices(s: Tensor, top_k: int) -> Tensor:
     return order.masked_fill(order == Nk, -1)
 
 
-def choose(x: TopKAttentionInputs) -> Tensor:
-    """int64 [B, Hq, Nq, min(top_k, Nk)]: `top_indices` of the scores in float32 at least, which
-    rounding to 16 bits would make equal by the dozen."""
+def scores_to_choose_by(x: TopKAttentionInputs) -> Tensor:
+    """`scores` of products in float32 at least: rounding to 16 bits would make them equal by the
+    dozen."""
     q, k = (t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in (x.q, x.k))
-    return top_indices(scores(replace(x, q=q, k=k)), min(x.top_k, x.Nk))
+    return scores(replace(x, q=q, k=k))
+
+
+def choose(x: TopKAttentionInputs) -> Tensor:
+    """int64 [B, Hq, Nq, min(top_k, Nk)]: `top_indices` of `scores_to_choose_by`."""
+    return top_indices(scores_to_choose_by(x), min(x.top_k, x.Nk))
 
 
 def topk_attention(x: TopKAttentionInputs) -> TopKAttentionResult:
