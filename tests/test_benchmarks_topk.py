@@ -158,6 +158,16 @@ def test_a_saved_case_is_the_same_and_its_first_rows_fit(tmp_path, tiny):
     assert row.status == "ok", row.reason
 
 
+def test_dense_attention_is_a_yardstick_and_nobodys_rival():
+    case = topk.build(TINY["keys"], TINY["keys"], "cpu", torch.float32)
+    names = ("xattn-sdpa", "eager-topk", "dense")
+    done = [row for name in names for row in run_one(topk_providers.BY_NAME[name], case)]
+    done = [replace(row, ms=ms) for row, ms in zip(done, (4.0, 8.0, 1.0), strict=True)]
+    ours, theirs = rows.best(done)
+    assert (ours.provider, theirs.provider) == ("xattn-sdpa", "eager-topk")
+    assert "2.00 eager-topk" in rows.summary(done)
+
+
 def test_peak_memory_sees_the_gathered_values(tmp_path):
     w = replace(TINY["keys"], Nq=512, Dv=64)
     topk.build(w, w, "cpu", torch.float32).save(tmp_path / "case.pt")
