@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
@@ -20,7 +21,7 @@ from .inputs import TopKAttentionInputs, TopKAttentionResult
 from .masks import KeyInterval
 
 CHUNK = 2**22  # scores, or elements of gathered keys and values
-GATHERED_BEYOND = 16  # keys for each that is chosen: about where either way takes as long on a CPU
+GATHERED_BEYOND = 32  # keys for each that is chosen: about where either way takes as long on a CPU
 NEG_INF = float("-inf")
 NOTE = "keys chosen in PyTorch for a few queries at a time, in bounded memory"
 
@@ -33,11 +34,11 @@ def reasons(x: TopKAttentionInputs) -> list[str]:
 
 
 def topk_attention(x: TopKAttentionInputs) -> TopKAttentionResult:
-    indices = choose(x)
+    indices, s = choose(x)
     scale = (
         x.scale if isinstance(x.scale, Tensor) else x.q.new_tensor(x.scale, dtype=sum_dtype(x.q))
     )
-    out, lse, entropy, max_probability = GatheredAttention.apply(x.q, x.k, x.v, scale, indices)
+    out, lse, entropy, max_probability = GatheredAttention.apply(x.q, x.k, x.v, scale, indices, s)
     statistics = (entropy, max_probability) if x.return_statistics else (None, None)
     if x.return_indices:
         missing = indices.new_full((*indices.shape[:3], x.top_k - indices.shape[3]), -1)
@@ -59,30 +60,45 @@ def chunks(B: int, N: int, per_row: int) -> Iterator[tuple[int, slice]]:
             yield b, slice(first, min(first + rows, N))
 
 
-def choose(x: TopKAttentionInputs) -> Tensor:
-    """int32 [B, Hq, Nq, min(top_k, Nk)]: the chosen keys in ascending order, then -1."""
-    top_k = min(x.top_k, x.Nk)
-    indices = x.q.new_empty((x.B, x.Hq, x.Nq, top_k), dtype=torch.int32)
+@torch.no_grad()
+def choose(x: TopKAttentionInputs) -> tuple[Tensor, Tensor]:
+    """(int32, scores) [B, Hq, Nq, min(top_k, Nk)] both: the chosen keys in ascending order, then
+    -1 with a score of -inf."""
+    shape = (x.B, x.Hq, x.Nq, min(x.top_k, x.Nk))
+    indices, found = (
+        x.q.new_empty(shape, dtype=torch.int32),
+        x.q.new_empty(shape, dtype=sum_dtype(x.q)),
+    )
     for b, rows in chunks(x.B, x.Nq, x.Hq * x.Nk):
-        s = reference.scores_to_choose_by(rows_of(x, b, rows))
-        indices[b, :, rows] = top_indices(s, top_k)[0]
-    return indices
+        s = reference.scores_to_choose_by(rows_of(x, b, rows))[0]
+        at = b, slice(None), rows
+        indices[at], found[at] = top_scores(s, shape[3])
+    return indices, found
 
 
 def top_indices(s: Tensor, top_k: int) -> Tensor:
-    """`reference.top_indices` by a partial sort, and by a whole one that is stable only of rows
-    whose last chosen score is that of a key left out too."""
+    """`reference.top_indices`, faster."""
+    return top_scores(s, top_k)[0]
+
+
+def top_scores(s: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """(`reference.top_indices`, their scores) by a partial sort; a whole one, which is stable, only
+    of rows whose last chosen score is that of a key left out too."""
     Nk = s.shape[-1]
     if top_k in (0, Nk):
-        return reference.top_indices(s, top_k)
-    values, order = s.topk(top_k + 1)
-    last, next_one = values[..., -2], values[..., -1]
-    found = order[..., :-1].masked_fill(values[..., :-1] == NEG_INF, Nk).sort(-1).values
-    found = found.masked_fill(found == Nk, -1)
-    tied = ((last == next_one) & (last > NEG_INF)) | last.isnan()
-    if tied.any():
-        found[tied] = reference.top_indices(s[tied], top_k)
-    return found
+        found = reference.top_indices(s, top_k)
+    else:
+        # one key too many, whose place is then that of the lowest score
+        values, order = s.topk(top_k + 1, sorted=False)
+        lowest = values.topk(2, largest=False)
+        order = order.masked_fill(values == NEG_INF, Nk)
+        order = order.scatter_(-1, lowest.indices[..., :1], Nk).sort(-1).values[..., :-1]
+        found = order.masked_fill(order == Nk, -1)
+        next_one, last = lowest.values.unbind(-1)
+        tied = ((last == next_one) & (last > NEG_INF)) | last.isnan()
+        if tied.any():
+            found[tied] = reference.top_indices(s[tied], top_k)
+    return found, s.gather(-1, found.clamp_min(0)).masked_fill(found < 0, NEG_INF)
 
 
 def rows_of(x: TopKAttentionInputs, b: int, rows: slice) -> TopKAttentionInputs:
@@ -117,22 +133,22 @@ class GatheredPart:
         Hq, (Hkv, Nk) = indices.shape[1], k.shape[1:3]
         first = (torch.arange(Hq, device=k.device) // (Hq // Hkv) * Nk)[:, None, None]
         j = indices[b, :, rows].long()
-        self.b, self.rows, self.there, self.at = b, rows, j >= 0, j.clamp_min(0) + first
-        self.keys, self.values = (
-            Gathered(t).rows(b, self.at).masked_fill(~self.there[..., None], 0.0) for t in (k, v)
-        )
+        self.k, self.v, self.b, self.rows = k, v, b, rows
+        self.there, self.at = j >= 0, j.clamp_min(0) + first
 
     @staticmethod
     def numbers_per_row(k: Tensor, v: Tensor, indices: Tensor) -> int:
         return indices.shape[1] * indices.shape[3] * (k.shape[3] + v.shape[3])
 
-    @staticmethod
-    def products(row: Tensor, keys: Tensor) -> Tensor:
-        """[Hq, rows, top_k] of row [Hq, rows, width] and keys, or values."""
+    def of(self, t: Tensor) -> Tensor:
+        """The chosen of the keys or values t."""
+        return Gathered(t).rows(self.b, self.at).masked_fill(~self.there[..., None], 0.0)
+
+    def products(self, row: Tensor, keys: Tensor) -> Tensor:
+        """[Hq, rows, top_k] of row [Hq, rows, width] and `of` keys or values."""
         return (keys @ row[..., None]).squeeze(-1)
 
-    @staticmethod
-    def weighted(p: Tensor, values: Tensor) -> Tensor:
+    def weighted(self, p: Tensor, values: Tensor) -> Tensor:
         """sum_j p_ij values_j -> [Hq, rows, width]."""
         return (p[..., None, :] @ values).squeeze(-2)
 
@@ -143,37 +159,45 @@ class GatheredPart:
 
 
 class WholePart:
-    """Some rows of a batch element, beside all keys: [Hkv, Nk, width]."""
+    """Some rows of a batch element, beside all keys and one of zeros: [Hkv, Nk + 1, width]."""
 
     def __init__(self, k: Tensor, v: Tensor, b: int, rows: slice, indices: Tensor):
-        self.b, self.rows = b, rows
-        self.there = reference.named(indices[b, :, rows], k.shape[2])
-        # no key that is not chosen meets a p of 0, whatever it holds
-        used = self.by_key_head(self.there, k.shape[1]).any(1)[..., None]
-        self.keys, self.values = (t[b].to(sum_dtype(t)).masked_fill(~used, 0.0) for t in (k, v))
+        self.Hkv, self.Nk = k.shape[1:3]
+        j = indices[b, :, rows].long()
+        self.k, self.v, self.b, self.rows, self.there = k, v, b, rows, j >= 0
+        self.j = j.masked_fill(j < 0, self.Nk)
+        used = torch.zeros((self.Hkv, self.Nk), dtype=torch.bool, device=k.device)
+        used = F.pad(used, (0, 1)).scatter_(1, self.by_key_head(self.j).flatten(1), True)
+        self.unused = ~used[:, : self.Nk, None]
 
     @staticmethod
     def numbers_per_row(k: Tensor, v: Tensor, indices: Tensor) -> int:
-        return indices.shape[1] * k.shape[2]
+        return indices.shape[1] * (k.shape[2] + 1)
 
-    @staticmethod
-    def by_key_head(t: Tensor, Hkv: int) -> Tensor:
+    def by_key_head(self, t: Tensor) -> Tensor:
         """[Hkv, group * rows, width] of [Hq, rows, width]."""
-        return t.reshape(Hkv, t.shape[0] // Hkv * t.shape[1], t.shape[2])
+        return t.reshape(self.Hkv, t.shape[0] // self.Hkv * t.shape[1], t.shape[2])
+
+    def of(self, t: Tensor) -> Tensor:
+        """The keys or values t, zeros where none of these rows chose one: they meet a p of 0."""
+        return F.pad(t[self.b].to(sum_dtype(t)).masked_fill(self.unused, 0.0), (0, 0, 0, 1))
 
     def products(self, row: Tensor, keys: Tensor) -> Tensor:
-        """[Hq, rows, Nk] of row [Hq, rows, width] and keys, or values."""
-        found = self.by_key_head(row, keys.shape[0]) @ keys.mT
-        return found.view(*row.shape[:2], keys.shape[1])
+        """[Hq, rows, top_k] of row [Hq, rows, width] and `of` keys or values."""
+        found = self.by_key_head(row) @ keys.mT
+        return found.view(*row.shape[:2], self.Nk + 1).gather(2, self.j)
+
+    def dense(self, p: Tensor) -> Tensor:
+        """[Hkv, group * rows, Nk + 1] of [Hq, rows, top_k], 0 beside the chosen keys."""
+        return self.by_key_head(p.new_zeros((*p.shape[:2], self.Nk + 1)).scatter_(2, self.j, p))
 
     def weighted(self, p: Tensor, values: Tensor) -> Tensor:
         """sum_j p_ij values_j -> [Hq, rows, width]."""
-        return (self.by_key_head(p, values.shape[0]) @ values).view(*p.shape[:2], values.shape[2])
+        return (self.dense(p) @ values).view(*p.shape[:2], values.shape[2])
 
     def add_outer(self, total: Tensor, p: Tensor, row: Tensor) -> None:
         """total [B, Hkv, Nk, width]: its j-th row grows by sum_i p_ij row_i."""
-        p, row = (self.by_key_head(t, total.shape[1]) for t in (p, row))
-        total[self.b] += p.mT @ row
+        total[self.b] += (self.dense(p).mT @ self.by_key_head(row))[:, : self.Nk]
 
 
 def parts(k: Tensor, v: Tensor, indices: Tensor) -> Iterator[GatheredPart | WholePart]:
@@ -184,30 +208,17 @@ def parts(k: Tensor, v: Tensor, indices: Tensor) -> Iterator[GatheredPart | Whol
         yield way(k, v, b, rows, indices)
 
 
-def scores(part: GatheredPart | WholePart, q: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """(s, q k^T) of the part's rows; s is -inf where no key was chosen."""
-    products = part.products(q, part.keys).masked_fill(~part.there, 0.0)
-    s = products * scale.to(q.dtype).view(-1, 1, 1)
-    return s.masked_fill(~part.there, NEG_INF), products
-
-
 class GatheredAttention(torch.autograd.Function):
-    """(out, lse, entropy, max_probability) of the keys `indices`, -1 for none."""
+    """(out, lse, entropy, max_probability) of the keys `indices`, -1 for none, and their scores."""
 
     @staticmethod
-    def forward(ctx, q, k, v, scale, indices):
+    def forward(ctx, q, k, v, scale, indices, s):
         ctx.set_materialize_grads(False)
         out = q.new_empty((*q.shape[:3], v.shape[3]))
-        lse, entropy, max_probability = (
-            q.new_empty(q.shape[:3], dtype=sum_dtype(q)) for _ in range(3)
-        )
+        p, lse, entropy, max_probability = reference.softmax(s)
         for part in parts(k, v, indices):
             at = part.b, slice(None), part.rows
-            s, _ = scores(part, q[at].to(sum_dtype(q)), scale)
-            p, *found = reference.softmax(s)
-            out[at] = part.weighted(p, part.values).to(out.dtype)
-            for t, row in zip((lse, entropy, max_probability), found, strict=True):
-                t[at] = row
+            out[at] = part.weighted(p[at], part.of(v)).to(out.dtype)
         ctx.save_for_backward(q, k, v, scale, indices, out, lse, entropy)
         ctx.mark_non_differentiable(max_probability)
         return out, lse, entropy, max_probability
@@ -220,7 +231,7 @@ class GatheredAttention(torch.autograd.Function):
             g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[:4], strict=True)
         )
         grads = refuse_double_backward("topk_attention", grads, (dout, *ctx.saved_tensors[:4]))
-        return *grads, None
+        return *grads, None, None
 
 
 def gradients(
@@ -235,14 +246,15 @@ def gradients(
         at = part.b, slice(None), part.rows
         row_lse = lse[at][..., None]
         empty = row_lse == NEG_INF
-        row_q = q[at].to(dtype).masked_fill(empty, 0.0)
-        s, products = scores(part, row_q, scale)
+        row_q, keys = q[at].to(dtype).masked_fill(empty, 0.0), part.of(k)
+        products = part.products(row_q, keys)
+        s = (products * scale.to(dtype).view(-1, 1, 1)).masked_fill(~part.there, NEG_INF)
         p = (s - row_lse.masked_fill(empty, float("inf"))).exp()
         dp = torch.zeros_like(p)
         if dout is not None:
             row_dout = dout[at].to(dtype).masked_fill(empty, 0.0)
             delta = (row_dout * out[at].to(dtype)).sum(-1, keepdim=True)
-            dp = part.products(row_dout, part.values) - delta
+            dp = part.products(row_dout, part.of(v)) - delta
             part.add_outer(dv, p, row_dout)
         if dlse is not None:
             dp = dp + dlse[at][..., None]
@@ -252,7 +264,7 @@ def gradients(
         ds = (p * dp).masked_fill(empty | ~part.there, 0.0)
         dscale += (ds * products).sum((1, 2))
         ds = ds * scale.to(dtype).view(-1, 1, 1)
-        dq[at] = part.weighted(ds, part.keys).to(q.dtype)
+        dq[at] = part.weighted(ds, keys).to(q.dtype)
         part.add_outer(dk, ds, row_q)
     dscale = dscale if scale.numel() > 1 else dscale.sum().view(scale.shape)
     return dq, dk.to(k.dtype), dv.to(v.dtype), dscale.to(scale.dtype)
