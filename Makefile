@@ -7,6 +7,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input
 INSTALLED := $(VENV)/.installed
+# Of a checkout: code for one architecture is enough to import, and tests compile the others.
+export XATTN_CUDA_ARCHS ?= 80
 TRITON_NEWEST := .triton39
 
 # The interpreter is chosen when Triton is imported, so each way needs a process of its own.
@@ -34,7 +36,7 @@ help:
 setup: $(INSTALLED)
 
 # torch first and alone, so that nothing else decides which torch is installed.
-$(INSTALLED): $(wildcard requirements/*.txt) pyproject.toml setup.py
+$(INSTALLED): $(wildcard requirements/*.txt csrc/*) pyproject.toml setup.py
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -r requirements/torch.txt
 	$(PIP) install --no-deps -r requirements/triton.txt
@@ -67,6 +69,7 @@ mutants: $(INSTALLED)
 bench: $(INSTALLED)
 	OMP_WAIT_POLICY=passive $(PY) -m benchmarks main
 
+gpu: export XATTN_CUDA_ARCHS =
 gpu:
 	$(PYTHON) -m pip --disable-pip-version-check --no-input install --no-build-isolation --no-deps -e .
 	$(PYTHON) -m benchmarks gpu
@@ -74,6 +77,7 @@ gpu:
 GRID := $(PY) -m benchmarks.compile_grid --jobs $(JOBS) --out benchmarks/results/static
 
 compile-grid: $(INSTALLED) $(TRITON_NEWEST)/.installed
+	$(PY) -m benchmarks.cuda_grid --jobs $(JOBS) --out benchmarks/results/static
 	$(GRID)
 	PYTHONPATH=$(TRITON_NEWEST) $(GRID)
 
@@ -106,6 +110,7 @@ format: $(INSTALLED)
 	$(VENV)/bin/ruff format .
 	$(if $(CUDA_SOURCES),$(VENV)/bin/clang-format -i $(CUDA_SOURCES))
 
+build: export XATTN_CUDA_ARCHS =
 build: $(INSTALLED)
 	rm -rf build dist
 	$(PY) -m build --no-isolation

@@ -1,14 +1,145 @@
-"""Packages of the distribution; everything else about it is in pyproject.toml.
+"""Packages of the distribution, and its CUDA extension; everything else is in pyproject.toml.
 
 ``triton_kernels/`` lies at the top of the repository but is installed inside ``xattn_kernels``,
 because a top-level package of that name belongs to another project that inference servers look for.
+
+The extension links neither torch nor a dynamic libcudart, so one binary serves every torch:
+
+    XATTN_BUILD_CUDA   1: an error without nvcc; 0: no extension; unset: one where nvcc is found
+    XATTN_CUDA_ARCHS   compute capabilities, "80;90"; by default those of ARCHS
+    MAX_JOBS           compilers that run at once
+    CUDA_HOME          a toolkit; else nvcc on PATH, else that of the nvidia-cuda-nvcc wheel
 """
 
-from setuptools import find_packages, setup
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from importlib.util import find_spec
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+ARCHS = ("80", "89", "90", "100", "120")
+CXX_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas")
+NVCC_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall",
+    "-Xfatbin=-compress-all",
+)
+
+
+def find_toolkit() -> Path | None:
+    """The folder whose bin/nvcc compiles, or None."""
+    if home := os.environ.get("CUDA_HOME"):
+        if not Path(home, "bin", "nvcc").is_file():
+            raise SystemExit(f"CUDA_HOME is {home}, where there is no bin/nvcc")
+        return Path(home)
+    if found := shutil.which("nvcc"):
+        return toolkit_of(Path(found))
+    for folder in map(Path, sys.path):
+        if (folder / "nvidia" / "cu13" / "bin" / "nvcc").is_file():
+            return folder / "nvidia" / "cu13"
+    return None
+
+
+def toolkit_of(nvcc: Path) -> Path:
+    """Where nvcc itself says that it stands: what is on PATH may be a script that calls it."""
+    said = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
+    top = [line.split("TOP=", 1)[1] for line in said.splitlines() if "TOP=" in line]
+    return Path(top[0]).resolve() if top else nvcc.resolve().parents[1]
+
+
+def gencode(archs: tuple[str, ...]) -> list[str]:
+    """Machine code for each, and PTX of the last one for what comes after it."""
+    flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+    last = max(archs, key=int)
+    return [*flags, f"-gencode=arch=compute_{last},code=compute_{last}"]
+
+
+def wanted_archs() -> tuple[str, ...]:
+    archs = tuple((os.environ.get("XATTN_CUDA_ARCHS") or ";".join(ARCHS)).split(";"))
+    if not all(a.isdigit() and int(a) >= 80 for a in archs):
+        raise SystemExit(f"XATTN_CUDA_ARCHS must be like '80;90', each from 80 on, got {archs}")
+    return archs
+
+
+class BuildCuda(build_ext):
+    """Compiles csrc/ with nvcc and the host's compiler, several files at once, through ninja."""
+
+    def build_extension(self, ext: Extension) -> None:
+        import ninja
+
+        folder = Path(self.build_temp).resolve()
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        for made in (folder, target.parent):
+            made.mkdir(parents=True, exist_ok=True)
+        (folder / "build.ninja").write_text(ninja_file(folder, target))
+        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+        subprocess.run([Path(ninja.BIN_DIR, "ninja"), "-C", folder, *jobs], check=True)
+
+
+def ninja_file(folder: Path, target: Path) -> str:
+    """The rules that make `target`, with objects in `folder`."""
+    import pybind11
+
+    toolkit, cxx = find_toolkit(), os.environ.get("CXX", "c++")
+    include = (toolkit / "include", pybind11.get_include(), sysconfig.get_path("include"))
+    includes = " ".join(f"-I{path}" for path in include)
+    libraries = next(p for p in (toolkit / "lib64", toolkit / "lib") if p.is_dir())
+    nvcc = " ".join((f"{toolkit}/bin/nvcc", *NVCC_FLAGS, *gencode(wanted_archs())))
+    depends = "-MD -MF $out.d -c $in -o $out"
+    lines = [
+        *("rule nvcc", f"  command = {nvcc} {depends}", "  depfile = $out.d"),
+        *("rule cxx", f"  command = {cxx} {' '.join(CXX_FLAGS)} {includes} {depends}"),
+        *("  depfile = $out.d", "rule link"),
+        f"  command = {cxx} -shared $in -o $out -L{libraries} -lcudart_static -ldl -lrt -lpthread "
+        f"-Wl,--version-script={CSRC}/exports.map -s",
+    ]
+    objects = []
+    for source in sorted([*CSRC.glob("*.cu"), *CSRC.glob("*.cpp")]):
+        objects.append(f"{folder}/{source.name}.o")
+        rule = "nvcc" if source.suffix == ".cu" else "cxx"
+        lines.append(f"build {objects[-1]}: {rule} {source}")
+    lines.append(f"build {target}: link {' '.join(objects)} | {CSRC}/exports.map")
+    return "\n".join(lines) + "\n"
+
+
+def missing() -> list[str]:
+    """What a build of the extension needs and is not here."""
+    found = [] if find_toolkit() else ["nvcc: set CUDA_HOME, or put it on PATH"]
+    if not shutil.which(os.environ.get("CXX", "c++")):
+        found.append("a C++ compiler: set CXX")
+    return found + [f"the package {name}" for name in ("pybind11", "ninja") if not find_spec(name)]
+
+
+def extensions() -> list[Extension]:
+    wanted = os.environ.get("XATTN_BUILD_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        raise SystemExit(f"XATTN_BUILD_CUDA must be 0 or 1, got {wanted!r}")
+    if wanted == "0":
+        return []
+    if lacks := missing():
+        text = "there is no " + ", no ".join(lacks)
+        if wanted == "1":
+            raise SystemExit(f"XATTN_BUILD_CUDA=1, but {text}")
+        print(f"xattn-kernels is built without its CUDA kernels: {text}", file=sys.stderr)
+        return []
+    return [Extension("xattn_kernels._cuda", [])]
+
 
 setup(
     # Not in pyproject.toml, where setuptools before 77 and after it want different spellings.
     license="Apache-2.0",
     packages=[*find_packages(include=["xattn_kernels*"]), "xattn_kernels.triton_kernels"],
     package_dir={"xattn_kernels.triton_kernels": "triton_kernels"},
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildCuda},
 )

@@ -47,6 +47,10 @@ KERNELS = {
     "gated_backward_kernel": "its gradients",
     "gated_sums_kernel": "sums of its gate, weight and bias",
 }
+CUDA_KERNELS = {
+    f"cuda {kernel}": f"{KERNELS[kernel]}, CUDA C++"
+    for kernel in ("gated_forward_kernel", "gated_backward_kernel", "gated_sums_kernel")
+}
 
 
 def collect(folder: Path, device: str) -> Path:
@@ -73,6 +77,8 @@ def compiled(kernel: str) -> str:
     """The architectures for which every compiled variant is without a fault, by Triton version."""
     from .compile_grid import Row, faults
 
+    if kernel in CUDA_KERNELS:
+        return compiled_by_nvcc(kernel.removeprefix("cuda "))
     found = defaultdict(list)
     for path in sorted((RESULTS / "static").glob("compile_grid_triton*.csv")):
         clean: dict[int, bool] = {}
@@ -88,6 +94,16 @@ def compiled(kernel: str) -> str:
     return "; ".join(f"sm_{archs}; Triton {' and '.join(v)}" for archs, v in found.items() if archs)
 
 
+def compiled_by_nvcc(kernel: str) -> str:
+    from . import cuda_grid
+
+    rows = [row for row in cuda_grid.load(RESULTS / "static") if row.kernel == kernel]
+    faulty = {row.arch for row in rows if row.faults}
+    clean = sorted({row.arch for row in rows} - faulty)
+    version = rows[0].nvcc.rpartition(".")[0] if rows else ""
+    return f"sm_{', '.join(map(str, clean))}; nvcc {version}" if clean else ""
+
+
 def table() -> str:
     """The table of every kernel, from the committed files."""
     files = [json.loads(p.read_text()) for p in sorted((RESULTS / "evidence").glob("*.json"))]
@@ -95,7 +111,7 @@ def table() -> str:
         "| kernel | interpreted | emulated | compiled ahead of time | ran on a GPU |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for kernel, name in KERNELS.items():
+    for kernel, name in (KERNELS | CUDA_KERNELS).items():
         interpreted, emulated, gpus = set(), defaultdict(set), []
         for file in files:
             for mode, dtypes in file["kernels"].get(kernel, {}).items():

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import launches
+from cuda_emulation import cuda_on_cpu
 from quick_interpreter import quick_interpreter
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,7 +27,8 @@ COMPILED: dict[str, dict] = {name: {} for name in EMULATED}
 
 @dataclass(frozen=True)
 class Mode:
-    """How kernels run: `name` is "interpreter", "sm_80", "sm_89", "sm_90" or "gpu"."""
+    """How kernels run: `name` is "interpreter", "sm_80", "sm_89", "sm_90" or "gpu"; of those of
+    csrc/ "cuda_sm_80" and so on."""
 
     name: str
     device: str
@@ -50,6 +52,7 @@ class Mode:
 def modes(*names: str) -> list:
     """Parameters for the fixture `mode`: `parametrize("mode", modes(...), indirect=True)`."""
     marks = dict.fromkeys(EMULATED, pytest.mark.emulated) | {"gpu": pytest.mark.gpu}
+    marks |= {f"cuda_{name}": mark for name, mark in marks.items()}
     return [pytest.param(n, marks=marks[n]) if n in marks else n for n in names]
 
 
@@ -88,7 +91,16 @@ def without_assembler() -> Iterator[None]:
 @contextmanager
 def enter(name: str) -> Iterator[Mode]:
     """The mode, for as long as its emulator is in charge; skips the test where it cannot be."""
-    if name == "gpu":
+    if name.startswith("cuda_sm"):
+        if os.environ.get("XATTN_TRITON_ON_CPU") != "1":  # the process of all that is emulated
+            pytest.skip("emulation needs XATTN_TRITON_ON_CPU=1")
+        with (
+            cuda_on_cpu(find_ptxsim(), name.removeprefix("cuda_")) as session,
+            launches.noted(name),
+        ):
+            yield Mode(name, "cpu", session)
+        return
+    if name.removeprefix("cuda_") == "gpu":
         if not torch.cuda.is_available():
             pytest.skip("no CUDA device")
         with launches.noted(torch.cuda.get_device_name()):
@@ -144,7 +156,7 @@ def has_its_turn(item: pytest.Item) -> bool:
     params = item.callspec.params
     marks = [m for m in item.iter_markers("parametrize") if m.args[0] != "mode"]
     n = sum(position(mark, params) for mark in marks)
-    return params["mode"] != ("sm_90", "sm_80")[n % 2]
+    return params["mode"].removeprefix("cuda_") != ("sm_90", "sm_80")[n % 2]
 
 
 def pytest_collection_modifyitems(config, items):

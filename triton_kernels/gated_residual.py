@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import register_bound
-from .launch import compiler_options, device_guard, empty_like, row_alignment
+from .launch import compiler_options, device_guard, row_alignment
+from .tensors import empty_like, merged_rows, new_gradients, unit_stride
 from .tiles import tanh
 
 # Fixed, not by the device's size: the order of a sum, hence its bits, are the same on each device.
@@ -244,27 +245,6 @@ def store_sum(
     tl.store(out + columns, total.to(out.dtype.element_ty), column_mask)
 
 
-def merged_rows(tensors: list[Tensor | None]) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
-    """(sizes, strides of each tensor) of the leading dimensions that all tensors share: those of 1
-    left out, neighbours merged where one stride walks both in every tensor; None gets zeros."""
-    there = [t for t in tensors if t is not None]
-    sizes, strides = [], []
-    for d, n in enumerate(there[0].shape):
-        own = tuple(t.stride(d) for t in there)
-        if n == 1:
-            continue
-        if sizes and all(outer == n * s for outer, s in zip(strides[-1], own, strict=True)):
-            sizes[-1], strides[-1] = sizes[-1] * n, own
-        else:
-            sizes.append(n)
-            strides.append(own)
-    if not sizes:
-        sizes, strides = [1], [(0,) * len(there)]
-    found = zip(*strides, strict=True)
-    none = (0,) * len(sizes)
-    return tuple(sizes), [none if t is None else next(found) for t in tensors]
-
-
 @dataclass(frozen=True)
 class Walk:
     """How a kernel walks tensors [..., dim] of one shape, some of which may be None."""
@@ -337,13 +317,8 @@ def backward(
     have no elements. dy or dnormed may be None; the rest as `forward` took and gave it."""
     dy, dnormed, gate, weight = (unit_stride(t) for t in (dy, dnormed, gate, weight))
     like = (y if norm else None, h, gate, weight if norm else None, bias if norm else None)
-    grads = [
-        empty_like(t) if needed and t is not None else None
-        for t, needed in zip(like, needs, strict=True)
-    ]
-    if h.numel() == 0:
-        grads = [None if g is None else g.zero_() for g in grads]
-    elif any(g is not None for g in grads):
+    grads = new_gradients(like, needs, h.numel() == 0)
+    if h.numel() and any(g is not None for g in grads):
         write_gradients(
             grads, dy, dnormed, h, y if norm else None, gate, weight, row_mask, norm, eps
         )
@@ -373,9 +348,3 @@ def write_gradients(grads, dy, dnormed, h, y, gate, weight, row_mask, norm, eps)
                 PARTS=min(triton.next_power_of_2(n_parts), PARTS), COLUMNS=SUMMED,
                 num_warps=4, **compiler_options(None),
             )  # fmt: skip
-
-
-def unit_stride(t: Tensor | None) -> Tensor | None:
-    """Neighbouring columns next to each other, as the kernels read them. The gradient of a sum is
-    one number, expanded; a gate or weight may be a column of a matrix, too small to walk."""
-    return t if t is None or t.numel() <= 1 or t.stride(-1) == 1 else t.contiguous()

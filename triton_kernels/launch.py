@@ -59,14 +59,6 @@ def empty_rows(t: Tensor, width: int) -> Tensor:
     return t.new_empty((B, H, N, width))
 
 
-def empty_like(t: Tensor) -> Tensor:
-    """Uninitialised, in the memory order of `t`, neighbouring columns next to each other; a `t`
-    whose rows overlap has no such order."""
-    found = torch.empty_like(t)
-    unit = t.dim() == 0 or t.shape[-1] <= 1 or found.stride(-1) == 1
-    return found if unit else t.new_empty(t.shape)
-
-
 def split_buffer(t: Tensor | None, n_splits: int) -> Tensor | None:
     """What n_splits programs write instead of `t`: [n_splits, *t.shape], float32 when several,
     in the memory order of `t`."""

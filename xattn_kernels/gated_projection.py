@@ -5,7 +5,9 @@ Its product is PyTorch's, the rest `gated_residual`; the gradients are matrix pr
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -91,15 +93,15 @@ def check(x, a, gate, weight, bias=None, *, row_mask=None) -> GatedProjectionInp
     return GatedProjectionInputs(**plain, a=a, weight=weight, bias=bias)
 
 
-def triton_reasons(x: GatedProjectionInputs) -> list[str]:
-    """Why the Triton kernel cannot run this call."""
+def kernel_reasons(of_gates: Callable, x: GatedProjectionInputs) -> list[str]:
+    """Why a kernel of the gated residual, whose reasons are `of_gates`, cannot run this call."""
     product = torch.empty_like(x.x, dtype=x.h.dtype, device="meta")
-    return gated.triton_reasons(replace(x, h=product))
+    return of_gates(replace(x, h=product))
 
 
-def run_triton(x: GatedProjectionInputs) -> Tensor:
+def run_kernel(backend: str, x: GatedProjectionInputs) -> Tensor:
     leaves = apart(x.x, x.a, x.gate, x.weight, x.bias)
-    return GatedProjectionFunction.apply(*leaves, x.row_mask)
+    return GatedProjectionFunction.apply(*leaves, x.row_mask, backend)
 
 
 def run_eager(x: GatedProjectionInputs) -> Tensor:
@@ -108,7 +110,8 @@ def run_eager(x: GatedProjectionInputs) -> Tensor:
 
 
 BACKENDS = (
-    Backend("triton", triton_reasons, run_triton),
+    Backend("triton", partial(kernel_reasons, gated.triton_reasons), partial(run_kernel, "triton")),
+    Backend("cuda", partial(kernel_reasons, gated.cuda_reasons), partial(run_kernel, "cuda")),
     Backend("eager", reference.reasons, run_eager),
 )
 gated_projection.backends, gated_projection.check = BACKENDS, check
@@ -118,10 +121,11 @@ class GatedProjectionFunction(torch.autograd.Function):
     """Wires the product and the launcher into autograd."""
 
     @staticmethod
-    def forward(ctx, x, a, gate, weight, bias, row_mask):
+    def forward(ctx, x, a, gate, weight, bias, row_mask, backend):
         ctx.save_for_backward(a, gate, weight, bias, row_mask)
         launch = gated.forward_op if torch.compiler.is_compiling() else launch_forward
-        y, _ = launch(x, F.linear(a, weight, bias), gate, None, None, row_mask, "", 0.0)
+        h = F.linear(a, weight, bias)
+        y, _ = launch(x, h, gate, None, None, row_mask, "", 0.0, backend)
         return y
 
     @staticmethod
@@ -130,7 +134,7 @@ class GatedProjectionFunction(torch.autograd.Function):
         with torch.no_grad(), without_autocast(dy.device):
             grads = (dy if needs[0] else None, *gradients(dy, *saved, needs[1:]))
         grads = refuse_double_backward("gated_projection", grads, (dy, *saved[:4]))
-        return *grads, None
+        return *grads, None, None
 
 
 def gradients(

@@ -6,6 +6,8 @@ The equations are in `reference.py`, the kernels in `triton_kernels/gated_residu
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -13,8 +15,10 @@ from torch import Tensor
 
 from . import reference
 from .autograd import apart, refuse_double_backward
+from .cuda_kernels import launch as cuda
 from .dispatch import TRITON_DTYPES, Backend, run, triton_device_reasons
 from .inputs import check_number
+from .triton_kernels.tensors import empty_like
 
 NORMS = ("layer", "rms")
 # of each dtype of x those of h: the same, or one whose numbers it holds
@@ -72,7 +76,7 @@ def gated_residual(
             fixed order, the same bits in every run.
         row_mask: bool, the shape of x without its last dimension; where False y is x, and h,
             which may be NaN there, and the gate receive no gradient.
-        backend: "triton" or "eager"; None takes the first that can run.
+        backend: "triton", "cuda" or "eager"; None takes the first that can run.
 
     Returns:
         y, in the shape and dtype of x.
@@ -204,9 +208,9 @@ def widest_norm(x: GatedResidualInputs) -> int:
     return 4096 if x.x.dtype == torch.float32 or x.gate.numel() > 1 else 8192
 
 
-def triton_reasons(x: GatedResidualInputs) -> list[str]:
-    """Why the Triton kernels cannot run this call."""
-    found = triton_device_reasons(x.device)
+def kernel_reasons(x: GatedResidualInputs) -> list[str]:
+    """Why no kernel can run this call."""
+    found = []
     for name, t in {"x": x.x, "h": x.h, "gate": x.gate, "weight": x.weight, "bias": x.bias}.items():
         if t is not None and t.dtype not in TRITON_DTYPES:
             found.append(f"the dtype of {name}, {t.dtype}, is not float32, float16 or bfloat16")
@@ -215,13 +219,37 @@ def triton_reasons(x: GatedResidualInputs) -> list[str]:
     for name, t in {"x": x.x, "h": x.h}.items():
         if t.shape[-1] > 1 and t.stride(-1) != 1:
             found.append(f"the last dimension of {name} is not contiguous")
-    if x.norm is not None and x.x.shape[-1] > (widest := widest_norm(x)):
-        found.append(f"dim {x.x.shape[-1]} > {widest}, a row and its sums do not fit registers")
     return found
 
 
-def run_triton(x: GatedResidualInputs) -> GatedResidualNormResult:
-    options = (x.norm or "", x.eps)
+def width_reasons(x: GatedResidualInputs, widest: int) -> list[str]:
+    if x.norm is None or x.x.shape[-1] <= widest:
+        return []
+    return [f"dim {x.x.shape[-1]} > {widest}, a row and its sums do not fit registers"]
+
+
+def triton_reasons(x: GatedResidualInputs) -> list[str]:
+    """Why the Triton kernels cannot run this call."""
+    found = triton_device_reasons(x.device) + kernel_reasons(x)
+    return found + width_reasons(x, widest_norm(x))
+
+
+def cuda_reasons(x: GatedResidualInputs) -> list[str]:
+    """Why the CUDA kernels cannot run this call."""
+    if found := cuda.device_reasons(x.device) + kernel_reasons(x):
+        return found
+    kernels = kernels_of("cuda")
+    mask = None if x.row_mask is None else x.row_mask[..., None]
+    most, found = cuda.extension().MAX_ROW_DIMS, kernels.dimensions(x.x, x.h, mask)
+    if found > most:
+        return [
+            f"the leading dimensions of x, h and row_mask are {found} walks, at most {most} fit"
+        ]
+    return width_reasons(x, kernels.widest_norm(x.x, x.h))
+
+
+def run_kernels(backend: str, x: GatedResidualInputs) -> GatedResidualNormResult:
+    options = (x.norm or "", x.eps, backend)
     leaves = apart(x.x, x.h, x.gate, x.weight, x.bias)
     results = GatedResidualFunction.apply(*leaves, x.row_mask, options)
     return GatedResidualNormResult(*results)
@@ -234,7 +262,8 @@ def run_eager(x: GatedResidualInputs) -> GatedResidualNormResult:
 
 
 BACKENDS = (
-    Backend("triton", triton_reasons, run_triton),
+    Backend("triton", triton_reasons, partial(run_kernels, "triton")),
+    Backend("cuda", cuda_reasons, partial(run_kernels, "cuda")),
     Backend("eager", reference.reasons, run_eager),
 )
 gated_residual.backends, gated_residual.check = BACKENDS, check
@@ -259,19 +288,28 @@ class GatedResidualFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, dnormed):
-        saved, (norm, eps) = ctx.saved_tensors, ctx.options
+        saved, (norm, eps, backend) = ctx.saved_tensors, ctx.options
         norm = norm if dnormed is not None else ""
         if dy is None and not norm:
             return (None,) * 7
         needs = [n and (i < 3 or bool(norm)) for i, n in enumerate(ctx.needs_input_grad[:5])]
         launch = backward_op if torch.compiler.is_compiling() else launch_backward
         with torch.no_grad():
-            grads = launch(dy, dnormed if norm else None, *saved, norm, eps, needs)
+            grads = launch(dy, dnormed if norm else None, *saved, norm, eps, needs, backend)
         grads = [g if needed else None for g, needed in zip(grads, needs, strict=True)]
         if not norm and needs[0]:
             grads[0] = dy
         grads = refuse_double_backward("gated_residual", tuple(grads), (dy, dnormed, *saved[:4]))
         return *grads, None, None
+
+
+def kernels_of(backend: str) -> ModuleType:
+    """The launchers `forward` and `backward` of a backend."""
+    if backend == "cuda":
+        from .cuda_kernels import gated_residual as kernels
+    else:
+        from .triton_kernels import gated_residual as kernels
+    return kernels
 
 
 def launch_forward(
@@ -283,11 +321,10 @@ def launch_forward(
     row_mask: Tensor | None,
     norm: str,
     eps: float,
+    backend: str = "triton",
 ) -> tuple[Tensor, Tensor]:
     """(y, normed); normed has no elements when norm is empty."""
-    from .triton_kernels import gated_residual as kernels
-
-    return kernels.forward(x, h, gate, weight, bias, row_mask, norm, eps)
+    return kernels_of(backend).forward(x, h, gate, weight, bias, row_mask, norm, eps)
 
 
 def launch_backward(
@@ -302,12 +339,13 @@ def launch_backward(
     norm: str,
     eps: float,
     needs: list[bool],
+    backend: str = "triton",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dx, dh, dgate, dweight, dbias); those not in `needs`, and dx without a norm, which is dy,
     have no elements."""
-    from .triton_kernels import gated_residual as kernels
-
-    return kernels.backward(dy, dnormed, h, gate, weight, bias, row_mask, y, norm, eps, needs)
+    return kernels_of(backend).backward(
+        dy, dnormed, h, gate, weight, bias, row_mask, y, norm, eps, needs
+    )
 
 
 forward_op = torch.library.custom_op(
@@ -319,18 +357,16 @@ backward_op = torch.library.custom_op(
 
 
 @forward_op.register_fake
-def fake_forward(x, h, gate, weight, bias, row_mask, norm, eps):
-    from .triton_kernels import launch as kernels
-
-    return kernels.empty_like(x), kernels.empty_like(x) if norm else x.new_empty(0)
+def fake_forward(x, h, gate, weight, bias, row_mask, norm, eps, backend="triton"):
+    return empty_like(x), empty_like(x) if norm else x.new_empty(0)
 
 
 @backward_op.register_fake
-def fake_backward(dy, dnormed, h, gate, weight, bias, row_mask, y, norm, eps, needs):
-    from .triton_kernels import launch as kernels
-
+def fake_backward(
+    dy, dnormed, h, gate, weight, bias, row_mask, y, norm, eps, needs, backend="triton"
+):
     like = (y if norm else None, h, gate, weight, bias)
     return tuple(
-        kernels.empty_like(t) if needed and t is not None else h.new_empty(0)
+        empty_like(t) if needed and t is not None else h.new_empty(0)
         for t, needed in zip(like, needs, strict=True)
     )

@@ -1,0 +1,146 @@
+// The Python module: params in, launches on a stream or a list of them out. Pointers and streams
+// are integers, as nothing here knows who owns the memory.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+#include "gated_residual.h"
+
+namespace py = pybind11;
+
+namespace xattn {
+namespace {
+
+void Check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // the next call starts without it
+  std::string text =
+      std::string(what) + ": " + cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")";
+  if (error == cudaErrorInsufficientDriver || error == cudaErrorNoDevice)
+    text += ": there is no CUDA device here, or no driver for one";
+  if (error == cudaErrorNoKernelImageForDevice)
+    text += ": this build has no code for the device, see XATTN_CUDA_ARCHS";
+  throw std::runtime_error(text);
+}
+
+// Makes `device` current, and what was current before when it ends.
+class DeviceGuard {
+ public:
+  DeviceGuard(int device, const char* what) {
+    Check(cudaGetDevice(&before_), what);
+    if (before_ != device) Check(cudaSetDevice(device), what);
+    changed_ = before_ != device;
+  }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+
+py::tuple AsTuple(const dim3& d) { return py::make_tuple(d.x, d.y, d.z); }
+
+// m.name(params, device, stream) launches; m.name_plan(params) lists the launches.
+template <class Params>
+void DefineOp(py::module_& m, const char* name, cudaError_t (*launch)(const Params&, Queue&)) {
+  m.def(name, [=](const Params& params, int device, uintptr_t stream) {
+    const DeviceGuard guard(device, name);
+    StreamQueue queue(reinterpret_cast<cudaStream_t>(stream));
+    Check(launch(params, queue), name);
+  });
+  m.def((std::string(name) + "_plan").c_str(), [=](const Params& params) {
+    PlanQueue queue;
+    Check(launch(params, queue), name);
+    py::list steps;
+    for (const auto& s : queue.steps)
+      steps.append(
+          py::make_tuple(s.name, AsTuple(s.grid), AsTuple(s.block), s.shared, py::bytes(s.params)));
+    return steps;
+  });
+}
+
+void DefineTensors(py::module_& m) {
+  py::enum_<DType>(m, "DType")
+      .value("float32", DType::kFloat32)
+      .value("float16", DType::kFloat16)
+      .value("bfloat16", DType::kBFloat16);
+  py::class_<Numbers>(m, "Numbers")
+      .def(py::init([](uintptr_t data, DType dtype) {
+             return Numbers{reinterpret_cast<void*>(data), dtype};
+           }),
+           py::arg("data") = 0, py::arg("dtype") = DType::kFloat32);
+  py::class_<RowTensor>(m, "RowTensor")
+      .def(py::init([](uintptr_t data, std::array<int64_t, kMaxRowDims> strides) {
+             RowTensor t{reinterpret_cast<void*>(data), {}};
+             std::copy(strides.begin(), strides.end(), t.strides);
+             return t;
+           }),
+           py::arg("data") = 0, py::arg("strides") = std::array<int64_t, kMaxRowDims>{});
+}
+
+void DefineGatedResidual(py::module_& m) {
+  m.attr("MAX_ROW_DIMS") = kMaxRowDims;
+  py::enum_<Norm>(m, "Norm")
+      .value("none", Norm::kNone)
+      .value("layer", Norm::kLayer)
+      .value("rms", Norm::kRms);
+  using Shape = GatedResidualShape;
+  py::class_<Shape>(m, "GatedResidualShape")
+      .def(py::init([](uint32_t rows, std::array<int32_t, kMaxRowDims> sizes, int32_t dim,
+                       DType x_dtype, DType h_dtype, Norm norm, float eps, bool gate_is_vector) {
+        Shape shape{{rows, {}}, dim, x_dtype, h_dtype, norm, eps, gate_is_vector};
+        std::copy(sizes.begin(), sizes.end(), shape.rows.sizes);
+        return shape;
+      }));
+  using Forward = GatedResidualForwardParams;
+  py::class_<Forward>(m, "GatedResidualForwardParams")
+      .def(py::init([](RowTensor y, RowTensor normed, RowTensor x, RowTensor h, RowTensor row_mask,
+                       Numbers gate, Numbers weight, Numbers bias, Shape shape) {
+        return Forward{y, normed, x, h, row_mask, gate, weight, bias, shape};
+      }));
+  using Backward = GatedResidualBackwardParams;
+  const auto floats = [](uintptr_t data) { return reinterpret_cast<float*>(data); };
+  py::class_<Backward>(m, "GatedResidualBackwardParams")
+      .def(py::init([=](RowTensor dx, RowTensor dh, Numbers dgate, Numbers dweight, Numbers dbias,
+                        uintptr_t gate_parts, uintptr_t weight_parts, uintptr_t bias_parts,
+                        RowTensor dy, RowTensor dnormed, RowTensor h, RowTensor y,
+                        RowTensor row_mask, Numbers gate, Numbers weight, Shape shape) {
+        return Backward{dx,
+                        dh,
+                        dgate,
+                        dweight,
+                        dbias,
+                        floats(gate_parts),
+                        floats(weight_parts),
+                        floats(bias_parts),
+                        dy,
+                        dnormed,
+                        h,
+                        y,
+                        row_mask,
+                        gate,
+                        weight,
+                        shape};
+      }));
+  m.def("gated_residual_parts", &GatedResidualParts);
+  m.def("widest_normed_row", &WidestNormedRow);
+  DefineOp<Forward>(m, "gated_residual_forward", &GatedResidualForward);
+  DefineOp<Backward>(m, "gated_residual_backward", &GatedResidualBackward);
+}
+
+}  // namespace
+}  // namespace xattn
+
+PYBIND11_MODULE(_cuda, m) {
+  m.doc() = "Launchers of the CUDA kernels in csrc/.";
+  xattn::DefineTensors(m);
+  xattn::DefineGatedResidual(m);
+}

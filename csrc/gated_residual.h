@@ -1,0 +1,67 @@
+// The gated residual, alone and with the next norm: what its launchers take.
+//
+//     y = x + tanh(gate) * h                     normed = norm(y) * weight + bias
+//
+// Equations: eq. gate and eq. norm of xattn_kernels/reference.py. Tensors are [..., dim] with a
+// contiguous last dimension; null where a call has none.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "launch.h"
+#include "types.cuh"
+
+namespace xattn {
+
+constexpr int kMaxRowDims = 4;
+
+// The leading dimensions that all tensors of a call share, the last one first.
+struct RowSizes {
+  uint32_t rows;               // their product, below 2^31
+  int32_t sizes[kMaxRowDims];  // 1 where there are fewer
+};
+
+struct RowTensor {
+  void* data;
+  int64_t strides[kMaxRowDims];  // of the dimensions of RowSizes, in elements
+};
+
+enum class Norm : int32_t { kNone, kLayer, kRms };
+
+struct GatedResidualShape {
+  RowSizes rows;
+  int32_t dim;
+  DType x_dtype, h_dtype;  // equal, or float32 with a narrower h
+  Norm norm;
+  float eps;
+  bool gate_is_vector;  // [dim]; or else a number
+};
+
+struct GatedResidualForwardParams {
+  RowTensor y, normed, x, h;
+  RowTensor row_mask;  // bytes; where 0 y is x
+  Numbers gate, weight, bias;
+  GatedResidualShape shape;
+};
+
+// Results and parts are null where nobody asks for them. Without a norm dx is dy, so it is null.
+struct GatedResidualBackwardParams {
+  RowTensor dx, dh;
+  Numbers dgate, dweight, dbias;
+  float *gate_parts, *weight_parts, *bias_parts;  // of GatedResidualParts numbers each
+  RowTensor dy, dnormed, h, y, row_mask;
+  Numbers gate, weight;
+  GatedResidualShape shape;
+};
+
+// How many floats each of the parts of a backward call needs.
+int64_t GatedResidualParts(const GatedResidualBackwardParams& params);
+
+// The widest row that a call with a norm can have; aligned: each row of each tensor begins at a
+// multiple of 16 bytes of x.
+int WidestNormedRow(DType x_dtype, bool aligned);
+
+cudaError_t GatedResidualForward(const GatedResidualForwardParams& params, Queue& queue);
+cudaError_t GatedResidualBackward(const GatedResidualBackwardParams& params, Queue& queue);
+
+}  // namespace xattn

@@ -1,0 +1,77 @@
+// Where kernel launches go: a stream, or a list of what would be launched.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace xattn {
+
+class Queue {
+ public:
+  virtual ~Queue() = default;
+  // `kernel` is the host's symbol, `name` the C++ expression that names it; `params` is the
+  // kernel's one argument, of `size` bytes.
+  virtual cudaError_t Push(const void* kernel, std::string_view name, dim3 grid, dim3 block,
+                           size_t shared, const void* params, size_t size) = 0;
+};
+
+class StreamQueue final : public Queue {
+ public:
+  explicit StreamQueue(cudaStream_t stream) : stream_(stream) {}
+
+  cudaError_t Push(const void* kernel, std::string_view, dim3 grid, dim3 block, size_t shared,
+                   const void* params, size_t) override {
+    constexpr size_t kWithoutAsking = 48 * 1024;
+    if (shared > kWithoutAsking) {
+      const cudaError_t error = cudaFuncSetAttribute(
+          kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+      if (error != cudaSuccess) return error;
+    }
+    void* arguments[] = {const_cast<void*>(params)};
+    return cudaLaunchKernel(kernel, grid, block, arguments, shared, stream_);
+  }
+
+ private:
+  cudaStream_t stream_;
+};
+
+// What would be launched; needs no device.
+class PlanQueue final : public Queue {
+ public:
+  struct Step {
+    std::string name;
+    dim3 grid, block;
+    size_t shared;
+    std::string params;
+  };
+
+  cudaError_t Push(const void*, std::string_view name, dim3 grid, dim3 block, size_t shared,
+                   const void* params, size_t size) override {
+    steps.push_back({std::string(name), grid, block, shared,
+                     std::string(static_cast<const char*>(params), size)});
+    return cudaSuccess;
+  }
+
+  std::vector<Step> steps;
+};
+
+// The text between "kernel = " and the next parameter in what the compiler calls this function.
+template <auto kernel>
+constexpr std::string_view KernelName() {
+  constexpr std::string_view text = __PRETTY_FUNCTION__;
+  constexpr std::string_view before = "kernel = ";
+  constexpr size_t first = text.find(before) + before.size();
+  return text.substr(first, text.find_first_of(";]", first) - first);
+}
+
+template <auto kernel, class Params>
+cudaError_t Launch(Queue& queue, dim3 grid, dim3 block, size_t shared, const Params& params) {
+  return queue.Push(reinterpret_cast<const void*>(kernel), KernelName<kernel>(), grid, block,
+                    shared, &params, sizeof(params));
+}
+
+}  // namespace xattn

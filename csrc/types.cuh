@@ -1,0 +1,93 @@
+// Element types, and tensors as kernels take them: a pointer, strides in elements, no owner.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace xattn {
+
+enum class DType : int32_t { kFloat32, kFloat16, kBFloat16 };
+
+constexpr int SizeOf(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+template <class T>
+constexpr DType kDTypeOf = DType::kFloat32;
+template <>
+inline constexpr DType kDTypeOf<__half> = DType::kFloat16;
+template <>
+inline constexpr DType kDTypeOf<__nv_bfloat16> = DType::kBFloat16;
+
+__device__ __forceinline__ float ToFloat(float x) { return x; }
+__device__ __forceinline__ float ToFloat(__half x) { return __half2float(x); }
+__device__ __forceinline__ float ToFloat(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+// Rounds to nearest even.
+template <class T>
+__device__ __forceinline__ T FromFloat(float x);
+template <>
+__device__ __forceinline__ float FromFloat<float>(float x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ __half FromFloat<__half>(float x) {
+  return __float2half_rn(x);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 FromFloat<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+
+// VEC neighbouring elements, moved by one instruction of at most 16 bytes.
+template <class T, int VEC>
+struct alignas(sizeof(T) * VEC) Vector {
+  T x[VEC];
+};
+
+template <class T, int VEC>
+__device__ __forceinline__ void LoadFloats(float (&to)[VEC], const T* from) {
+  const auto v = *reinterpret_cast<const Vector<T, VEC>*>(from);
+#pragma unroll
+  for (int i = 0; i < VEC; ++i) to[i] = ToFloat(v.x[i]);
+}
+
+template <class T, int VEC>
+__device__ __forceinline__ void StoreFloats(T* to, const float (&from)[VEC]) {
+  Vector<T, VEC> v;
+#pragma unroll
+  for (int i = 0; i < VEC; ++i) v.x[i] = FromFloat<T>(from[i]);
+  *reinterpret_cast<Vector<T, VEC>*>(to) = v;
+}
+
+// Neighbouring numbers of a type that only the call knows: gates, weights, scales.
+struct Numbers {
+  void* data;  // or null
+  DType dtype;
+
+  __device__ __forceinline__ float Load(int i) const {
+    switch (dtype) {
+      case DType::kFloat32:
+        return static_cast<const float*>(data)[i];
+      case DType::kFloat16:
+        return ToFloat(static_cast<const __half*>(data)[i]);
+      default:
+        return ToFloat(static_cast<const __nv_bfloat16*>(data)[i]);
+    }
+  }
+
+  __device__ __forceinline__ void Store(int i, float x) const {
+    switch (dtype) {
+      case DType::kFloat32:
+        static_cast<float*>(data)[i] = x;
+        break;
+      case DType::kFloat16:
+        static_cast<__half*>(data)[i] = FromFloat<__half>(x);
+        break;
+      default:
+        static_cast<__nv_bfloat16*>(data)[i] = FromFloat<__nv_bfloat16>(x);
+    }
+  }
+};
+
+}  // namespace xattn

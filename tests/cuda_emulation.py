@@ -1,0 +1,88 @@
+"""The kernels of csrc/ on CPU tensors: what the launchers would launch, run by ptxsim.
+
+Each kernel of a plan is compiled to PTX by its name alone, and the addresses of tensors in its
+parameters become those of the emulator, which knows how far each tensor reaches.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+from torch import Tensor
+
+import launches
+from xattn_kernels.cuda_kernels import launch
+
+CSRC = Path(__file__).resolve().parents[1] / "csrc"
+KERNELS: dict[tuple[str, str], Any] = {}  # (arch, name) -> ptxsim's kernel
+
+
+class Session:
+    """Stands in for `launch.pointer` and `launch.submit`."""
+
+    def __init__(self, ptxsim, arch: str):
+        self.ptxsim, self.arch = ptxsim, arch
+        self.tensors: dict[int, Tensor] = {}
+        self.launched: list[tuple[str, Any]] = []  # kernel names and ptxsim's counts
+
+    def pointer(self, t: Tensor | None) -> int:
+        if t is None:
+            return 0
+        self.tensors[t.data_ptr()] = t
+        return t.data_ptr()
+
+    def submit(self, op: str, params: Any, device) -> None:
+        for name, grid, block, shared, content in getattr(launch.extension(), op + "_plan")(params):
+            stats = self.kernel(name).launch(
+                grid, block, [lambda register, content=content: self.moved(content, register)],
+                dynamic_shared=shared,
+            )  # fmt: skip
+            self.launched.append((name, stats))
+            launches.note_cuda(name, self.arch)
+        self.tensors.clear()
+
+    def moved(self, content: bytes, register) -> bytes:
+        """The parameters with the emulator's addresses."""
+        words = list(struct.unpack(f"<{len(content) // 8}Q", content))
+        new = {}
+        for n, word in enumerate(words):
+            if word in self.tensors:
+                if word not in new:
+                    t = self.tensors[word]
+                    new[word] = register(t, f"tensor of shape {list(t.shape)}")
+                words[n] = new[word]
+        return struct.pack(f"<{len(words)}Q", *words)
+
+    def kernel(self, name: str):
+        if (self.arch, name) not in KERNELS:
+            KERNELS[self.arch, name] = self.compiled(name)
+        return KERNELS[self.arch, name]
+
+    def compiled(self, name: str):
+        """The kernel that the C++ expression `name` stands for."""
+        function = name.partition("<")[0].rpartition("::")[2]
+        file = next(f for f in CSRC.glob("*.cuh") if f" {function}(" in f.read_text())
+        source = f'#include "{file.name}"\nusing namespace xattn;\n'
+        source += f"void* kernel() {{ return (void*)&{name}; }}\n"
+        module = self.ptxsim.compile_cuda(source=source, arch=self.arch, includes=[str(CSRC)])
+        return module.kernel(f"{len(function)}{function}")  # as C++ spells it in symbols
+
+
+@contextmanager
+def cuda_on_cpu(ptxsim, arch: str) -> Iterator[Session]:
+    if launch.extension() is None:
+        pytest.skip("the package is built without its CUDA kernels")
+    session = Session(ptxsim, arch)
+    with (
+        mock.patch.dict(os.environ, XATTN_CUDA_ON_CPU="1"),
+        mock.patch.object(launch, "pointer", session.pointer),
+        mock.patch.object(launch, "submit", session.submit),
+    ):
+        yield session

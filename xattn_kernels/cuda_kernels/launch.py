@@ -1,0 +1,59 @@
+"""The compiled extension: whether it is there, pointers of tensors, and launches."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+OLDEST_CAPABILITY = (8, 0)
+
+
+@cache
+def extension() -> ModuleType | None:
+    """`xattn_kernels._cuda`, or None where the package was built without it."""
+    try:
+        return import_module("xattn_kernels._cuda")
+    except ModuleNotFoundError as error:
+        if error.name != "xattn_kernels._cuda":
+            raise
+        return None
+
+
+def device_reasons(device: torch.device) -> list[str]:
+    """Why the CUDA kernels cannot run on tensors of `device`."""
+    if extension() is None:
+        return ["this build of xattn-kernels has no CUDA kernels (they need nvcc when it is built)"]
+    if device.type == "cuda":
+        if torch.version.hip is not None:
+            return ["this is a ROCm build of torch"]
+        capability = torch.cuda.get_device_capability(device)
+        if capability < OLDEST_CAPABILITY:
+            return ["compute capability {}.{} < 8.0".format(*capability)]
+        return []
+    if device.type == "cpu" and os.environ.get("XATTN_CUDA_ON_CPU") == "1":
+        return []
+    return [f"tensors are on {device.type}, CUDA kernels need a GPU"]
+
+
+def pointer(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def submit(op: str, params: Any, device: torch.device) -> None:
+    """Launches on torch's current stream of `device`."""
+    stream = torch.cuda.current_stream(device)
+    getattr(extension(), op)(params, stream.device_index, stream.cuda_stream)
+
+
+def numbers(t: Tensor | None) -> Any:
+    """Neighbouring numbers of any of the dtypes."""
+    if t is None:
+        return extension().Numbers()
+    return extension().Numbers(pointer(t), getattr(extension().DType, DTYPES[t.dtype]))
