@@ -11,7 +11,7 @@ import torch
 from cases import Case
 from largest_tensor import LargestTensor
 from topk_cases import CASES, assert_right, case, topk_call
-from xattn_kernels import explain, gathered, reference, topk_attention
+from xattn_kernels import cross_attention, explain, gathered, reference, topk_attention
 
 
 def test_second_derivatives_are_for_eager():
@@ -49,7 +49,7 @@ def test_both_ways(beyond, name, monkeypatch):
 @pytest.mark.parametrize(
     "values", ["normal", "ties", "one value", "with -inf", "with nan", "zeros"]
 )
-@pytest.mark.parametrize("top_k", [0, 1, 5, 39, 40])
+@pytest.mark.parametrize("top_k", [1, 5, 39, 40])
 def test_a_partial_sort_finds_what_a_whole_one_does(top_k, values):
     s = torch.randn(3, 7, 40)
     if values == "ties":
@@ -65,13 +65,58 @@ def test_a_partial_sort_finds_what_a_whole_one_does(top_k, values):
     assert torch.equal(gathered.top_indices(s, top_k), reference.top_indices(s, top_k))
 
 
-@pytest.mark.parametrize("top_k", [4, 40])
+@pytest.mark.parametrize("top_k", [4, 40, 200, 499, 500])
 def test_memory_of_a_cpu_is_bounded(top_k, monkeypatch):
     monkeypatch.setattr(gathered, "CHUNK", 2**14)
     q, k, v = (torch.randn(1, 2, n, 16, requires_grad=True) for n in (256, 500, 500))
     with LargestTensor() as largest:
-        topk_attention(q, k, v, top_k, backend="sdpa").sum().backward()
-    assert largest.nbytes <= 4 * 2**14 * 2 and largest.nbytes < 256 * 500 * 2 * 4
+        call = dict(return_lse=True, backend="sdpa")
+        topk_attention(q, k, v, top_k, **call).out.sum().backward()
+    chosen = 4 * 2 * 256 * top_k  # bytes of the indices, which are kept
+    assert largest.nbytes <= max(4 * 2**14 * 2, chosen)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keys_of_a_group_are_not_repeated(dtype):
+    q, k = (torch.randn(1, H, N, 16, dtype=dtype) for H, N in ((8, 4), (1, 20000)))
+    with LargestTensor() as largest:
+        topk_attention(q, k, k, 3, backend="sdpa")
+    assert largest.nbytes <= 4 * 8 * 4 * 20000  # scores of the queries, not the keys of 8 heads
+
+
+@pytest.mark.parametrize("choice", [dict(top_k=40), dict(topk_blocks=(32, 2))], ids=str)
+def test_all_keys_are_attention_itself(choice):
+    q, k, v = (torch.randn(2, 2, n, 8) for n in (9, 40, 40))
+    found = topk_attention(q, k, v, **choice, backend="sdpa")
+    assert torch.equal(found, cross_attention(q, k, v, backend="sdpa"))
+
+
+class Deaf(torch.autograd.Function):
+    """Passes no gradient on."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return None
+
+
+@pytest.mark.parametrize("choice", [dict(top_k=4), dict(topk_blocks=(16, 1))], ids=str)
+def test_no_gradient_arrives(choice):
+    q, k, v = (torch.randn(1, 2, n, 8, requires_grad=True) for n in (9, 40, 40))
+    Deaf.apply(topk_attention(q, k, v, **choice, backend="sdpa")).sum().backward()
+    assert all(t.grad is None or not t.grad.any() for t in (q, k, v))
+
+
+def test_a_block_is_not_wider_than_all_keys():
+    q, k = torch.randn(1, 1, 9, 8), torch.randn(1, 1, 40, 8)
+    wide = dict(topk_blocks=(2**40, 1), return_indices=True, backend="sdpa")
+    with LargestTensor() as largest:
+        found = topk_attention(q, k, k, **wide)
+    assert largest.nbytes < 2**16 and not found.indices.any()
+    torch.testing.assert_close(found.out, cross_attention(q, k, k))
 
 
 def test_explain_says_how(capsys):

@@ -137,7 +137,7 @@ def test_what_has_no_top_k():
     for chosen in CHOSEN.values():
         with pytest.raises(ValueError, match="dropout must be 0 beside a top_k .*, got 0.1"):
             module(dropout=0.1, **chosen)
-    with pytest.raises(ValueError, match="one of top_k and topk_blocks"):
+    with pytest.raises(ValueError, match="exactly one of top_k and topk_blocks"):
         module(top_k=3, topk_blocks=(16, 1))
     with pytest.raises(ValueError, match="top_k must be an int >= 1, got 0"):
         module(top_k=0)
@@ -159,3 +159,13 @@ def test_torch_compile_and_autocast():
     assert out.dtype == torch.bfloat16
     out.float().sum().backward()
     assert all(p.grad.isfinite().all() for p in m.parameters())
+
+
+def test_a_choice_that_is_set_later_is_checked_too():
+    module, x = SparseCrossAttention(32, 4, dropout=0.5), torch.randn(1, 3, 32)
+    module.top_k = 2
+    with pytest.raises(ValueError, match="dropout must be 0"):
+        module(x, x, x)
+    module.dropout, module.topk_blocks = 0.0, (16, 1)
+    with pytest.raises(ValueError, match="exactly one of top_k and topk_blocks"):
+        module(x, x, x)

@@ -13,7 +13,7 @@ from xattn_kernels import reference, topk_attention
 NAMES = (
     "plain", "one", "all_but_one", "long", "many_keys", "more_than_a_block", "group_long",
     "scale_heads", "scale_group", "sliced", "ties", "equal_keys", "mask_empty_rows",
-    "mask_bool_BHQK", "mask_unsorted", "mask_all_empty", "width_96", "everything",
+    "mask_bool_BHQK", "mask_unsorted", "mask_all_empty", "width_96", "far_apart", "everything",
 )  # fmt: skip
 
 
@@ -85,6 +85,20 @@ def test_what_is_not_finite_makes_its_rows_nan(mode, bad, in_parts):
     seen[1] = bad != bad  # the score is -inf there: a key that is not allowed
     assert torch.equal(found.out[0, 0].isnan().all(-1), seen)
     assert ((found.indices >= 0) & (found.indices < 150)).all()
+
+
+@pytest.mark.parametrize("mode", modes("interpreter", "gpu"), indirect=True)
+@pytest.mark.parametrize("top_k", [16, 1000])
+def test_as_many_parts_as_the_device_asks_for(mode, top_k):
+    """Nothing patched: two rows beside keys whose scores do not fit registers."""
+    q, k = (torch.randn(1, 1, n, 16, device=mode.device).round() for n in (2, 1100))
+    found = topk_attention(q, k, k, top_k, return_indices=True, backend="triton").indices
+    assert torch.equal(found, reference.top_indices(q.double() @ k.double().mT, top_k).int())
+    from xattn_kernels.triton_kernels.launch import Call
+    from xattn_kernels.triton_kernels.topk_candidates import parts
+
+    call = Call(q, k, k, None, None, None, None, None, None, 0.25, 0.0, 0.0, False)
+    assert (parts(call, top_k) > 1) == (top_k == 16)
 
 
 def test_how_many_parts():

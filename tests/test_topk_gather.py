@@ -12,7 +12,8 @@ from xattn_kernels import topk_attention
 
 NAMES = (
     "plain", "one", "group", "group_long", "scale_heads", "scale_group", "mask_empty_rows",
-    "mask_bool_BHQK", "mask_all_empty", "width_96", "many_keys", "everything", "lse_only",
+    "mask_bool_BHQK", "mask_all_empty", "width_96", "many_keys", "far_apart", "everything",
+    "lse_only",
     "out_only", "sliced", "equal_keys", "no_queries", "more_than_a_block",
 )  # fmt: skip
 

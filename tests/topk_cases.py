@@ -60,6 +60,7 @@ CASES: dict[str, tuple[dict, int]] = {
             "bool_B1Q1", "bool_empty_rows", "bool_none", "bool_expanded",
         )
     },
+    "far_apart": (dict(layout="far_apart", Hq=4), 6),
     "mask_causal_long": (LONG | dict(mask="causal", Nk=150, Nq=90), 20),
     "mask_blocks_long": (LONG | dict(mask="blocks", Nk=150, Nq=90), 60),
     "everything": (

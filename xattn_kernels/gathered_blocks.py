@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import reference
 from .autograd import refuse_double_backward
-from .gathered import CHUNK, Gathered, rows_of, sum_dtype, top_indices
+from .gathered import CHUNK, gathered_rows, sum_dtype, top_indices
 from .inputs import CrossAttentionInputs, TopKAttentionInputs, TopKAttentionResult
 from .masks import KeyInterval
 from .reference import QUERIES_PER_CHOICE, n_blocks, pooled_call
@@ -73,6 +73,18 @@ def choose_gathered(x: TopKAttentionInputs) -> Tensor:
     return blocks
 
 
+def rows_of(x: TopKAttentionInputs, b: int, rows: slice) -> TopKAttentionInputs:
+    """The call of some rows of one batch element."""
+    start, stop = x.bounds()
+    one = slice(b, b + 1)
+    interval = None if start is None else KeyInterval(start[one, rows], stop[one, rows])
+    mask = x.mask
+    if mask is not None:
+        at_b = one if mask.shape[0] > 1 else slice(None)
+        mask = mask[at_b, :, rows if mask.shape[2] > 1 else slice(None)]
+    return replace(x, q=x.q[one, :, rows], k=x.k[one], v=x.v[one], interval=interval, mask=mask)
+
+
 class BlocksGathered(torch.autograd.Function):
     """(out, lse, entropy, max_probability) of the chosen blocks. Only inputs are kept: the backward
     computes each part again."""
@@ -126,7 +138,7 @@ def parts(x: TopKAttentionInputs, blocks: Tensor) -> Iterator[Part]:
         # no padding meets a p of 0
         seen = allowed.unflatten(1, (x.Hkv, -1)).any(3).any(2)[..., None]
         k, v = (
-            Gathered(t).rows(b, j + first).transpose(0, 1).masked_fill(~seen, 0.0)
+            gathered_rows(t[b], j + first).to(dtype).transpose(0, 1).masked_fill(~seen, 0.0)
             for t in (x.k, x.v)
         )
         q = to_tiles(x.q[b, :, queries].to(dtype))
@@ -176,6 +188,11 @@ def gradients(
 ) -> tuple[Tensor | None, ...]:
     """(dq, dk, dv, dscale), None for what is not needed."""
     x = whole_call(q, k, v, scale, start, stop, mask, plain)
+    if dout is None and dlse is None and dentropy is None:
+        tensors = (q, k, v, scale)
+        return tuple(
+            torch.zeros_like(t) if n else None for t, n in zip(tensors, needs, strict=False)
+        )
     dtype = sum_dtype(q)
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dk, dv = (t.new_zeros((x.B, x.Hkv * x.Nk, t.shape[3]), dtype=dtype) for t in (k, v))

@@ -8,7 +8,7 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from . import gathered, gathered_blocks, reference
+from . import gathered, gathered_blocks, reference, sdpa
 from . import topk_blocks as by_blocks
 from .autograd import apart, refuse_double_backward
 from .cross_attention import triton_attend, triton_reasons
@@ -106,13 +106,16 @@ def kept_mass(
     Args: as in `topk_attention`.
 
     Returns:
-        float32 [B, Hq, Nq] (float64 for float64 inputs), from 0 to 1; without gradient.
+        float32 [B, Hq, Nq] (float64 for float64 inputs), from 0 to 1, NaN for a row whose scores
+        are; without gradient.
+
+    Raises:
+        As `topk_attention`.
     """
     v = k[..., : min(k.shape[3], 16)]
     options = dict(mask=mask, scale=scale, return_lse=True, backend=backend)
     chosen = topk_attention(q, k, v, top_k, topk_blocks=topk_blocks, **options).lse
-    all_blocks = (64, max(1, -(-k.shape[2] // 64)))
-    every = topk_attention(q, k, v, topk_blocks=all_blocks, **options).lse
+    every = topk_attention(q, k, v, max(1, k.shape[2]), **options).lse
     none = every == -math.inf
     return (chosen - every.masked_fill(none, 0.0)).exp().clamp(max=1.0).masked_fill(none, 1.0)
 
@@ -122,8 +125,14 @@ def check(
 ) -> TopKAttentionInputs:
     """The checked inputs of one call; raises TypeError or ValueError naming the argument."""
     top_k, topk_blocks = check_chosen(top_k, topk_blocks)
+    plain = check_inputs(q, k, v, **options)
+    if topk_blocks is not None and isinstance(plain.Nk, int):  # a block of all keys is not padded
+        topk_blocks = (
+            min(topk_blocks[0], max(16, 1 << (plain.Nk - 1).bit_length())),
+            topk_blocks[1],
+        )
     return TopKAttentionInputs(
-        **vars(check_inputs(q, k, v, **options)),
+        **vars(plain),
         top_k=top_k,
         topk_blocks=topk_blocks,
         return_indices=bool(return_indices),
@@ -134,7 +143,7 @@ def check_chosen(top_k, topk_blocks) -> tuple[int | None, tuple[int, int] | None
     """(top_k, topk_blocks), exactly one of which is not None."""
     if (top_k is None) == (topk_blocks is None):
         raise ValueError(
-            f"one of top_k and topk_blocks must be given, got top_k={top_k!r} and "
+            f"exactly one of top_k and topk_blocks must be given, got {described(top_k)} and "
             f"topk_blocks={topk_blocks!r}"
         )
     if top_k is None:
@@ -142,9 +151,16 @@ def check_chosen(top_k, topk_blocks) -> tuple[int | None, tuple[int, int] | None
     return check_top_k(top_k), None
 
 
+def described(top_k) -> str:
+    """Without the values of a tensor, which somebody may give by mistake."""
+    if isinstance(top_k, Tensor):
+        return f"top_k=a tensor of shape {list(top_k.shape)}"
+    return f"top_k={top_k!r} ({type(top_k).__name__})"
+
+
 def check_top_k(top_k) -> int:
     if isinstance(top_k, bool) or not isinstance(top_k, (Integral, torch.SymInt)):
-        raise TypeError(f"top_k must be an int >= 1, got {type(top_k).__name__} {top_k!r}")
+        raise TypeError(f"top_k must be an int >= 1, got {described(top_k)}")
     if top_k < 1:
         raise ValueError(f"top_k must be an int >= 1, got {top_k}")
     return int(top_k)
@@ -155,7 +171,7 @@ def check_topk_blocks(topk_blocks) -> tuple[int, int]:
     if not isinstance(topk_blocks, (tuple, list)) or len(topk_blocks) != 2:
         raise TypeError(f"{allowed}, got {topk_blocks!r}")
     for name, n in zip(("block_size", "n_blocks"), topk_blocks, strict=True):
-        if isinstance(n, bool) or not isinstance(n, Integral):
+        if isinstance(n, bool) or not isinstance(n, (Integral, torch.SymInt)):
             raise TypeError(f"{allowed}, two ints, got {name}={n!r}")
     size, n = map(int, topk_blocks)
     if size < 16 or size & (size - 1):
@@ -207,6 +223,9 @@ def all_keys(x: TopKAttentionInputs) -> Tensor:
 
 
 def run_gathered(x: TopKAttentionInputs) -> TopKAttentionResult:
+    kept = x.top_k or math.prod(x.topk_blocks)
+    if kept >= x.Nk and not x.return_indices and not sdpa.reasons(x):
+        return TopKAttentionResult(sdpa.cross_attention(x).out, None, None, None, None)
     return (gathered.topk_attention if x.topk_blocks is None else gathered_blocks.topk_blocks)(x)
 
 

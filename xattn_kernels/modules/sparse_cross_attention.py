@@ -58,14 +58,24 @@ class SparseCrossAttention(MultiheadAttention):
         new._choose(top_k, topk_blocks)
         return new
 
+    def extra_repr(self) -> str:
+        chosen = {"top_k": self.top_k, "topk_blocks": self.topk_blocks}
+        own = [f"{name}={n}" for name, n in chosen.items() if n is not None]
+        return ", ".join([*filter(None, [super().extra_repr()]), *own])
+
     @property
     def sparse(self) -> bool:
         """Whether some keys are chosen; dense attention otherwise."""
         return self.top_k is not None or self.topk_blocks is not None
 
     def _choose(self, top_k, topk_blocks) -> None:
-        if top_k is not None or topk_blocks is not None:
-            self.top_k, self.topk_blocks = check_chosen(top_k, topk_blocks)
+        self.top_k, self.topk_blocks = top_k, topk_blocks
+        self._check_choice()
+
+    def _check_choice(self) -> None:
+        """Of attributes, which a user may have set since."""
+        if self.sparse:
+            self.top_k, self.topk_blocks = check_chosen(self.top_k, self.topk_blocks)
             if self.dropout != 0.0:
                 raise ValueError(
                     f"dropout must be 0 beside a top_k or topk_blocks, got {self.dropout}"
@@ -84,8 +94,8 @@ class SparseCrossAttention(MultiheadAttention):
         *,
         mask: KeyInterval | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """(output, None), arguments as in `MultiheadAttention.forward`; its result where all keys
-        are taken.
+        """(output, None), arguments as in `MultiheadAttention.forward`, but need_weights is False
+        unless it is asked for; without a top_k or topk_blocks its result.
 
         Raises:
             ValueError: need_weights beside a top_k or topk_blocks.
@@ -93,6 +103,7 @@ class SparseCrossAttention(MultiheadAttention):
             The others are those of `MultiheadAttention.forward`.
         """
         if self.sparse:
+            self._check_choice()
             self._check_call(key_padding_mask, need_weights, attn_mask)
         return super().forward(
             query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights,
