@@ -58,8 +58,13 @@ def test_long_rows_take_it_by_themselves(mode, monkeypatch):
     for name in ("gather_forward_kernel", "gather_dq_kernel", "gather_dkdv_kernel"):
         kernel = getattr(topk_gather, name)
         monkeypatch.setattr(topk_gather, name, Noted(kernel, name, launched))
-    for Nk, gathered in ((75, []), (94, ["forward", "dq", "dkdv"]), (93, ["dq", "dkdv"])):
-        assert configs.gathers("backward", Nk, 1) == bool(gathered)
+    for Nk, gathered in (
+        (93, []),
+        (94, ["forward"]),
+        (128, ["forward"]),
+        (129, ["forward", "dq", "dkdv"]),
+    ):
+        assert configs.gathers("backward", Nk, 1) == (len(gathered) == 3)
         launched.clear()
         q, k, v = (
             torch.randn(1, 1, n, 16, device=mode.device, dtype=mode.dtypes[0], requires_grad=True)

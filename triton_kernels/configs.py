@@ -322,9 +322,11 @@ def candidates(n: int, itemsize: int) -> Config:
 
 
 # Keys for each chosen one, beyond which gathering the chosen costs less than every product on the
-# tensor cores: 4 D Nk (forward) or 10 D Nk (backward) of 0.65 * 790 Tflop/s against 4 D k or 8 D k
-# elements of 5.5 TB/s. Arithmetic for an H200; the head width cancels, and nothing was measured.
-GATHERED_BEYOND = {"forward": 93, "backward": 75}
+# tensor cores: forward 4 D Nk operations of 0.65 * 790 Tflop/s against 4 D k elements of 5.5 TB/s.
+# The same count gives 75 backward, but there a tile of 16 keys by 32 pairs computes 16 products of
+# which one counts, which is about as many instructions as all keys take at 75, and the pairs are
+# sorted first. Arithmetic for an H200; the head width cancels, and nothing was measured.
+GATHERED_BEYOND = {"forward": 93, "backward": 128}
 
 
 def gathers(direction: str, Nk: int, top_k: int) -> bool:
