@@ -47,7 +47,7 @@ KERNELS = {
     "gated_backward_kernel": "its gradients",
     "gated_sums_kernel": "sums of its gate, weight and bias",
 }
-CUDA_KERNELS = {
+CUDA_KERNELS = {"cuda cross_attention_forward_kernel": "forward without flags, CUDA C++"} | {
     f"cuda {kernel}": f"{KERNELS[kernel]}, CUDA C++"
     for kernel in ("gated_forward_kernel", "gated_backward_kernel", "gated_sums_kernel")
 }

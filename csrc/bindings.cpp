@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cross_attention.h"
 #include "gated_residual.h"
 
 namespace py = pybind11;
@@ -136,6 +137,30 @@ void DefineGatedResidual(py::module_& m) {
   DefineOp<Backward>(m, "gated_residual_backward", &GatedResidualBackward);
 }
 
+void DefineCrossAttention(py::module_& m) {
+  py::class_<HeadTensor>(m, "HeadTensor")
+      .def(py::init([](uintptr_t data, std::array<int64_t, 3> strides) {
+        return HeadTensor{reinterpret_cast<void*>(data), {strides[0], strides[1], strides[2]}};
+      }));
+  py::class_<RowBounds>(m, "RowBounds")
+      .def(py::init([](uintptr_t data, std::array<int64_t, 2> strides) {
+             return RowBounds{reinterpret_cast<const int32_t*>(data), {strides[0], strides[1]}};
+           }),
+           py::arg("data") = 0, py::arg("strides") = std::array<int64_t, 2>{});
+  using Shape = CrossAttentionShape;
+  py::class_<Shape>(m, "CrossAttentionShape")
+      .def(py::init([](int32_t B, int32_t Hq, int32_t Hkv, int32_t Nq, int32_t Nk, int32_t D,
+                       int32_t Dv, DType dtype,
+                       float scale) { return Shape{B, Hq, Hkv, Nq, Nk, D, Dv, dtype, scale}; }));
+  using Forward = CrossAttentionForwardParams;
+  py::class_<Forward>(m, "CrossAttentionForwardParams")
+      .def(py::init([](HeadTensor out, uintptr_t lse, HeadTensor q, HeadTensor k, HeadTensor v,
+                       RowBounds start, RowBounds stop, Shape shape) {
+        return Forward{out, reinterpret_cast<float*>(lse), q, k, v, start, stop, shape};
+      }));
+  DefineOp<Forward>(m, "cross_attention_forward", &CrossAttentionForward);
+}
+
 }  // namespace
 }  // namespace xattn
 
@@ -143,4 +168,5 @@ PYBIND11_MODULE(_cuda, m) {
   m.doc() = "Launchers of the CUDA kernels in csrc/.";
   xattn::DefineTensors(m);
   xattn::DefineGatedResidual(m);
+  xattn::DefineCrossAttention(m);
 }

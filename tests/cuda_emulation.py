@@ -21,6 +21,7 @@ import launches
 from xattn_kernels.cuda_kernels import launch
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
+launch_pointer = launch.pointer
 KERNELS: dict[tuple[str, str], Any] = {}  # (arch, name) -> ptxsim's kernel
 
 
@@ -33,10 +34,10 @@ class Session:
         self.launched: list[tuple[str, Any]] = []  # kernel names and ptxsim's counts
 
     def pointer(self, t: Tensor | None) -> int:
-        if t is None:
-            return 0
-        self.tensors[t.data_ptr()] = t
-        return t.data_ptr()
+        address = launch_pointer(t)
+        if address:  # without elements there is none, as there is for None
+            self.tensors[address] = t
+        return address
 
     def submit(self, op: str, params: Any, device) -> None:
         for name, grid, block, shared, content in getattr(launch.extension(), op + "_plan")(params):

@@ -100,7 +100,7 @@ def test_no_kernel_spills_and_the_table_has_each(source, arch):
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not on PATH")
     rows = cuda_grid.compile_source(source, arch)
-    assert len(rows) > 10 and all(row.registers for row in rows)
+    assert rows and all(row.registers for row in rows)
     assert not [(row.symbol, row.faults) for row in rows if row.faults]
     committed = cuda_grid.load(RESULTS / "static")
     known = {row.symbol for row in committed if (row.source, row.arch) == (source.name, arch)}
