@@ -47,9 +47,23 @@ KERNELS = {
     "gated_backward_kernel": "its gradients",
     "gated_sums_kernel": "sums of its gate, weight and bias",
 }
-CUDA_KERNELS = {"cuda cross_attention_forward_kernel": "forward without flags, CUDA C++"} | {
-    f"cuda {kernel}": f"{KERNELS[kernel]}, CUDA C++"
-    for kernel in ("gated_forward_kernel", "gated_backward_kernel", "gated_sums_kernel")
+CUDA_KERNELS = {
+    f"cuda {kernel}": f"{name}, CUDA C++"
+    for kernel, name in {
+        "cross_attention_forward_kernel": "forward",
+        "merge_kernel": "merge of splits",
+        "row_terms_kernel": "delta",
+        "dq_kernel": "dq",
+        "dkdv_kernel": "dk and dv",
+        "tile_bounds_kernel": "bounds of row tiles",
+        "dbias_kernel": "dbias",
+        "sum_splits_kernel": "sums of splits",
+        "topk_selection_kernel": "choice of the top keys",
+        "topk_indices_kernel": "its indices and bits",
+        "gated_forward_kernel": "gated residual",
+        "gated_backward_kernel": "its gradients",
+        "gated_sums_kernel": "sums of its gate, weight and bias",
+    }.items()
 }
 
 

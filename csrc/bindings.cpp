@@ -10,6 +10,7 @@
 
 #include "cross_attention.h"
 #include "gated_residual.h"
+#include "topk_attention.h"
 
 namespace py = pybind11;
 
@@ -140,25 +141,121 @@ void DefineGatedResidual(py::module_& m) {
 void DefineCrossAttention(py::module_& m) {
   py::class_<HeadTensor>(m, "HeadTensor")
       .def(py::init([](uintptr_t data, std::array<int64_t, 3> strides) {
-        return HeadTensor{reinterpret_cast<void*>(data), {strides[0], strides[1], strides[2]}};
-      }));
+             return HeadTensor{reinterpret_cast<void*>(data), {strides[0], strides[1], strides[2]}};
+           }),
+           py::arg("data") = 0, py::arg("strides") = std::array<int64_t, 3>{});
   py::class_<RowBounds>(m, "RowBounds")
       .def(py::init([](uintptr_t data, std::array<int64_t, 2> strides) {
              return RowBounds{reinterpret_cast<const int32_t*>(data), {strides[0], strides[1]}};
            }),
            py::arg("data") = 0, py::arg("strides") = std::array<int64_t, 2>{});
+  py::class_<PairTensor>(m, "PairTensor")
+      .def(py::init([](uintptr_t data, std::array<int64_t, 4> strides, DType dtype) {
+             PairTensor t{reinterpret_cast<const void*>(data), {}, dtype};
+             std::copy(strides.begin(), strides.end(), t.strides);
+             return t;
+           }),
+           py::arg("data") = 0, py::arg("strides") = std::array<int64_t, 4>{},
+           py::arg("dtype") = DType::kFloat32);
   using Shape = CrossAttentionShape;
   py::class_<Shape>(m, "CrossAttentionShape")
       .def(py::init([](int32_t B, int32_t Hq, int32_t Hkv, int32_t Nq, int32_t Nk, int32_t D,
-                       int32_t Dv, DType dtype,
-                       float scale) { return Shape{B, Hq, Hkv, Nq, Nk, D, Dv, dtype, scale}; }));
+                       int32_t Dv,
+                       DType dtype) { return Shape{B, Hq, Hkv, Nq, Nk, D, Dv, dtype}; }));
+  using Call = CrossAttentionCall;
+  py::class_<Call>(m, "CrossAttentionCall")
+      .def(py::init([](HeadTensor q, HeadTensor k, HeadTensor v, RowBounds start, RowBounds stop,
+                       PairTensor mask, PairTensor bias, Numbers scales, int64_t scale_stride,
+                       uintptr_t seed, uint64_t threshold, float scale, float softcap,
+                       float keep_scale, Shape shape, bool mask_is_bits) {
+        return Call{q,
+                    k,
+                    v,
+                    start,
+                    stop,
+                    mask,
+                    bias,
+                    scales,
+                    scale_stride,
+                    reinterpret_cast<const int64_t*>(seed),
+                    threshold,
+                    scale,
+                    softcap,
+                    keep_scale,
+                    shape,
+                    mask_is_bits,
+                    false};
+      }));
+  const auto floats = [](uintptr_t data) { return reinterpret_cast<float*>(data); };
   using Forward = CrossAttentionForwardParams;
   py::class_<Forward>(m, "CrossAttentionForwardParams")
-      .def(py::init([](HeadTensor out, uintptr_t lse, HeadTensor q, HeadTensor k, HeadTensor v,
-                       RowBounds start, RowBounds stop, Shape shape) {
-        return Forward{out, reinterpret_cast<float*>(lse), q, k, v, start, stop, shape};
-      }));
+      .def(
+          py::init([=](HeadTensor out, std::array<uintptr_t, 4> rows, Call call, int32_t n_splits) {
+            return Forward{
+                out,  floats(rows[0]), floats(rows[1]), floats(rows[2]), floats(rows[3]), nullptr,
+                call, n_splits};
+          }))
+      .def_property("parts", nullptr, [=](Forward& p, uintptr_t data) { p.parts = floats(data); });
+  using Backward = CrossAttentionBackwardParams;
+  py::class_<Backward>(m, "CrossAttentionBackwardParams")
+      .def(py::init([=](HeadTensor dq, HeadTensor dk, HeadTensor dv, HeadTensor out,
+                        HeadTensor dout, std::array<uintptr_t, 5> rows, Call call,
+                        std::array<int32_t, 4> bias_sizes) {
+        Backward p{dq,
+                   dk,
+                   dv,
+                   nullptr,
+                   nullptr,
+                   out,
+                   dout,
+                   floats(rows[0]),
+                   floats(rows[1]),
+                   floats(rows[2]),
+                   floats(rows[3]),
+                   floats(rows[4]),
+                   nullptr,
+                   call,
+                   1,
+                   1,
+                   1,
+                   {}};
+        std::copy(bias_sizes.begin(), bias_sizes.end(), p.bias_sizes);
+        return p;
+      }))
+      .def_readwrite("dq_splits", &Backward::dq_splits)
+      .def_readwrite("dkdv_splits", &Backward::dkdv_splits)
+      .def_readwrite("dbias_splits", &Backward::dbias_splits)
+      .def_property("dscale", nullptr,
+                    [=](Backward& p, uintptr_t data) { p.dscale = floats(data); })
+      .def_property("dbias", nullptr, [=](Backward& p, uintptr_t data) { p.dbias = floats(data); })
+      .def_property("parts", nullptr, [=](Backward& p, uintptr_t data) { p.parts = floats(data); });
+  m.def("cross_attention_forward_splits", &CrossAttentionForwardSplits);
+  m.def("cross_attention_backward_splits", &CrossAttentionBackwardSplits);
+  m.def("cross_attention_forward_parts", &CrossAttentionForwardParts);
+  m.def("cross_attention_backward_parts", &CrossAttentionBackwardParts);
   DefineOp<Forward>(m, "cross_attention_forward", &CrossAttentionForward);
+  DefineOp<Backward>(m, "cross_attention_backward", &CrossAttentionBackward);
+}
+
+void DefineTopKAttention(py::module_& m) {
+  using Selection = TopKSelectionParams;
+  py::class_<Selection>(m, "TopKSelectionParams")
+      .def(py::init([](uintptr_t bits, CrossAttentionCall call, int32_t top_k) {
+        return Selection{reinterpret_cast<uint32_t*>(bits), call, top_k};
+      }));
+  using Indices = TopKIndicesParams;
+  py::class_<Indices>(m, "TopKIndicesParams")
+      .def(py::init([](uintptr_t indices, uintptr_t bits, int64_t rows, int32_t Nk, int32_t top_k,
+                       bool to_bits) {
+        return Indices{reinterpret_cast<int32_t*>(indices),
+                       reinterpret_cast<uint32_t*>(bits),
+                       rows,
+                       Nk,
+                       top_k,
+                       to_bits};
+      }));
+  DefineOp<Selection>(m, "topk_selection", &TopKSelection);
+  DefineOp<Indices>(m, "topk_indices", &TopKIndices);
 }
 
 }  // namespace
@@ -169,4 +266,5 @@ PYBIND11_MODULE(_cuda, m) {
   xattn::DefineTensors(m);
   xattn::DefineGatedResidual(m);
   xattn::DefineCrossAttention(m);
+  xattn::DefineTopKAttention(m);
 }

@@ -1,42 +1,46 @@
-// Launchers of masked cross-attention.
+// Launchers of masked cross-attention, forward.
+#include "attention_launch.h"
 #include "cross_attention.cuh"
 
 namespace xattn {
-namespace {
 
-// The kernel's width for a head width.
-constexpr int Padded(int width) { return width <= 64 ? 64 : width <= 128 ? 128 : 256; }
-
-template <class T, int WIDTH, int WIDTH_V>
-cudaError_t LaunchForward(const CrossAttentionForwardParams& params, Queue& queue) {
-  const CrossAttentionShape& s = params.shape;
-  const int rows = s.Nq * (s.Hq / s.Hkv);
-  const dim3 grid((rows + kBlockQ - 1) / kBlockQ, s.Hkv, s.B);
-  const size_t shared = Tile<T, kBlockQ, WIDTH>::kBytes +
-                        2 * (Tile<T, kBlockK, WIDTH>::kBytes + Tile<T, kBlockK, WIDTH_V>::kBytes);
-  return Launch<cross_attention_forward_kernel<T, WIDTH, WIDTH_V>>(queue, grid, kAttentionThreads,
-                                                                   shared, params);
+int32_t CrossAttentionForwardSplits(const CrossAttentionCall& call, int32_t multiprocessors) {
+  const CrossAttentionShape& s = call.shape;
+  return WithKernel(s, [&](auto kernel) {
+    using Block = AttentionBlock<typename decltype(kernel)::Element, decltype(kernel)::kWidth>;
+    const int64_t blocks = CeilDiv(int64_t{s.Nq} * Group(s), Block::kRows) * s.Hkv * s.B;
+    return Splits(blocks, CeilDiv(s.Nk, Block::kKeys), multiprocessors);
+  });
 }
 
-template <class T>
-cudaError_t LaunchForward(const CrossAttentionForwardParams& params, Queue& queue) {
-  const int width = Padded(params.shape.D), width_v = Padded(params.shape.Dv);
-  if (width > 128 || width_v > 128) return cudaErrorInvalidValue;
-  if (width == 64 && width_v == 64) return LaunchForward<T, 64, 64>(params, queue);
-  return LaunchForward<T, 128, 128>(params, queue);
+int64_t CrossAttentionForwardParts(const CrossAttentionForwardParams& params) {
+  const CrossAttentionShape& s = params.call.shape;
+  if (params.n_splits == 1) return 0;
+  return int64_t{params.n_splits} * s.B * s.Hq * s.Nq * (s.Dv + 4);
 }
 
-}  // namespace
-
-cudaError_t CrossAttentionForward(const CrossAttentionForwardParams& params, Queue& queue) {
-  switch (params.shape.dtype) {
-    case DType::kFloat16:
-      return LaunchForward<__half>(params, queue);
-    case DType::kBFloat16:
-      return LaunchForward<__nv_bfloat16>(params, queue);
-    default:
-      return cudaErrorInvalidValue;
-  }
+cudaError_t CrossAttentionForward(const CrossAttentionForwardParams& given, Queue& queue) {
+  CrossAttentionForwardParams params = given;
+  const CrossAttentionShape& s = params.call.shape;
+  if (!IsValid(s) || params.n_splits < 1) return cudaErrorInvalidValue;
+  params.call.aligned = IsAligned(params.call);
+  const bool plain = IsPlain(params.call) && params.entropy == nullptr;
+  return WithKernel(s, [&](auto kernel) {
+    using T = typename decltype(kernel)::Element;
+    constexpr int kWidth = decltype(kernel)::kWidth;
+    using Block = AttentionBlock<T, kWidth>;
+    const int64_t tiles = CeilDiv(int64_t{s.Nq} * Group(s), Block::kRows);
+    const dim3 grid(tiles * s.Hkv * s.B * params.n_splits);
+    constexpr size_t kShared =
+        Tile<T, Block::kRows, kWidth>::kBytes + ForwardKeys<T, kWidth>::kBytes;
+    const cudaError_t error = WithPlain<T>(params.call, plain, [&](auto is_plain) {
+      return Launch<cross_attention_forward_kernel<T, kWidth, is_plain>>(
+          queue, grid, Block::kThreads, kShared, params);
+    });
+    if (error != cudaSuccess || params.n_splits == 1) return error;
+    const dim3 rows(CeilDiv(int64_t{s.B} * s.Hq * s.Nq, kMergeWarps));
+    return Launch<merge_kernel<T>>(queue, rows, kMergeWarps * kWarpSize, 0, params);
+  });
 }
 
 }  // namespace xattn

@@ -1,229 +1,227 @@
-// Kernels of masked cross-attention.
+// Kernels of masked cross-attention, forward.
 //
-// A block has kBlockQ rows of one key head: queries and the heads that share their keys, packed.
-// It walks the tiles of keys between the rows' smallest start and largest stop, two tiles in
-// flight, and masks only in tiles that an interval cuts. A warp has 16 rows and all of their
-// probabilities in registers.
+// A block has rows of one key head: queries and the heads that share their keys, packed. It walks
+// the tiles of keys between the rows' smallest start and largest stop, two tiles in flight. PLAIN:
+// a score is a product and one positive scale; it is masked only in tiles that an interval cuts,
+// and the scale is part of the exponential's multiply-add.
 #pragma once
 
-#include "cross_attention.h"
-#include "softmax.cuh"
-#include "tile.cuh"
-#include "warp.cuh"
+#include "attention_scores.cuh"
 
 namespace xattn {
 
-constexpr int kBlockQ = 64, kBlockK = 64;
-constexpr int kAttentionWarps = kBlockQ / 16;
-constexpr int kAttentionThreads = kAttentionWarps * kWarpSize;
+template <class T, int WIDTH>
+using ForwardKeys =
+    PassingTiles<T, AttentionBlock<T, WIDTH>::kKeys, WIDTH, 2, AttentionBlock<T, WIDTH>::kThreads>;
 
-// The packed row p of a key head: query i of head h.
-struct PackedRow {
-  int i, h;
-  bool there;
+// Where a block's results go: those of the call, or, of several splits, float32 parts.
+struct ForwardRow {
+  const CrossAttentionForwardParams& p;
+  int64_t at;  // in [n_splits, B, Hq, Nq]
 
-  __device__ __forceinline__ PackedRow(const CrossAttentionShape& s, int p, int hkv) {
-    const int group = s.Hq / s.Hkv;
-    i = p / group;
-    h = hkv * group + p % group;
-    there = i < s.Nq;
+  __device__ __forceinline__ ForwardRow(const CrossAttentionForwardParams& params, int b, int split,
+                                        const PackedRow& row)
+      : p(params), at(split * Rows() + RowNumber(params.call.shape, b, row)) {}
+
+  __device__ __forceinline__ int64_t Rows() const {
+    const CrossAttentionShape& s = p.call.shape;
+    return int64_t{s.B} * s.Hq * s.Nq;
+  }
+  // `parts` has out [n_splits, rows, Dv] and then, each [n_splits, rows], lse and the rest.
+  __device__ __forceinline__ float* OutPart() const { return p.parts + at * p.call.shape.Dv; }
+  __device__ __forceinline__ float* Part(int n) const {
+    return p.parts + (p.call.shape.Dv + n) * p.n_splits * Rows() + at;
+  }
+
+  __device__ __forceinline__ void Store(float lse, float lse_low, float entropy,
+                                        float max_probability) const {
+    const bool parts = p.n_splits > 1;
+    *(parts ? Part(0) : p.lse + at) = lse;
+    if (p.lse_low != nullptr) *(parts ? Part(1) : p.lse_low + at) = lse_low;
+    if (p.entropy == nullptr) return;
+    *(parts ? Part(2) : p.entropy + at) = entropy;
+    *(parts ? Part(3) : p.max_probability + at) = max_probability;
   }
 };
 
-struct Interval {
-  int first, last;  // keys first <= j < last
-};
+// What a lane has of two rows.
+template <class T, int WIDTH, bool PLAIN>
+struct ForwardState {
+  SoftmaxState<!PLAIN> softmax[2];
+  float acc[WIDTH / 8][4] = {};
+  float a[2] = {};  // sum of e^(s - m) (s - m), of the entropy
 
-// A row's keys, none where there is no row.
-__device__ __forceinline__ Interval KeysOf(const CrossAttentionForwardParams& p, int b,
-                                           const PackedRow& row) {
-  if (!row.there) return {p.shape.Nk, 0};
-  Interval keys{0, p.shape.Nk};
-  if (p.start.data != nullptr) {
-    keys.first = max(p.start.data[b * p.start.strides[0] + row.i * p.start.strides[1]], 0);
-    keys.last = min(p.stop.data[b * p.stop.strides[0] + row.i * p.stop.strides[1]], keys.last);
-  }
-  if (keys.first >= keys.last) keys = {p.shape.Nk, 0};
-  return keys;
-}
-
-// Of the rows of a block: the keys that any of them sees, and those that all of them see.
-struct KeyRange {
-  int begin, end, full_begin, full_end;
-
-  // Every thread gives two rows; `scratch` has four places for each warp.
-  __device__ __forceinline__ KeyRange(const Interval (&rows)[2], const bool (&there)[2], int n_keys,
-                                      int* scratch)
-      : begin(n_keys), end(0), full_begin(0), full_end(n_keys) {
+  // Scores s [16, 8 N] of keys j0 on become exponentials, which are added to the sums.
+  template <int N>
+  __device__ __forceinline__ void Add(float (&s)[N][4], float factor, bool statistics) {
+    float largest[2] = {-INFINITY, -INFINITY}, sum[2] = {};
 #pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      begin = min(begin, rows[n].first);
-      end = max(end, rows[n].last);
-      if (there[n]) {
-        full_begin = max(full_begin, rows[n].first);
-        full_end = min(full_end, rows[n].last);
-      }
-    }
-    begin = __reduce_min_sync(kAllLanes, begin), end = __reduce_max_sync(kAllLanes, end);
-    full_begin = __reduce_max_sync(kAllLanes, full_begin);
-    full_end = __reduce_min_sync(kAllLanes, full_end);
-    const int warp = threadIdx.x / kWarpSize;
-    if (threadIdx.x % kWarpSize == 0) {
-      int* own = scratch + warp * 4;
-      own[0] = begin, own[1] = end, own[2] = full_begin, own[3] = full_end;
-    }
-    __syncthreads();
+    for (int n = 0; n < N; ++n)
 #pragma unroll
-    for (int w = 0; w < kAttentionWarps; ++w) {
-      const int* other = scratch + w * 4;
-      begin = min(begin, other[0]), end = max(end, other[1]);
-      full_begin = max(full_begin, other[2]), full_end = min(full_end, other[3]);
-    }
-    begin = begin / kBlockK * kBlockK;
-  }
-};
-
-template <class T>
-__device__ __forceinline__ uint32_t Pack(float low, float high) {
-  Vector<T, 2> pair{{FromFloat<T>(low), FromFloat<T>(high)}};
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
-
-template <class T, int WIDTH, int WIDTH_V>
-__global__ void __launch_bounds__(kAttentionThreads)
-    cross_attention_forward_kernel(const __grid_constant__ CrossAttentionForwardParams p) {
-  using QTile = Tile<T, kBlockQ, WIDTH>;
-  using KTile = Tile<T, kBlockK, WIDTH>;
-  using VTile = Tile<T, kBlockK, WIDTH_V>;
-  extern __shared__ __align__(128) unsigned char shared[];
-  __shared__ int scratch[kAttentionWarps * 4];
-  const CrossAttentionShape& shape = p.shape;
-  const int hkv = blockIdx.y, b = blockIdx.z, p0 = blockIdx.x * kBlockQ;
-  const int lane = threadIdx.x % kWarpSize, row0 = threadIdx.x / kWarpSize * 16;
-
-  const uint32_t base = ptx::SharedAddress(shared);
-  const QTile q_tile{base};
-  const T* q = static_cast<const T*>(p.q.data) + b * p.q.strides[0];
-  const auto q_row = [&](int n) -> const T* {
-    const PackedRow row(shape, p0 + n, hkv);
-    return row.there ? q + row.h * p.q.strides[1] + row.i * p.q.strides[2] : nullptr;
-  };
-  q_tile.template Copy<kAttentionThreads>(q_row, shape.D, q);
-
-  const PackedRow rows[2] = {{shape, p0 + row0 + lane / 4, hkv},
-                             {shape, p0 + row0 + lane / 4 + 8, hkv}};
-  const Interval keys[2] = {KeysOf(p, b, rows[0]), KeysOf(p, b, rows[1])};
-  const bool there[2] = {rows[0].there, rows[1].there};
-  const KeyRange range(keys, there, shape.Nk, scratch);
-
-  const T* k = static_cast<const T*>(p.k.data) + b * p.k.strides[0] + hkv * p.k.strides[1];
-  const T* v = static_cast<const T*>(p.v.data) + b * p.v.strides[0] + hkv * p.v.strides[1];
-  const auto k_tile = [&](int stage) {
-    return KTile{base + QTile::kBytes + stage * (KTile::kBytes + VTile::kBytes)};
-  };
-  const auto v_tile = [&](int stage) { return VTile{k_tile(stage).base + KTile::kBytes}; };
-  // Keys that no row sees are zeros, whatever lies there.
-  const auto copy_keys = [&](int k0, int stage) {
-    const auto row_of = [&](const T* t, const HeadTensor& of, int n) -> const T* {
-      return k0 + n < range.end ? t + (k0 + n) * of.strides[2] : nullptr;
-    };
-    k_tile(stage).template Copy<kAttentionThreads>([&](int n) { return row_of(k, p.k, n); },
-                                                   shape.D, k);
-    v_tile(stage).template Copy<kAttentionThreads>([&](int n) { return row_of(v, p.v, n); },
-                                                   shape.Dv, v);
-  };
-  if (range.begin < range.end) copy_keys(range.begin, 0);
-  ptx::CommitCopies();
-
-  SoftmaxState state[2];
-  // [16, WIDTH_V] of a warp
-  float acc[WIDTH_V / 8][4] = {};
-  const float scale = shape.scale * 1.4426950408889634f;
-  int stage = 0;
-  for (int k0 = range.begin; k0 < range.end; k0 += kBlockK, stage ^= 1) {
-    if (k0 + kBlockK < range.end) copy_keys(k0 + kBlockK, stage ^ 1);
-    ptx::CommitCopies();
-    ptx::WaitForCopies<1>();
-    __syncthreads();
-    // [16, kBlockK] of a warp
-    float s[kBlockK / 8][4] = {};
-#pragma unroll
-    for (int step = 0; step < WIDTH / 16; ++step) {
-      uint32_t a[4];
-      q_tile.LoadA(a, row0, step);
-#pragma unroll
-      for (int n = 0; n < kBlockK / 16; ++n) {
-        uint32_t both[2][2];
-        k_tile(stage).LoadB(both, n * 16, step);
-        ptx::Mma<T>(s[2 * n], a, both[0]);
-        ptx::Mma<T>(s[2 * n + 1], a, both[1]);
-      }
-    }
-    const bool cut = k0 < range.full_begin || k0 + kBlockK > range.full_end;
-    float largest[2] = {-INFINITY, -INFINITY};
-#pragma unroll
-    for (int n = 0; n < kBlockK / 8; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        s[n][i] *= scale;
-        const int j = k0 + n * 8 + lane % 4 * 2 + i % 2;
-        if (cut && (j < keys[i / 2].first || j >= keys[i / 2].last)) s[n][i] = -INFINITY;
-        largest[i / 2] = fmaxf(largest[i / 2], s[n][i]);
-      }
-    float sum[2] = {};
+      for (int i = 0; i < 4; ++i) largest[i / 2] = fmaxf(largest[i / 2], s[n][i]);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       // the four lanes of a row
       largest[r] = fmaxf(largest[r], __shfl_xor_sync(kAllLanes, largest[r], 1));
       largest[r] = fmaxf(largest[r], __shfl_xor_sync(kAllLanes, largest[r], 2));
-      const float alpha = state[r].Raise(largest[r]);
+      const float before = softmax[r].m;
+      const float alpha = softmax[r].Raise(PLAIN ? largest[r] * factor : largest[r]);
+      // alpha = 0 forgets what came before, though before - m may have overflowed
+      if (statistics)
+        a[r] = alpha == 0.f ? 0.f : alpha * a[r] + softmax[r].l * (before - softmax[r].m);
 #pragma unroll
-      for (int n = 0; n < WIDTH_V / 8; ++n) acc[n][2 * r] *= alpha, acc[n][2 * r + 1] *= alpha;
+      for (int n = 0; n < WIDTH / 8; ++n) acc[n][2 * r] *= alpha, acc[n][2 * r + 1] *= alpha;
     }
 #pragma unroll
-    for (int n = 0; n < kBlockK / 8; ++n)
+    for (int n = 0; n < N; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        s[n][i] = ptx::Exp2(s[n][i] - state[i / 2].Shift());
+        const float shift = softmax[i / 2].Shift(), t = s[n][i] - shift;
+        s[n][i] = PLAIN ? ptx::Exp2(fmaf(s[n][i], factor, -shift)) : softmax[i / 2].Exp(t);
+        if (statistics && s[n][i] > 0.f) a[i / 2] += s[n][i] * t;
         sum[i / 2] += s[n][i];
       }
-    state[0].l += sum[0], state[1].l += sum[1];  // of this lane's columns
+    softmax[0].l += sum[0], softmax[1].l += sum[1];  // of this lane's columns
+  }
+
+  template <int HALF>
+  __device__ __forceinline__ void Finish(const CrossAttentionForwardParams& p, const Place& place,
+                                         const PackedRow& row) {
+    SoftmaxState<!PLAIN>& state = softmax[HALF];
 #pragma unroll
-    for (int step = 0; step < kBlockK / 16; ++step) {
-      const uint32_t a[4] = {Pack<T>(s[2 * step][0], s[2 * step][1]),
-                             Pack<T>(s[2 * step][2], s[2 * step][3]),
-                             Pack<T>(s[2 * step + 1][0], s[2 * step + 1][1]),
-                             Pack<T>(s[2 * step + 1][2], s[2 * step + 1][3])};
-#pragma unroll
-      for (int n = 0; n < WIDTH_V / 16; ++n) {
-        uint32_t both[2][2];
-        v_tile(stage).LoadBTransposed(both, step * 16, n);
-        ptx::Mma<T>(acc[2 * n], a, both[0]);
-        ptx::Mma<T>(acc[2 * n + 1], a, both[1]);
-      }
+    for (int lane = 1; lane <= 2; lane *= 2) {
+      state.l += __shfl_xor_sync(kAllLanes, state.l, lane);
+      a[HALF] += __shfl_xor_sync(kAllLanes, a[HALF], lane);
     }
+    if (!row.there) return;
+    const ForwardRow to(p, place.b, place.split, row);
+    const float inverse = state.Inverse();
+    if (threadIdx.x % 4 == 0)
+      to.Store(state.Lse(), state.LseLow(),
+               state.l == 0.f ? 0.f : logf(state.l) - a[HALF] * inverse, inverse);
+    const int Dv = p.call.shape.Dv;
+    const float factor = inverse * p.call.keep_scale;
+    if (p.n_splits > 1)
+      StoreRow<float, HALF>(to.OutPart(), acc, factor, Dv);
+    else
+      StoreRow<T, HALF>(RowOf<T>(p.out, place.b, row.h, row.i), acc, factor, Dv);
+  }
+};
+
+template <class T, int WIDTH, bool PLAIN>
+__global__ void __launch_bounds__(AttentionBlock<T, WIDTH>::kThreads, 1)
+    cross_attention_forward_kernel(const __grid_constant__ CrossAttentionForwardParams p) {
+  using Block = AttentionBlock<T, WIDTH>;
+  using QTile = Tile<T, Block::kRows, WIDTH>;
+  constexpr int kKeys = Block::kKeys;
+  extern __shared__ __align__(128) unsigned char shared[];
+  __shared__ KeyRange scratch[Block::kThreads / kWarpSize];
+  const CrossAttentionCall& c = p.call;
+  const CrossAttentionShape& shape = c.shape;
+  const int n_rows = shape.Nq * (shape.Hq / shape.Hkv);
+  const Place place((n_rows + Block::kRows - 1) / Block::kRows, shape);
+  const uint32_t base = ptx::SharedAddress(shared);
+  const QTile q_tile{base};
+  StayingRows own(c, place, Block::kRows, scratch);
+  own.template Copy<Block::kThreads>(q_tile, c.q, shape.D, c);
+  KeyRange& range = own.range;
+  SplitRange(range.begin, range.end, place.split, p.n_splits, kKeys);
+  const ForwardKeys<T, WIDTH> tiles{base + QTile::kBytes};
+  const auto copy_keys = [&](int k0, int stage) {
+    tiles.CopyKeysAndValues(c, own.b, own.hkv, stage, k0, range.end);
+  };
+  if (range.begin < range.end) copy_keys(range.begin, 0);
+  ptx::CommitCopies();
+
+  const ScoreRow score_rows[2] = {{c, own.b, own.rows[0], own.keys[0]},
+                                  {c, own.b, own.rows[1], own.keys[1]}};
+  const int lane = StayingRows::Lane();
+  const bool statistics = !PLAIN && p.entropy != nullptr;
+  ForwardState<T, WIDTH, PLAIN> state;
+  int stage = 0;
+  for (int k0 = range.begin; k0 < range.end; k0 += kKeys, stage ^= 1) {
+    if (k0 + kKeys < range.end) copy_keys(k0 + kKeys, stage ^ 1);
+    ptx::CommitCopies();
+    ptx::WaitForCopies<1>();
+    __syncthreads();
+    // [16, kKeys] of a warp
+    float s[kKeys / 8][4] = {};
+    MultiplyTransposed(s, q_tile, own.row0, tiles.First(stage), shape.D);
+    if (!PLAIN || range.Cuts(k0, kKeys)) {
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int j = k0 + n * 8 + lane % 4 * 2 + i % 2;
+          float tanh;
+          if constexpr (PLAIN)
+            s[n][i] = own.keys[i / 2].Has(j) ? s[n][i] : -INFINITY;
+          else
+            s[n][i] = score_rows[i / 2].Score(c, j, s[n][i], tanh);
+        }
+    }
+    state.Add(s, c.scale * kLog2E, statistics);
+    if (!PLAIN && c.seed != nullptr) {
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (!score_rows[i / 2].Keeps(c, k0 + n * 8 + lane % 4 * 2 + i % 2)) s[n][i] = 0.f;
+    }
+    MultiplyInto(state.acc, s, tiles.Second(stage), shape.Dv);
     __syncthreads();
   }
   ptx::WaitForCopies<0>();
+  state.template Finish<0>(p, place, own.rows[0]);
+  state.template Finish<1>(p, place, own.rows[1]);
+}
 
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    float& l = state[r].l;
-    l += __shfl_xor_sync(kAllLanes, l, 1);
-    l += __shfl_xor_sync(kAllLanes, l, 2);
-    if (!there[r]) continue;
-    const float inverse = state[r].Inverse();
-    if (lane % 4 == 0)
-      p.lse[(int64_t{b} * shape.Hq + rows[r].h) * shape.Nq + rows[r].i] = state[r].Lse();
-    T* out = static_cast<T*>(p.out.data) + b * p.out.strides[0] + rows[r].h * p.out.strides[1] +
-             rows[r].i * p.out.strides[2];
-#pragma unroll
-    for (int n = 0; n < WIDTH_V / 8; ++n) {
-      const int column = n * 8 + lane % 4 * 2;
-      if (column < shape.Dv)
-        *reinterpret_cast<uint32_t*>(out + column) =
-            Pack<T>(acc[n][2 * r] * inverse, acc[n][2 * r + 1] * inverse);
-    }
+constexpr int kMergeWarps = 4;
+
+// Merges the splits of a row, one warp for each: out = sum_c w_c out_c with w_c = exp(lse_c - lse),
+// entropy = sum_c w_c (entropy_c - log w_c).
+template <class T>
+__global__ void __launch_bounds__(kMergeWarps* kWarpSize)
+    merge_kernel(const __grid_constant__ CrossAttentionForwardParams p) {
+  const CrossAttentionShape& s = p.call.shape;
+  const int64_t n_rows = int64_t{s.B} * s.Hq * s.Nq;
+  const int64_t r = int64_t{blockIdx.x} * kMergeWarps + threadIdx.x / kWarpSize;
+  const int lane = threadIdx.x % kWarpSize;
+  if (r >= n_rows) return;
+  PackedRow row(s, 0, 0);
+  row.i = r % s.Nq, row.h = r / s.Nq % s.Hq, row.there = true;
+  const int b = r / s.Nq / s.Hq;
+  float m = -INFINITY;
+  for (int n = 0; n < p.n_splits; ++n) m = fmaxf(m, *ForwardRow(p, b, n, row).Part(0));
+  const float shift = m == -INFINITY ? 0.f : m;
+  // log(sum) of a part, less the shift
+  const auto part_lse = [&](int n) {
+    const ForwardRow part(p, b, n, row);
+    return *part.Part(0) - shift + (p.lse_low == nullptr ? 0.f : *part.Part(1) * kLn2);
+  };
+  SoftmaxState<true> state;
+  state.m = m;
+  for (int n = 0; n < p.n_splits; ++n) state.l += expf(part_lse(n));
+  const float log_l = state.l == 0.f ? 0.f : logf(state.l);
+
+  float entropy = 0.f, max_probability = 0.f;
+  for (int n = 0; p.entropy != nullptr && n < p.n_splits; ++n) {
+    const float log_w = part_lse(n) - log_l, w = expf(log_w);
+    entropy += w * (*ForwardRow(p, b, n, row).Part(2) - (w > 0.f ? log_w : 0.f));
+    const float own = w * *ForwardRow(p, b, n, row).Part(3);
+    max_probability = own > max_probability || own != own ? own : max_probability;
+  }
+  if (lane == 0) {
+    p.lse[r] = state.Lse();
+    if (p.lse_low != nullptr) p.lse_low[r] = state.LseLow();
+    if (p.entropy != nullptr) p.entropy[r] = entropy, p.max_probability[r] = max_probability;
+  }
+  T* out = RowOf<T>(p.out, b, row.h, row.i);
+  for (int column = lane; column < s.Dv; column += kWarpSize) {
+    float sum = 0.f;
+    for (int n = 0; n < p.n_splits; ++n)
+      sum += expf(part_lse(n) - log_l) * ForwardRow(p, b, n, row).OutPart()[column];
+    out[column] = FromFloat<T>(sum);
   }
 }
 

@@ -76,6 +76,20 @@ __device__ __forceinline__ void LoadMatricesTransposed(uint32_t (&to)[4], uint32
                : "memory");
 }
 
+// One 32-bit word.
+__device__ __forceinline__ uint32_t LoadShared(uint32_t from) {
+  uint32_t x;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(from) : "memory");
+  return x;
+}
+
+// Four words to a multiple of 16 bytes.
+__device__ __forceinline__ void StoreShared(uint32_t to, const uint32_t (&x)[4]) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x[0]), "r"(x[1]),
+               "r"(x[2]), "r"(x[3])
+               : "memory");
+}
+
 // Begins to copy 16 bytes, past L1; the last 16 - bytes of them become zero, and with 0 bytes
 // nothing is read, but `from` must be an address.
 __device__ __forceinline__ void CopyAsync(uint32_t to, const void* from, int bytes = 16) {

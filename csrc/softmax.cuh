@@ -1,4 +1,4 @@
-// The softmax of two rows of a warp's product, while their scores arrive tile by tile.
+// The softmax of a row while its scores arrive tile by tile.
 #pragma once
 
 #include <cmath>
@@ -7,19 +7,27 @@
 
 namespace xattn {
 
-// m and l of one row, in units of log2: the sum of what was seen is l 2^m. A row that has seen
-// nothing has m = -inf and l = 0.
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.69314718055994531f;
+
+// m and l of one row: the sum of what was seen is l e^m, with NATURAL scores, or l 2^m. A row that
+// has seen nothing has m = -inf and l = 0.
+template <bool NATURAL>
 struct SoftmaxState {
   float m = -INFINITY, l = 0.f;
 
   // What is subtracted from scores: inf - inf is never formed.
   __device__ __forceinline__ float Shift() const { return m == -INFINITY ? 0.f : m; }
 
+  // The base to the power of t.
+  static __device__ __forceinline__ float Exp(float t) {
+    return ptx::Exp2(NATURAL ? t * kLog2E : t);
+  }
+
   // Takes a larger maximum; returns what the sums of before are multiplied with.
   __device__ __forceinline__ float Raise(float largest) {
     const float before = m;
     m = fmaxf(m, largest);
-    const float alpha = ptx::Exp2(before - Shift());
+    const float alpha = Exp(before - Shift());
     l *= alpha;
     return alpha;
   }
@@ -27,9 +35,16 @@ struct SoftmaxState {
   // 1 / l, and 0 for a row without keys.
   __device__ __forceinline__ float Inverse() const { return l == 0.f ? 0.f : 1.f / l; }
 
-  // In natural units.
+  __device__ __forceinline__ float NaturalM() const { return NATURAL ? m : m * kLn2; }
+
+  // log(l e^m) or log(l 2^m), in natural units.
   __device__ __forceinline__ float Lse() const {
-    return l == 0.f ? -INFINITY : (m + log2f(l)) * 0.69314718055994531f;
+    return l == 0.f ? -INFINITY : NaturalM() + logf(l);
+  }
+
+  // What float32 cannot hold of lse, in log2 units.
+  __device__ __forceinline__ float LseLow() const {
+    return l == 0.f ? 0.f : (NaturalM() - Lse() + logf(l)) * kLog2E;
   }
 };
 

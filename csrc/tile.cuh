@@ -1,46 +1,60 @@
-// Tiles of 16-bit rows in shared memory, without bank conflicts: the 16-byte chunks of a row are
-// permuted by the row's number, so that eight rows of one chunk lie in different banks.
+// Tiles of rows in shared memory, without bank conflicts: the 16-byte chunks of a row are permuted
+// by the row's number, so that eight rows of one chunk lie in different banks. And the products of
+// a warp with them, whose fragments are those of ptx.cuh.
 #pragma once
 
 #include "ptx.cuh"
+#include "types.cuh"
 
 namespace xattn {
 
-constexpr int kChunk = 8;  // elements that one copy moves
-
-// ROWS rows of WIDTH elements, a multiple of 64.
+// ROWS rows of WIDTH elements, whole periods of the banks.
 template <class T, int ROWS, int WIDTH>
 struct Tile {
-  static_assert(sizeof(T) == 2 && WIDTH % 64 == 0, "a row is whole periods of the banks");
+  static_assert(WIDTH * sizeof(T) % 128 == 0, "a row is whole periods of the banks");
+  static constexpr int kChunk = 16 / sizeof(T);  // elements that one copy moves
   static constexpr int kChunks = WIDTH / kChunk;
-  static constexpr int kBytes = ROWS * WIDTH * 2;
+  static constexpr int kDepth = 2 * kChunk;  // what one product sums over
+  static constexpr int kBytes = ROWS * WIDTH * sizeof(T);
 
   uint32_t base;  // address in shared memory, a multiple of 16
 
   __device__ __forceinline__ uint32_t At(int row, int chunk) const {
-    return base + row * WIDTH * 2 + ((chunk ^ (row & 7)) * 16);
+    return base + row * WIDTH * static_cast<int>(sizeof(T)) + ((chunk ^ (row & 7)) * 16);
   }
 
   // Begins to copy `width` columns of the rows whose start `row_of(n)` names, or nullptr for a row
-  // of zeros; columns from `width` on become zero. All THREADS take part.
+  // of zeros; further columns up to a multiple of 16 become zero. All THREADS take part. Rows that
+  // are not `aligned` to 16 bytes are read element by element.
   template <int THREADS, class F>
-  __device__ __forceinline__ void Copy(F row_of, int width, const T* any) const {
+  __device__ __forceinline__ void Copy(F row_of, int width, const T* any, bool aligned) const {
+    const int columns = (width + 15) / 16 * 16;
     for (int n = threadIdx.x; n < ROWS * kChunks; n += THREADS) {
-      const int row = n / kChunks, chunk = n % kChunks;
+      const int row = n / kChunks, column = n % kChunks * kChunk;
+      if (WIDTH > 64 && column >= columns) continue;
       const T* from = row_of(row);
-      const int there = from == nullptr ? 0 : min(max(width - chunk * kChunk, 0), kChunk);
-      ptx::CopyAsync(At(row, chunk), there ? from + chunk * kChunk : any, there * 2);
+      const int there = from == nullptr ? 0 : min(max(width - column, 0), kChunk);
+      if (aligned) {
+        ptx::CopyAsync(At(row, n % kChunks), there ? from + column : any,
+                       there * static_cast<int>(sizeof(T)));
+      } else {
+        Vector<T, kChunk> chunk{};
+#pragma unroll
+        for (int i = 0; i < kChunk; ++i)
+          if (i < there) chunk.x[i] = from[column + i];
+        ptx::StoreShared(At(row, n % kChunks), reinterpret_cast<const uint32_t (&)[4]>(chunk));
+      }
     }
   }
 
-  // Rows row0 to +15 and columns 16 step to +15 as the first operand of Mma.
+  // Rows row0 to +15 and columns kDepth step on as the first operand of a product.
   __device__ __forceinline__ void LoadA(uint32_t (&a)[4], int row0, int step) const {
     const int lane = threadIdx.x % 32;
     ptx::LoadMatrices(a, At(row0 + lane % 16, step * 2 + lane / 16));
   }
 
-  // Rows row0 to +15 as columns of two second operands, each 8 of them; the sum is over columns 16
-  // step to +15 of the tile.
+  // Rows row0 to +15 as columns of two second operands, each 8 of them; the sum is over columns
+  // kDepth step on of the tile.
   __device__ __forceinline__ void LoadB(uint32_t (&b)[2][2], int row0, int step) const {
     const int lane = threadIdx.x % 32;
     uint32_t found[4];
@@ -48,13 +62,122 @@ struct Tile {
     b[0][0] = found[0], b[0][1] = found[1], b[1][0] = found[2], b[1][1] = found[3];
   }
 
-  // Columns 16 pair to +15 as columns of two second operands; the sum is over rows row0 to +15.
+  // Columns 16 pair to +15 as columns of two second operands; the sum is over kDepth rows from row0
+  // on, in the order in which `AsOperand` has them.
   __device__ __forceinline__ void LoadBTransposed(uint32_t (&b)[2][2], int row0, int pair) const {
     const int lane = threadIdx.x % 32;
-    uint32_t found[4];
-    ptx::LoadMatricesTransposed(found, At(row0 + lane % 16, pair * 2 + lane / 16));
-    b[0][0] = found[0], b[0][1] = found[1], b[1][0] = found[2], b[1][1] = found[3];
+    if constexpr (sizeof(T) == 2) {
+      uint32_t found[4];
+      ptx::LoadMatricesTransposed(found, At(row0 + lane % 16, pair * 2 + lane / 16));
+      b[0][0] = found[0], b[0][1] = found[1], b[1][0] = found[2], b[1][1] = found[3];
+    } else {
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int column = pair * 16 + half * 8 + lane / 4;
+          b[half][i] = ptx::LoadShared(At(row0 + lane % 4 * 2 + i, column / 4) + column % 4 * 4);
+        }
+    }
   }
 };
+
+// x = large + small of TF32; large is inf or NaN where x is, and `finite` is large or then 0.
+struct SplitTf32 {
+  uint32_t large, small, finite;
+
+  __device__ __forceinline__ explicit SplitTf32(uint32_t x) {
+    constexpr uint32_t kInfinity = 0x7f800000, kHalf = 0x1000, kMantissa = 0xffffe000;
+    const uint32_t magnitude = x & 0x7fffffff;
+    // rounded, but not to infinity
+    large = (magnitude < kInfinity - kHalf ? x + kHalf : x) & kMantissa;
+    const bool is_finite = magnitude < kInfinity;
+    small = is_finite ? ptx::ToTf32(__uint_as_float(x) - __uint_as_float(large)) : 0;
+    finite = is_finite ? large : 0;
+  }
+};
+
+// c += a b of one fragment each. float32 takes three products of TF32, which leave out what is
+// below 2^-22 of a term; infinities take part in one, as inf times a small part of 0 is NaN.
+template <class T>
+__device__ __forceinline__ void Accumulate(float (&c)[4], const uint32_t (&a)[4],
+                                           const uint32_t (&b)[2]) {
+  if constexpr (sizeof(T) == 2) {
+    ptx::Mma<T>(c, a, b);
+  } else {
+    const SplitTf32 as[4] = {SplitTf32(a[0]), SplitTf32(a[1]), SplitTf32(a[2]), SplitTf32(a[3])};
+    const SplitTf32 bs[2] = {SplitTf32(b[0]), SplitTf32(b[1])};
+    ptx::MmaTf32(c, {as[0].small, as[1].small, as[2].small, as[3].small},
+                 {bs[0].finite, bs[1].finite});
+    ptx::MmaTf32(c, {as[0].finite, as[1].finite, as[2].finite, as[3].finite},
+                 {bs[0].small, bs[1].small});
+    ptx::MmaTf32(c, {as[0].large, as[1].large, as[2].large, as[3].large},
+                 {bs[0].large, bs[1].large});
+  }
+}
+
+// c [16, ROWS] += rows row0 to +15 of a times b transposed, over the first `width` columns.
+template <class T, int A_ROWS, int ROWS, int WIDTH>
+__device__ __forceinline__ void MultiplyTransposed(float (&c)[ROWS / 8][4],
+                                                   const Tile<T, A_ROWS, WIDTH>& a, int row0,
+                                                   const Tile<T, ROWS, WIDTH>& b, int width) {
+  constexpr int kDepth = Tile<T, ROWS, WIDTH>::kDepth;
+  constexpr int kUnroll = WIDTH / kDepth < 8 ? WIDTH / kDepth : 8;
+#pragma unroll kUnroll
+  for (int step = 0; step < WIDTH / kDepth; ++step) {
+    if (WIDTH > 64 && step * kDepth >= width) break;
+    uint32_t operand[4];
+    a.LoadA(operand, row0, step);
+#pragma unroll
+    for (int n = 0; n < ROWS / 16; ++n) {
+      uint32_t both[2][2];
+      b.LoadB(both, n * 16, step);
+      Accumulate<T>(c[2 * n], operand, both[0]);
+      Accumulate<T>(c[2 * n + 1], operand, both[1]);
+    }
+  }
+}
+
+template <class T>
+__device__ __forceinline__ uint32_t Pack(float low, float high) {
+  Vector<T, 2> pair{{FromFloat<T>(low), FromFloat<T>(high)}};
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+// Columns kDepth step on of p, which lies as sums of a product do, as a first operand. The columns
+// of float32 are taken in another order, which a sum does not see.
+template <class T, int N>
+__device__ __forceinline__ void AsOperand(uint32_t (&a)[4], const float (&p)[N][4], int step) {
+  if constexpr (sizeof(T) == 2) {
+    a[0] = Pack<T>(p[2 * step][0], p[2 * step][1]);
+    a[1] = Pack<T>(p[2 * step][2], p[2 * step][3]);
+    a[2] = Pack<T>(p[2 * step + 1][0], p[2 * step + 1][1]);
+    a[3] = Pack<T>(p[2 * step + 1][2], p[2 * step + 1][3]);
+  } else {
+    a[0] = __float_as_uint(p[step][0]), a[1] = __float_as_uint(p[step][2]);
+    a[2] = __float_as_uint(p[step][1]), a[3] = __float_as_uint(p[step][3]);
+  }
+}
+
+// c [16, WIDTH] += p [16, ROWS] b, in the first `width` columns.
+template <class T, int ROWS, int WIDTH>
+__device__ __forceinline__ void MultiplyInto(float (&c)[WIDTH / 8][4],
+                                             const float (&p)[ROWS / 8][4],
+                                             const Tile<T, ROWS, WIDTH>& b, int width) {
+  constexpr int kDepth = Tile<T, ROWS, WIDTH>::kDepth;
+#pragma unroll
+  for (int step = 0; step < ROWS / kDepth; ++step) {
+    uint32_t a[4];
+    AsOperand<T>(a, p, step);
+#pragma unroll
+    for (int n = 0; n < WIDTH / 16; ++n) {
+      if (WIDTH > 64 && n * 16 >= width) continue;
+      uint32_t both[2][2];
+      b.LoadBTransposed(both, step * kDepth, n);
+      Accumulate<T>(c[2 * n], a, both[0]);
+      Accumulate<T>(c[2 * n + 1], a, both[1]);
+    }
+  }
+}
 
 }  // namespace xattn

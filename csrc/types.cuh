@@ -65,7 +65,7 @@ struct Numbers {
   void* data;  // or null
   DType dtype;
 
-  __device__ __forceinline__ float Load(int i) const {
+  __device__ __forceinline__ float Load(int64_t i) const {
     switch (dtype) {
       case DType::kFloat32:
         return static_cast<const float*>(data)[i];
@@ -76,7 +76,7 @@ struct Numbers {
     }
   }
 
-  __device__ __forceinline__ void Store(int i, float x) const {
+  __device__ __forceinline__ void Store(int64_t i, float x) const {
     switch (dtype) {
       case DType::kFloat32:
         static_cast<float*>(data)[i] = x;

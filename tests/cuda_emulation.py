@@ -54,12 +54,21 @@ class Session:
         words = list(struct.unpack(f"<{len(content) // 8}Q", content))
         new = {}
         for n, word in enumerate(words):
-            if word in self.tensors:
-                if word not in new:
-                    t = self.tensors[word]
-                    new[word] = register(t, f"tensor of shape {list(t.shape)}")
-                words[n] = new[word]
+            if (start := self.tensor_at(word)) is not None:
+                if start not in new:
+                    t = self.tensors[start]
+                    new[start] = register(t, f"tensor of shape {list(t.shape)}")
+                words[n] = new[start] + word - start
         return struct.pack(f"<{len(words)}Q", *words)
+
+    def tensor_at(self, address: int) -> int | None:
+        """Where the tensor begins that holds `address`, which may be inside of a buffer."""
+        if address in self.tensors:
+            return address
+        for start, t in self.tensors.items():
+            if t.dim() == 1 and start < address < start + t.numel() * t.element_size():
+                return start
+        return None
 
     def kernel(self, name: str):
         if (self.arch, name) not in KERNELS:

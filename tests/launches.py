@@ -60,9 +60,9 @@ DTYPES = {"float": "float32", "__half": "float16", "__nv_bfloat16": "bfloat16"}
 
 def note_cuda(name: str, mode: str) -> None:
     """Notes the launch of a kernel of csrc/ by its C++ name, whose first argument is the type of
-    its rows; sums of parts have none and are float32."""
+    its rows, or a number where it walks bounds; sums of parts have none and are float32."""
     function, _, arguments = name.partition("<")
-    dtype = DTYPES[arguments.partition(",")[0]] if arguments else "float32"
+    dtype = DTYPES.get(arguments.partition(",")[0].rstrip(">"), "int32") if arguments else "float32"
     of_this_test.add((f"cuda {function}", mode, dtype))
 
 

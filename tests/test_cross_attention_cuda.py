@@ -1,131 +1,206 @@
-"""Masked cross-attention in CUDA C++: the forward kernel, emulated or on a GPU, against eager."""
+"""Cross-attention in CUDA C++, emulated or on a GPU: the cases of the Triton kernels."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from calls import assert_agrees, assert_right, build, run, written_out
+from cases import CASES, Case
 from conftest import modes
-from numerics import assert_as_accurate
-from xattn_kernels import KeyInterval, cross_attention, masks
+from test_cross_attention_values import assert_exact_zeros, visible
+from xattn_kernels import cross_attention
+from xattn_kernels.cross_attention import cuda_reasons
 from xattn_kernels.cuda_kernels import launch
-from xattn_kernels.cuda_kernels.cross_attention import forward
+from xattn_kernels.reference import philox_keep
 
 pytestmark = pytest.mark.skipif(
     launch.extension() is None, reason="the package is built without its CUDA kernels"
 )
-every_mode = pytest.mark.parametrize(
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# An instruction has the same meaning on each: one architecture for a dtype compiles half as much.
+ARCH_OF = {torch.float16: "sm_80", torch.bfloat16: "sm_90", torch.float32: "sm_80"}
+emulated = pytest.mark.parametrize("mode", modes("cuda_sm_80", "cuda_gpu"), indirect=True)
+on_both = pytest.mark.parametrize(
     "mode", modes("cuda_sm_80", "cuda_sm_90", "cuda_gpu"), indirect=True
 )
+SPLIT = dict(B=1, Hq=1, Hkv=1, Nk=700, D=32)
 
 
-def unsorted(B: int, Nq: int, Nk: int) -> KeyInterval:
-    g = torch.Generator().manual_seed(3)
-    ends = torch.randint(-2, Nk + 2, (2, B, Nq), generator=g).clamp(0, Nk).int()
-    return KeyInterval(*ends.sort(0).values)
+def everywhere() -> list:
+    """(mode, case, dtype): each case emulated in one dtype, on a GPU in all."""
+    found = []
+    for n, case in enumerate(CASES):
+        dtype = DTYPES[n % 3]
+        found.append((f"cuda_{ARCH_OF[dtype]}", case, dtype, [pytest.mark.emulated]))
+        found += [("cuda_gpu", case, dtype, [pytest.mark.gpu]) for dtype in DTYPES]
+    return [
+        pytest.param(mode, case, dtype, id=f"{mode}-{case}-{str(dtype)[6:]}", marks=marks)
+        for mode, case, dtype, marks in found
+    ]
 
 
-def all_empty(B: int, Nq: int, Nk: int) -> KeyInterval:
-    return KeyInterval(*torch.zeros(2, B, Nq, dtype=torch.int32))
+@pytest.mark.parametrize(("mode", "case", "dtype"), everywhere(), indirect=["mode"])
+def test_cuda(mode, case, dtype):
+    assert cuda_reasons(build(case, dtype, mode.device).inputs()) == []
+    assert_right(case, "cuda", dtype, mode.device)
 
 
-def padding(B: int, Nq: int, Nk: int) -> KeyInterval:
-    return masks.padding(torch.tensor([Nk - 3, Nk // 2][:B]))
+@on_both
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda t: str(t)[6:])
+@pytest.mark.parametrize("flags", [False, True], ids=["plain", "flags"])
+def test_dtypes(mode, dtype, flags):
+    """Many tiles of both kinds of kernels, in every dtype on every architecture."""
+    more = dict(bias="1H1K", softcap=3.0, dropout_p=0.2) if flags else dict(returns="lse")
+    case = Case("cuda_dtypes", mask="unsorted", B=2, Hq=4, Hkv=2, Nq=37, Nk=150, D=40, **more)
+    assert_right(case, "cuda", dtype, mode.device)
 
 
-def causal(B: int, Nq: int, Nk: int) -> KeyInterval:
-    return masks.causal(Nq, Nk)
+@pytest.fixture
+def force_splits(monkeypatch):
+    """A function that sets how many blocks share each loop."""
+
+    def force(n: int) -> None:
+        def splits(choose, call, device):
+            if hasattr(call, "dq_splits"):
+                call.dq_splits = call.dkdv_splits = call.dbias_splits = n
+            return n
+
+        monkeypatch.setattr(launch, "splits", splits)
+
+    return force
 
 
-SHAPES = {  # B, Hq, Hkv, Nq, Nk, D, Dv
-    "plain": (2, 2, 2, 70, 150, 64, 64),
-    "group": (2, 6, 2, 25, 130, 64, 64),
-    "decode": (1, 8, 2, 1, 200, 128, 128),
-    "narrow": (1, 2, 1, 20, 70, 40, 24),
-    "wide": (1, 2, 1, 30, 65, 128, 96),
-    "one": (1, 1, 1, 1, 1, 8, 8),
-    "no_keys": (1, 2, 2, 3, 0, 16, 16),
+SPLITS = {
+    "plain": dict(Nq=5, returns="lse"),
+    "masked": dict(Nq=9, mask="empty_rows"),
+    "statistics": dict(Nq=6, mask="unsorted", bias="1111", dropout_p=0.3),
+    "far_below": dict(Nq=5, bias="B11K", values="bias_lowest_keys"),
+    "many_rows": dict(Nq=300, Nk=70, bias="B1Q1", scale=(0.3,)),
 }
 
 
-def judge(q, k, v, mask, scale=None) -> None:
-    """out and lse beside those of eager in the same dtype, against float64."""
-    start, stop = (
-        (None, None)
-        if mask is None
-        else (t.expand(q.shape[0], q.shape[2]).to(q.device) for t in (mask.start, mask.stop))
+@emulated
+@pytest.mark.parametrize("n", [2, 3, 40])
+@pytest.mark.parametrize("name", SPLITS)
+def test_splits(mode, name, n, force_splits):
+    """More splits than there are tiles included."""
+    force_splits(n)
+    assert_right(
+        Case(f"cuda_split_{name}", **SPLIT | SPLITS[name]), "cuda", DTYPES[n % 3], mode.device
     )
-    number = q.shape[3] ** -0.5 if scale is None else scale
-    found = forward(q, k, v, start, stop, number)
-    call = dict(mask=mask, scale=number, return_lse=True, backend="eager")
-    eager = cross_attention(q, k, v, **call)
-    exact = cross_attention(q.double(), k.double(), v.double(), **call)
-    assert_as_accurate(found[0], eager.out, exact.out, "out")
-    assert_as_accurate(found[1], eager.lse, exact.lse, "lse")
 
 
-def tensors(shape, dtype, device):
-    B, Hq, Hkv, Nq, Nk, D, Dv = shape
-    sizes = ((B, Hq, Nq, D), (B, Hkv, Nk, D), (B, Hkv, Nk, Dv))
-    return [torch.randn(size, device=device).to(dtype) for size in sizes]
+def test_splits_fill_the_device():
+    """Few queries over many keys share them; many rows do not."""
+    _cuda = launch.extension()
+
+    def splits(B, Hq, Hkv, Nq, Nk):
+        none, bounds, pairs = _cuda.HeadTensor(), _cuda.RowBounds(), _cuda.PairTensor()
+        shape = _cuda.CrossAttentionShape(B, Hq, Hkv, Nq, Nk, 64, 64, _cuda.DType.float16)
+        call = _cuda.CrossAttentionCall(
+            none, none, none, bounds, bounds, pairs, pairs, _cuda.Numbers(), 0, 0, 0, 1.0, 0.0, 1.0,
+            shape,
+        )  # fmt: skip
+        return _cuda.cross_attention_forward_splits(call, 132)
+
+    assert splits(1, 8, 8, 64, 16384) == 33  # 264 blocks for 8 heads
+    assert splits(1, 8, 1, 1, 16384) == 64  # no split below four tiles
+    assert splits(64, 16, 16, 512, 4096) == 1
+    assert splits(1, 1, 1, 1, 64) == 1
 
 
-@every_mode
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
-@pytest.mark.parametrize("name", SHAPES)
-def test_forward(mode, name, dtype):
-    judge(*tensors(SHAPES[name], dtype, mode.device), None)
+@on_both
+@pytest.mark.parametrize(
+    "mask", ["empty_rows", "unsorted", "empty_batch", "all_empty", "both_ends"]
+)
+def test_empty_rows_and_unseen_keys(mode, mask):
+    c = Case(f"zeros_{mask}", mask=mask, B=2, Hq=2, Hkv=2, Nq=70, Nk=75, D=32)
+    call = written_out(build(c, torch.bfloat16, mode.device))
+    assert_exact_zeros(run(call, "cuda"), visible(c, call.options["mask"]))
 
 
-@every_mode
-@pytest.mark.parametrize("kind", [unsorted, all_empty, padding, causal])
-@pytest.mark.parametrize("name", ["plain", "group"])
-def test_masks(mode, name, kind):
-    q, k, v = tensors(SHAPES[name], torch.bfloat16, mode.device)
-    mask = kind(q.shape[0], q.shape[2], k.shape[2])
-    judge(q, k, v, mask.to(mode.device) if mode.device != "cpu" else mask)
+@emulated
+@pytest.mark.parametrize("returns", ["out", "statistics"])
+@pytest.mark.parametrize("mask", ["padding", "padding_left"])
+def test_what_padding_holds(mode, mask, returns):
+    """Not even NaN before the first and behind the last key that anybody sees."""
+    c = Case("cuda_padding", mask=mask, B=2, Hq=4, Hkv=2, Nq=40, Nk=150, D=32, returns=returns)
+    call = written_out(build(c, torch.bfloat16, mode.device))
+    expected = run(call, "cuda")
+    seen = visible(c, call.options["mask"]).any(1)
+    assert not seen.all()
+    leaves = {n: t.detach().clone() for n, t in call.leaves.items()}
+    for name in ("k", "v"):
+        leaves[name].transpose(1, 2)[~seen] = math.nan
+        leaves[name].requires_grad_()
+    leaves["q"].requires_grad_()
+    found = run(replace(call, leaves=leaves), "cuda")
+    for name, t in expected.items():
+        assert torch.equal(found[name], t), name
 
 
-@every_mode
-@pytest.mark.parametrize("scale", [0.0, -0.7, 40.0])
-def test_scales(mode, scale):
-    judge(*tensors(SHAPES["plain"], torch.float16, mode.device), None, scale)
-
-
-@every_mode
-def test_strides_and_what_padding_holds(mode):
-    """Heads next to each other in memory; NaN behind the last key that anybody sees."""
-    q, k, v = (
-        t.transpose(1, 2).contiguous().transpose(1, 2)
-        for t in tensors(SHAPES["group"], torch.bfloat16, mode.device)
-    )
-    stop = torch.full((2, q.shape[2]), 100, dtype=torch.int32, device=mode.device)
-    start = torch.full_like(stop, 64)
-    expected = forward(q, k, v, start, stop, 0.125)
-    k[:, :, 100:], v[:, :, 100:] = math.nan, math.nan
-    k[:, :, :64], v[:, :, :64] = math.inf, math.nan
-    for found, t in zip(forward(q, k, v, start, stop, 0.125), expected, strict=True):
-        assert torch.equal(found, t) and t.isfinite().all()
-
-
-@every_mode
+@emulated
 def test_nan_makes_its_row_nan(mode):
-    q, k, v = tensors(SHAPES["plain"], torch.bfloat16, mode.device)
+    q, k, v = (torch.randn(1, 2, n, 32, device=mode.device).bfloat16() for n in (70, 75, 75))
     q[0, 0, 3, 5] = math.nan
-    out, lse = forward(q, k, v, None, None, 0.125)
+    out, lse, *_ = cross_attention(q, k, v, return_lse=True, backend="cuda")
     rows = torch.zeros(q.shape[:3], dtype=torch.bool, device=mode.device)
     rows[0, 0, 3] = True
     assert torch.equal(out.isnan().all(-1), rows) and torch.equal(lse.isnan(), rows)
     assert torch.equal(out.isnan().any(-1), rows)
 
 
+@emulated
+def test_dropout_has_the_bits_of_the_reference(mode):
+    """With v the identity out is what dropout keeps."""
+    B, H, N = 2, 3, 40
+    q = torch.zeros(B, H, 33, 16, device=mode.device, dtype=torch.float16)
+    k = torch.zeros(B, H, N, 16, device=mode.device, dtype=torch.float16)
+    v = torch.eye(N, device=mode.device, dtype=torch.float16).expand(B, H, N, N)
+    seed = torch.tensor([2**40 + 7], device=mode.device)
+    out = cross_attention(q, k, v, dropout_p=0.4, seed=seed, backend="cuda")
+    assert torch.equal(out != 0, philox_keep(seed, 0.4, B, H, 33, N))
+
+
+@emulated
+def test_results_are_the_same_bits_each_time(mode, force_splits):
+    force_splits(3)
+    case = Case("cuda_again", mask="unsorted", bias="1H1K", scale=(0.2, 0.3), Nq=40, Nk=300)
+    first, second = (run(build(case, torch.bfloat16, mode.device), "cuda") for _ in range(2))
+    for name, t in first.items():
+        assert torch.equal(t, second[name]), name
+
+
+@emulated
+def test_layout_of_the_results(mode):
+    """Heads next to each other in memory where q has them so; gradients like their inputs."""
+    case = Case("cuda_layout", layout="BNHD", Hq=4)
+    call = build(case, torch.float16, mode.device)
+    found = run(call, "cuda")
+    assert found["out"].transpose(1, 2).is_contiguous()
+    assert (
+        found["dq"].transpose(1, 2).is_contiguous() and found["dk"].transpose(1, 2).is_contiguous()
+    )
+    assert_agrees(found, case, torch.float16, mode.device)
+
+
 @pytest.mark.parametrize("mode", modes("cuda_sm_80"), indirect=True)
-@pytest.mark.parametrize("name", ["plain", "decode"])
-def test_no_bank_conflicts(mode, name):
-    q, k, v = tensors(SHAPES[name], torch.bfloat16, mode.device)
-    forward(q, k, v, None, None, 0.125)
-    ((_, stats),) = mode.session.launched
-    loads, ideal_loads, stores, ideal_stores = stats.shared_wavefronts
-    assert (loads, stores) == (ideal_loads, ideal_stores)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda t: str(t)[6:])
+@pytest.mark.parametrize("D", [64, 128, 256])
+def test_no_bank_conflicts(mode, D, dtype):
+    """Of the tiles' copies and fragments; what a row has in shared memory is read word by word."""
+    case = Case("conflicts", B=1, Hq=1, Hkv=1, Nq=70, Nk=130, D=D, returns="lse")
+    run(build(case, dtype, mode.device), "cuda")
+    kernels = [
+        (name, stats)
+        for name, stats in mode.session.launched
+        if "tion_forward" in name or "dq_" in name
+    ]
+    assert len(kernels) == 2
+    for name, stats in kernels:
+        loads, ideal_loads, stores, ideal_stores = stats.shared_wavefronts
+        assert (loads, stores) == (ideal_loads, ideal_stores), name

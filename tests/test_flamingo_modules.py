@@ -221,7 +221,9 @@ WRONG_OPTIONS = {
     "norm must be one of 'layer', 'rms', got 'batch'": dict(norm="batch"),
     "ff must be one of 'gelu', 'swiglu', got 'relu'": dict(ff="relu"),
     "without_media must be one of None, 'empty', 'all', got 'mean'": dict(without_media="mean"),
-    "backend must be one of None, 'triton', 'sdpa', 'eager', got 'cuda'": dict(backend="cuda"),
+    "backend must be one of None, 'triton', 'cuda', 'sdpa', 'eager', got 'flash'": dict(
+        backend="flash"
+    ),
     "ff_mult must make dim": dict(ff_mult=0),
     "ff_mult must be a number, got str": dict(ff_mult="2"),
     "ff_mult must make dim . ff_mult at least 1, got inf": dict(ff_mult=float("inf")),

@@ -229,7 +229,7 @@ BAD = {
     "backend": (
         dict(backend="flash"),
         ValueError,
-        "unknown backend 'flash'; there are 'triton', 'sdpa', 'eager'",
+        "unknown backend 'flash'; there are 'triton', 'cuda', 'sdpa', 'eager'",
     ),
 }
 

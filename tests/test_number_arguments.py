@@ -62,7 +62,7 @@ def test_every_seed_of_64_bits(seed):
 
 def test_modules_and_tools():
     with pytest.raises(
-        ValueError, match="backend must be None or one of 'triton', 'sdpa', 'eager'"
+        ValueError, match="backend must be None or one of 'triton', 'cuda', 'sdpa', 'eager'"
     ):
         MultiheadAttention(16, 4, backend="zz")
     model = torch.nn.TransformerDecoderLayer(16, 4)

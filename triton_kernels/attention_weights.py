@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .bias_gradient import backward_dbias
 from .cross_attention_backward import backward_dkdv, backward_dq
-from .launch import Call, broadcast_strides, zero_gradients
+from .launch import Call
 from .rows import lse_in_score_units
 from .scores import (
     forbid_outside,
@@ -25,6 +25,7 @@ from .scores import (
     row_scale,
     tile_scores,
 )
+from .tensors import broadcast_strides, zero_gradients
 from .tiles import dot_nt, load_rows, load_tile, row_bounds, times
 
 

@@ -8,11 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import (
-    Call,
-    empty_rows,
-    split_buffer,
-)
+from .launch import Call
 from .rows import merge_splits
 from .scores import (
     LOWEST,
@@ -28,6 +24,7 @@ from .scores import (
     tile_bits,
     tile_scores,
 )
+from .tensors import empty_rows, split_buffer
 from .tiles import (
     ALL,
     LOG2E,

@@ -14,13 +14,7 @@ import triton.language as tl
 
 from .bias_gradient import backward_dbias
 from .configs import Config
-from .launch import (
-    Call,
-    empty_rows,
-    split_buffer,
-    sum_splits,
-    zero_gradients,
-)
+from .launch import Call
 from .rows import bits_by_key, row_terms, tile_bounds
 from .scores import (
     clear_gradients,
@@ -41,6 +35,7 @@ from .scores import (
     tile_offsets,
     tile_scores,
 )
+from .tensors import empty_rows, split_buffer, sum_splits, zero_gradients
 from .tiles import (
     ALL,
     CUT,

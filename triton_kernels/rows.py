@@ -6,8 +6,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import Config, column_chunks, register_bound
-from .launch import Call, compiler_options, device_guard, row_alignment
+from .launch import Call, compiler_options, device_guard
 from .scores import LOWEST, row_offsets, tile_bits
+from .tensors import row_alignment
 from .tiles import (
     LN2,
     LOG2E,

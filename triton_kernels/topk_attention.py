@@ -10,14 +10,10 @@ from torch import Tensor
 
 from . import cross_attention, cross_attention_backward, topk_gather
 from .configs import gathers
-from .launch import Call, zero_gradients
+from .launch import Call
+from .tensors import saves_indices, zero_gradients
 from .topk_candidates import choose
 from .topk_selection import to_bits, to_indices
-
-
-def saves_indices(Nk: int, top_k: int) -> bool:
-    """Whether a row's indices are fewer bytes than its bits."""
-    return 4 * top_k < Nk // 8
 
 
 def forward(

@@ -11,9 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import gathered
-from .launch import Call, empty_rows
+from .launch import Call
 from .rows import row_terms
 from .scores import LOWEST, natural, row_scale, run_offsets, score_gradient
+from .tensors import empty_rows
 from .tiles import (
     LOG2E,
     dot_into,

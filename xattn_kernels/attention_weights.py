@@ -10,9 +10,10 @@ from torch import Tensor
 
 from . import by_head, reference
 from .autograd import apart, refuse_double_backward
-from .cross_attention import triton_attend, triton_reasons
+from .cross_attention import attend, triton_reasons
 from .dispatch import Backend, allow_tf32, run
 from .inputs import CrossAttentionInputs, check_inputs
+from .triton_kernels.tensors import empty_rows
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class AttentionWeightsInputs(CrossAttentionInputs):
     `lse` is a variable like any other: p = exp(s - lse), with a gradient for each of them.
     `own_lse`, without gradient, is known to be lse of these scores: p = softmax(s), a little less
     to compute, and the gradient keeps the precision that the two parts of it would cancel away.
-    `own_lse_low` is what its float32 cannot hold, see `triton_attend`.
+    `own_lse_low` is what its float32 cannot hold, see `attend`.
     """
 
     lse: Tensor | None
@@ -132,7 +133,7 @@ def run_triton(x: AttentionWeightsInputs) -> Tensor:
     if lse is None:  # a forward pass over the narrowest values there are
         narrow = replace(x, v=x.k[..., :16], dropout_p=0.0, seed=None, return_lse=True)
         with torch.no_grad():
-            (_, lse, *_), lse_low = triton_attend(narrow)
+            (_, lse, *_), lse_low = attend(narrow)
     scale_tensor = x.scale if isinstance(x.scale, Tensor) else None
     options = (
         math.nan if scale_tensor is not None else x.scale,
@@ -254,9 +255,7 @@ def fake_forward(q, k, bias, scale_tensor, lse, lse_low, start, stop, mask, seed
 @backward_op.register_fake
 def fake_backward(dweights, q, k, bias, scale_tensor, lse, lse_low, start, stop, mask, seed, scale,
                   softcap, dropout_p, average_heads, own_lse, allow_tf32, needs):  # fmt: skip
-    from .triton_kernels import launch as kernels
-
-    rows = [kernels.empty_rows(t, t.shape[3]) for t in (q, k)]
+    rows = [empty_rows(t, t.shape[3]) for t in (q, k)]
     rest = [None if t is None else t.new_empty(t.shape) for t in (bias, scale_tensor, lse)]
     return tuple(
         t if needed else q.new_empty(0) for t, needed in zip(rows + rest, needs, strict=True)

@@ -1,8 +1,8 @@
 """`cross_attention`: the public op, its autograd Function and its custom ops.
 
-The equations are in `reference.py`, the kernels of the `triton` backend in `triton_kernels/`:
-`cross_attention.py`, `cross_attention_backward.py` and, for the gradient of a bias,
-`bias_gradient.py`.
+The equations are in `reference.py`, the kernels of the `triton` backend in `triton_kernels/` and
+those of the `cuda` backend in `csrc/`: `cross_attention`, `cross_attention_backward` and, for the
+gradient of a bias, `bias_gradient`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from torch import Tensor
 
 from . import reference, sdpa
 from .autograd import apart, refuse_double_backward
+from .cuda_kernels import launch as cuda
 from .dispatch import TRITON_DTYPES, Backend, allow_tf32, run, triton_device_reasons
 from .inputs import CrossAttentionInputs, CrossAttentionResult, check_inputs
+from .triton_kernels.tensors import empty_rows
 
 
 def cross_attention(
@@ -68,7 +70,8 @@ def cross_attention(
             its largest probability (not differentiable), before dropout.
         deterministic: bitwise reproducible gradients; by default what
             `torch.use_deterministic_algorithms` says. Today's kernels are always deterministic.
-        backend: "triton", "sdpa" or "eager"; None takes the first of triton and sdpa that can run.
+        backend: "triton", "cuda", "sdpa" or "eager"; None takes the first of triton, cuda and sdpa
+            that can run.
         validate: check the range of a KeyInterval on a GPU too, which waits for the device; on
             the CPU it is always checked, except under torch.compile. Unchecked, bounds are clamped
             to [0, Nk].
@@ -103,9 +106,9 @@ def cross_attention(
     return result if x.return_lse else result.out
 
 
-def triton_reasons(x: CrossAttentionInputs) -> list[str]:
-    """Why the Triton kernels cannot run this call."""
-    found = triton_device_reasons(x.q.device)
+def kernel_reasons(x: CrossAttentionInputs) -> list[str]:
+    """Why no kernel can run this call."""
+    found = []
     if x.q.dtype not in TRITON_DTYPES:
         found.append(f"dtype {x.q.dtype} is not float32, float16 or bfloat16")
     if max(x.D, x.Dv) > 256:
@@ -118,11 +121,27 @@ def triton_reasons(x: CrossAttentionInputs) -> list[str]:
     return found
 
 
+def triton_reasons(x: CrossAttentionInputs) -> list[str]:
+    """Why the Triton kernels cannot run this call."""
+    return triton_device_reasons(x.q.device) + kernel_reasons(x)
+
+
+def cuda_reasons(x: CrossAttentionInputs) -> list[str]:
+    """Why the CUDA kernels cannot run this call."""
+    return cuda.device_reasons(x.q.device) + kernel_reasons(x)
+
+
 def triton_run(x: CrossAttentionInputs) -> CrossAttentionResult:
-    return triton_attend(x)[0]
+    return attend(x)[0]
 
 
-def triton_attend(x: CrossAttentionInputs) -> tuple[CrossAttentionResult, Tensor | None]:
+def cuda_run(x: CrossAttentionInputs) -> CrossAttentionResult:
+    return attend(x, "cuda")[0]
+
+
+def attend(
+    x: CrossAttentionInputs, backend: str = "triton"
+) -> tuple[CrossAttentionResult, Tensor | None]:
     """(result, what float32 cannot hold of its lse where there is a bias); see the launcher."""
     start, stop = x.bounds()
     q, k, v = apart(x.q, x.k, x.v)
@@ -133,6 +152,7 @@ def triton_attend(x: CrossAttentionInputs) -> tuple[CrossAttentionResult, Tensor
         x.dropout_p,
         x.return_statistics,
         allow_tf32(),
+        backend,
     )
     out, lse, lse_low, *statistics = CrossAttentionFunction.apply(
         q, k, v, x.bias, scale_tensor, start, stop, x.mask, x.seed, options
@@ -144,6 +164,7 @@ def triton_attend(x: CrossAttentionInputs) -> tuple[CrossAttentionResult, Tensor
 
 BACKENDS = (
     Backend("triton", triton_reasons, triton_run),
+    Backend("cuda", cuda_reasons, cuda_run),
     Backend("sdpa", sdpa.reasons, sdpa.cross_attention),
     Backend("eager", reference.reasons, reference.cross_attention, by_name=True),
 )
@@ -168,10 +189,9 @@ class CrossAttentionFunction(torch.autograd.Function):
         saved = ctx.saved_tensors
         launch = backward_op if torch.compiler.is_compiling() else launch_backward
         with torch.no_grad():
-            grads = launch(dout, dlse, dentropy, *saved, *ctx.options, ctx.needs_input_grad[:5])
-        grads = tuple(
-            g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[:5], strict=True)
-        )
+            needs, backend = ctx.needs_input_grad[:5], ctx.options[-1]
+            grads = launch(dout, dlse, dentropy, *saved, *ctx.options[:-1], needs, backend)
+        grads = tuple(g if needed else None for g, needed in zip(grads, needs, strict=True))
         grads = refuse_double_backward("cross_attention", grads, (dout, *saved[:5]))
         return *grads, *[None] * 5
 
@@ -191,10 +211,13 @@ def launch_forward(
     dropout_p: float,
     statistics: bool,
     allow_tf32: bool,
+    backend: str = "triton",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(out, lse, lse_low, entropy, max_probability); what is not asked for has no elements."""
-    from .triton_kernels import cross_attention as kernels
-
+    if backend == "cuda":
+        from .cuda_kernels import cross_attention as kernels
+    else:
+        from .triton_kernels import cross_attention as kernels
     return kernels.forward(
         q, k, v, bias, scale_tensor, start, stop, mask, seed, scale, softcap, dropout_p,
         statistics, allow_tf32,
@@ -224,10 +247,13 @@ def launch_backward(
     statistics: bool,
     allow_tf32: bool,
     needs: list[bool],
+    backend: str = "triton",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dbias, dscale); those not in `needs` have no elements."""
-    from .triton_kernels import cross_attention_backward as kernels
-
+    if backend == "cuda":
+        from .cuda_kernels import cross_attention as kernels
+    else:
+        from .triton_kernels import cross_attention_backward as kernels
     # a traced graph passes zeros where autograd passes None, without statistics of no elements
     dentropy = dentropy if statistics else None
     return kernels.backward(
@@ -249,24 +275,20 @@ backward_op = torch.library.custom_op(
 @forward_op.register_fake
 def fake_forward(
     q, k, v, bias, scale_tensor, start, stop, mask, seed, scale, softcap, dropout_p, statistics,
-    allow_tf32,
+    allow_tf32, backend="triton",
 ):  # fmt: skip
-    from .triton_kernels import launch as kernels
-
     wanted = (True, bias is not None, statistics, statistics)
     shapes = (q.shape[:3] if w else (0,) for w in wanted)
     rows = (q.new_empty(shape, dtype=torch.float32) for shape in shapes)
-    return kernels.empty_rows(q, v.shape[3]), *rows
+    return empty_rows(q, v.shape[3]), *rows
 
 
 @backward_op.register_fake
 def fake_backward(
     dout, dlse, dentropy, q, k, v, bias, scale_tensor, start, stop, mask, seed, out, lse, lse_low,
-    entropy, scale, softcap, dropout_p, statistics, allow_tf32, needs,
+    entropy, scale, softcap, dropout_p, statistics, allow_tf32, needs, backend="triton",
 ):  # fmt: skip
-    from .triton_kernels import launch as kernels
-
-    rows = [kernels.empty_rows(t, t.shape[3]) for t in (q, k, v)]
+    rows = [empty_rows(t, t.shape[3]) for t in (q, k, v)]
     rest = [None if t is None else t.new_empty(t.shape) for t in (bias, scale_tensor)]
     return tuple(
         t if needed else q.new_empty(0) for t, needed in zip(rows + rest, needs, strict=True)

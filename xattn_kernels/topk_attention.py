@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from numbers import Integral
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -11,9 +13,10 @@ from torch import Tensor
 from . import gathered, gathered_blocks, reference, sdpa
 from . import topk_blocks as by_blocks
 from .autograd import apart, refuse_double_backward
-from .cross_attention import triton_attend, triton_reasons
+from .cross_attention import attend, cuda_reasons, triton_reasons
 from .dispatch import Backend, allow_tf32, run
 from .inputs import TopKAttentionInputs, TopKAttentionResult, check_inputs
+from .triton_kernels.tensors import empty_rows, saves_indices
 
 
 def topk_attention(
@@ -181,13 +184,21 @@ def check_topk_blocks(topk_blocks) -> tuple[int, int]:
     return size, n
 
 
+def cuda_topk_reasons(x: TopKAttentionInputs) -> list[str]:
+    """Why the CUDA kernels cannot run this call."""
+    blocks = ["blocks of keys have no CUDA kernel"] * (x.topk_blocks is not None)
+    return cuda_reasons(x) + blocks
+
+
 def run_triton(x: TopKAttentionInputs) -> TopKAttentionResult:
-    if x.topk_blocks is not None:
-        return by_blocks.run_triton(x)
+    return by_blocks.run_triton(x) if x.topk_blocks is not None else run_kernels(x, "triton")
+
+
+def run_kernels(x: TopKAttentionInputs, backend: str) -> TopKAttentionResult:
     start, stop = x.bounds()
     if x.top_k >= x.Nk:  # every allowed key: attention itself
-        result, _ = triton_attend(x)
-        indices = all_keys(x) if x.return_indices else None
+        result, _ = attend(x, backend)
+        indices = all_keys(x, backend) if x.return_indices else None
         return TopKAttentionResult(
             result.out, result.lse, indices, result.entropy, result.max_probability
         )
@@ -199,6 +210,7 @@ def run_triton(x: TopKAttentionInputs) -> TopKAttentionResult:
         x.return_statistics,
         x.return_indices,
         allow_tf32(),
+        backend,
     )
     out, lse, entropy, max_probability, _, indices = TopKAttentionFunction.apply(
         q, k, v, scale_tensor, start, stop, x.mask, options
@@ -211,7 +223,7 @@ def run_triton(x: TopKAttentionInputs) -> TopKAttentionResult:
     )
 
 
-def all_keys(x: TopKAttentionInputs) -> Tensor:
+def all_keys(x: TopKAttentionInputs, backend: str) -> Tensor:
     """The indices of a call that takes every allowed key."""
     with torch.no_grad():
         scale_tensor = x.scale if isinstance(x.scale, Tensor) else None
@@ -219,7 +231,7 @@ def all_keys(x: TopKAttentionInputs) -> Tensor:
         launch = forward_op if torch.compiler.is_compiling() else launch_forward
         narrow = x.k[..., : min(x.D, 16)]
         operands = (x.q, x.k, narrow, scale_tensor, *x.bounds(), x.mask)
-        return launch(*operands, scale, x.top_k, False, True, allow_tf32())[5]
+        return launch(*operands, scale, x.top_k, False, True, allow_tf32(), backend)[5]
 
 
 def run_gathered(x: TopKAttentionInputs) -> TopKAttentionResult:
@@ -231,6 +243,7 @@ def run_gathered(x: TopKAttentionInputs) -> TopKAttentionResult:
 
 BACKENDS = (
     Backend("triton", triton_reasons, run_triton),
+    Backend("cuda", cuda_topk_reasons, partial(run_kernels, backend="cuda")),
     Backend("sdpa", gathered.reasons, run_gathered, note=gathered.NOTE),
     Backend("eager", reference.reasons, reference.topk_attention, by_name=True),
 )
@@ -257,12 +270,20 @@ class TopKAttentionFunction(torch.autograd.Function):
         saved = ctx.saved_tensors
         launch = backward_op if torch.compiler.is_compiling() else launch_backward
         with torch.no_grad():
-            grads = launch(dout, dlse, dentropy, *saved, *ctx.options, ctx.needs_input_grad[:4])
-        grads = tuple(
-            g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[:4], strict=True)
-        )
+            needs, backend = ctx.needs_input_grad[:4], ctx.options[-1]
+            grads = launch(dout, dlse, dentropy, *saved, *ctx.options[:-1], needs, backend)
+        grads = tuple(g if needed else None for g, needed in zip(grads, needs, strict=True))
         grads = refuse_double_backward("topk_attention", grads, (dout, *saved[:4]))
         return *grads, *[None] * 4
+
+
+def kernels_of(backend: str) -> ModuleType:
+    """The launchers `forward` and `backward` of a backend."""
+    if backend == "cuda":
+        from .cuda_kernels import topk_attention as kernels
+    else:
+        from .triton_kernels import topk_attention as kernels
+    return kernels
 
 
 def launch_forward(
@@ -278,11 +299,10 @@ def launch_forward(
     statistics: bool,
     with_indices: bool,
     allow_tf32: bool,
+    backend: str = "triton",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(out, lse, entropy, max_probability, bits, indices); what is not there has no elements."""
-    from .triton_kernels import topk_attention as kernels
-
-    return kernels.forward(
+    return kernels_of(backend).forward(
         q, k, v, scale_tensor, start, stop, mask, scale, top_k, statistics, with_indices, allow_tf32
     )
 
@@ -307,13 +327,12 @@ def launch_backward(
     with_indices: bool,
     allow_tf32: bool,
     needs: list[bool],
+    backend: str = "triton",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dscale); those not in `needs` have no elements."""
-    from .triton_kernels import topk_attention as kernels
-
     # a traced graph passes zeros where autograd passes None, without statistics of no elements
     dentropy = dentropy if statistics else None
-    return kernels.backward(
+    return kernels_of(backend).backward(
         dout, dlse, dentropy, q, k, v, scale_tensor, start, stop, selected, out, lse, entropy,
         scale, top_k, allow_tf32, needs,
     )  # fmt: skip
@@ -330,11 +349,9 @@ backward_op = torch.library.custom_op(
 
 @forward_op.register_fake
 def fake_forward(
-    q, k, v, scale_tensor, start, stop, mask, scale, top_k, statistics, with_indices, allow_tf32
-):
-    from .triton_kernels import launch as kernels
-    from .triton_kernels.topk_attention import saves_indices
-
+    q, k, v, scale_tensor, start, stop, mask, scale, top_k, statistics, with_indices,
+    allow_tf32, backend="triton",
+):  # fmt: skip
     rows, Nk = q.shape[:3], k.shape[2]
     indexed = saves_indices(Nk, top_k)
     shapes = (rows if wanted else (0,) for wanted in (True, statistics, statistics))
@@ -344,16 +361,14 @@ def fake_forward(
         (*rows, top_k) if indexed or with_indices else (0,),
     )
     ints = (q.new_empty(shape, dtype=torch.int32) for shape in shapes)
-    return kernels.empty_rows(q, v.shape[3]), *floats, *ints
+    return empty_rows(q, v.shape[3]), *floats, *ints
 
 
 @backward_op.register_fake
 def fake_backward(
     dout, dlse, dentropy, q, k, v, scale_tensor, start, stop, selected, out, lse, entropy, scale,
-    top_k, statistics, with_indices, allow_tf32, needs,
+    top_k, statistics, with_indices, allow_tf32, needs, backend="triton",
 ):  # fmt: skip
-    from .triton_kernels import launch as kernels
-
-    grads = [kernels.empty_rows(t, t.shape[3]) for t in (q, k, v)]
+    grads = [empty_rows(t, t.shape[3]) for t in (q, k, v)]
     grads.append(None if scale_tensor is None else scale_tensor.new_empty(scale_tensor.shape))
     return tuple(t if needed else q.new_empty(0) for t, needed in zip(grads, needs, strict=True))

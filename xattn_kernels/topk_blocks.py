@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from .autograd import apart, refuse_double_backward
-from .cross_attention import triton_attend
+from .cross_attention import attend
 from .dispatch import allow_tf32
 from .gathered_blocks import result_of
 from .inputs import TopKAttentionInputs, TopKAttentionResult
 from .reference import QUERIES_PER_CHOICE, blocked, n_blocks, seen_keys, top_indices
+from .triton_kernels.tensors import empty_rows
 
 
 def run_triton(x: TopKAttentionInputs) -> TopKAttentionResult:
@@ -25,7 +26,7 @@ def run_triton(x: TopKAttentionInputs) -> TopKAttentionResult:
     with torch.no_grad():
         blocks = None if every and not x.return_indices else choose_triton(x)
     if every:  # attention itself
-        result, _ = triton_attend(x)
+        result, _ = attend(x)
         return result_of(x, blocks, result.out, *result[1:])
     scale_tensor = x.scale if isinstance(x.scale, Tensor) else None
     options = (
@@ -184,11 +185,9 @@ def fake_importance(q, k, seen, scale_tensor, start, stop, mask, scale, size, qu
 def fake_forward(
     q, k, v, scale_tensor, start, stop, mask, blocks, scale, size, queries, statistics, allow_tf32
 ):
-    from .triton_kernels import launch as kernels
-
     shapes = (q.shape[:3] if wanted else (0,) for wanted in (True, statistics, statistics))
     floats = (q.new_empty(shape, dtype=torch.float32) for shape in shapes)
-    return kernels.empty_rows(q, v.shape[3]), *floats
+    return empty_rows(q, v.shape[3]), *floats
 
 
 @backward_op.register_fake
@@ -196,8 +195,6 @@ def fake_backward(
     dout, dlse, dentropy, q, k, v, scale_tensor, start, stop, mask, blocks, out, lse, entropy,
     scale, size, queries, statistics, allow_tf32, needs,
 ):  # fmt: skip
-    from .triton_kernels import launch as kernels
-
-    grads = [kernels.empty_rows(t, t.shape[3]) for t in (q, k, v)]
+    grads = [empty_rows(t, t.shape[3]) for t in (q, k, v)]
     grads.append(None if scale_tensor is None else scale_tensor.new_empty(scale_tensor.shape))
     return tuple(t if needed else q.new_empty(0) for t, needed in zip(grads, needs, strict=True))

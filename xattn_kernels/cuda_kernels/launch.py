@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -50,6 +51,18 @@ def submit(op: str, params: Any, device: torch.device) -> None:
     """Launches on torch's current stream of `device`."""
     stream = torch.cuda.current_stream(device)
     getattr(extension(), op)(params, stream.device_index, stream.cuda_stream)
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 132  # an H200's, of which plans without a device are made
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def splits(choose: Callable[[Any, int], Any], call: Any, device: torch.device) -> Any:
+    """What `choose` says of how many blocks share a loop, so that the device has work."""
+    return choose(call, multiprocessors(device))
 
 
 def numbers(t: Tensor | None) -> Any:

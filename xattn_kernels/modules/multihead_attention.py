@@ -12,14 +12,21 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .. import by_head, sdpa
 from ..attention_weights import AttentionWeightsInputs, attention_weights
-from ..cross_attention import cross_attention, triton_attend
+from ..cross_attention import attend, cross_attention, cuda_reasons
 from ..dispatch import choice, choose, without_autocast
 from ..inputs import CrossAttentionInputs, check_inputs
 from ..masks import KeyInterval
 
+
+def _cuda_reasons(x: CrossAttentionInputs) -> list[str]:
+    weights = ["attention weights have no CUDA kernel (need_weights=False)"] * x.return_lse
+    return cuda_reasons(x) + weights
+
+
 # "sdpa" is PyTorch's own kernels: the fused ones, or one head at a time where those have reasons.
+REASONS = {"sdpa": lambda x: [], "cuda": _cuda_reasons}
 BACKENDS = tuple(
-    b._replace(reasons=lambda x: []) if b.name == "sdpa" else b for b in cross_attention.backends
+    b._replace(reasons=REASONS.get(b.name, b.reasons)) for b in cross_attention.backends
 )
 
 
@@ -167,8 +174,10 @@ class MultiheadAttention(nn.Module):
         backend = choose("MultiheadAttention", BACKENDS, x, self.backend)
         if backend.name == "sdpa" and sdpa.reasons(x):
             return by_head.attend(replace(x, seed=None), out=True, average_heads=average)
-        attend = triton_attend if backend.name == "triton" else lambda x: (backend.run(x), None)
-        (out, lse, *_), lse_low = attend(x)
+        if backend.name in ("triton", "cuda"):
+            (out, lse, *_), lse_low = attend(x, backend.name)
+        else:
+            (out, lse, *_), lse_low = backend.run(x), None
         if average is None:
             return out, None
         y = AttentionWeightsInputs(

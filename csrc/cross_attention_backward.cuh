@@ -1,0 +1,360 @@
+// Kernels of masked cross-attention, backward: terms of rows, dq, and dk with dv.
+//
+// The dq kernel holds rows and walks their keys as the forward does. The dkdv kernel holds keys and
+// walks the tiles of rows that reach them, in the transposed products: its columns are rows of the
+// scores. Nothing is summed by atomics. PLAIN as in cross_attention.cuh.
+#pragma once
+
+#include <type_traits>
+
+#include "attention_scores.cuh"
+
+namespace xattn {
+
+// What the kernels share beside the params, laid out in `parts`.
+struct BackwardParts {
+  float *lse, *minus_delta;  // [B, Hq, Nq]
+  int4* bounds;              // [B, n_tiles]: smallest and largest start, smallest and largest stop
+  float *dq, *dk, *dv;       // [splits, ...] where there are several
+};
+
+struct BackwardCall {
+  CrossAttentionBackwardParams p;
+  BackwardParts parts;
+};
+
+constexpr int kTermWarps = 8;
+
+// delta = <out, dout> - dlse + dentropy entropy: what eq. ds subtracts from dp, negated as it is
+// added to the product. lse is in the unit of the scores, with +inf in place of -inf. A warp for
+// each row.
+template <class T, bool PLAIN>
+__global__ void __launch_bounds__(kTermWarps* kWarpSize)
+    row_terms_kernel(const __grid_constant__ BackwardCall call) {
+  const CrossAttentionBackwardParams& p = call.p;
+  const CrossAttentionShape& s = p.call.shape;
+  const int64_t r = int64_t{blockIdx.x} * kTermWarps + threadIdx.x / kWarpSize;
+  if (r >= int64_t{s.B} * s.Hq * s.Nq) return;
+  const int i = r % s.Nq, h = r / s.Nq % s.Hq, b = r / s.Nq / s.Hq;
+  const T *out = RowOf<const T>(p.out, b, h, i), *dout = RowOf<const T>(p.dout, b, h, i);
+  float delta = 0.f;
+  for (int column = threadIdx.x % kWarpSize; column < s.Dv; column += kWarpSize)
+    delta += ToFloat(out[column]) * ToFloat(dout[column]);
+  delta = WarpSum(delta);
+  if (threadIdx.x % kWarpSize != 0) return;
+  if (p.dlse != nullptr) delta -= p.dlse[r];
+  if (p.dentropy != nullptr) delta += p.dentropy[r] * p.entropy[r];
+  const bool empty = p.lse[r] == -INFINITY;
+  // NaN that arrives at a row without keys must not reach its dq
+  call.parts.minus_delta[r] = empty ? 0.f : -delta;
+  call.parts.lse[r] = empty ? INFINITY : p.lse[r] * (PLAIN ? kLog2E : 1.f);
+}
+
+// The bounds of each tile of ROWS packed rows, one warp for each. A row that is not there starts at
+// Nk and stops at 0, so that no tile of keys counts as whole beside it.
+template <int ROWS>
+__global__ void __launch_bounds__(kTermWarps* kWarpSize)
+    tile_bounds_kernel(const __grid_constant__ BackwardCall call) {
+  const CrossAttentionCall& c = call.p.call;
+  const int n_tiles = (c.shape.Nq * (c.shape.Hq / c.shape.Hkv) + ROWS - 1) / ROWS;
+  const int64_t n = int64_t{blockIdx.x} * kTermWarps + threadIdx.x / kWarpSize;
+  if (n >= int64_t{c.shape.B} * n_tiles) return;
+  const int tile = n % n_tiles, b = n / n_tiles;
+  KeyRange range(c.shape.Nk);
+  for (int row = threadIdx.x % kWarpSize; row < ROWS; row += kWarpSize)
+    range.Add(KeysOf(c, b, PackedRow(c.shape, tile * ROWS + row, 0)));
+  range.AddLanes();
+  if (threadIdx.x % kWarpSize == 0)
+    call.parts.bounds[n] = {range.begin, range.full_begin, range.full_end, range.end};
+}
+
+__device__ __forceinline__ RowTerms LoadTerms(const BackwardCall& call, int b,
+                                              const PackedRow& row) {
+  RowTerms terms{INFINITY, 0.f, 0.f, 0.f};
+  if (!row.there) return terms;
+  const CrossAttentionBackwardParams& p = call.p;
+  const int64_t r = RowNumber(p.call.shape, b, row);
+  terms.lse = call.parts.lse[r], terms.minus_delta = call.parts.minus_delta[r];
+  if (p.lse_low != nullptr) terms.lse_low = p.lse_low[r];
+  if (p.dentropy != nullptr) terms.dentropy = p.dentropy[r];
+  return terms;
+}
+
+// Writes a row of dq, and of dscale the part that this block's keys have.
+template <class T, int HALF, int N>
+__device__ __forceinline__ void StoreDq(const BackwardCall& call, const Place& place,
+                                        const PackedRow& row, const RowTerms& terms, float scale,
+                                        float (&acc)[N][4]) {
+  const CrossAttentionBackwardParams& p = call.p;
+  const CrossAttentionShape& s = p.call.shape;
+  const int b = place.b;
+  const int64_t at = (int64_t{place.split} * s.B * s.Hq * s.Nq) + RowNumber(s, b, row);
+  const T* q = RowOf<const T>(p.call.q, b, row.h, row.i);
+  float q_dq = 0.f;
+#pragma unroll
+  for (int n = 0; n < N; ++n)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float& x = acc[n][2 * HALF + i];
+      // whatever reached a row without keys
+      if (terms.lse == INFINITY) x = 0.f;
+      const int column = n * 8 + threadIdx.x % 4 * 2 + i;
+      if (p.dscale != nullptr && row.there && column < s.D) q_dq += x * ToFloat(q[column]);
+    }
+  if (p.dscale != nullptr) {
+    q_dq += __shfl_xor_sync(kAllLanes, q_dq, 1);
+    q_dq += __shfl_xor_sync(kAllLanes, q_dq, 2);
+    if (row.there && threadIdx.x % 4 == 0) p.dscale[at] = q_dq;
+  }
+  if (!row.there || p.dq.data == nullptr) return;
+  if (p.dq_splits > 1)
+    StoreRow<float, HALF>(call.parts.dq + at * s.D, acc, scale, s.D);
+  else
+    StoreRow<T, HALF>(RowOf<T>(p.dq, b, row.h, row.i), acc, scale, s.D);
+}
+
+template <class T, int WIDTH, bool PLAIN>
+__global__ void __launch_bounds__(AttentionBlock<T, WIDTH>::kThreads, 1)
+    dq_kernel(const __grid_constant__ BackwardCall call) {
+  using Block = AttentionBlock<T, WIDTH>;
+  using RowsTile = Tile<T, Block::kRows, WIDTH>;
+  constexpr int kKeys = Block::kKeys;
+  extern __shared__ __align__(128) unsigned char shared[];
+  __shared__ KeyRange scratch[Block::kThreads / kWarpSize];
+  const CrossAttentionBackwardParams& p = call.p;
+  const CrossAttentionCall& c = p.call;
+  const CrossAttentionShape& shape = c.shape;
+  const int n_rows = shape.Nq * (shape.Hq / shape.Hkv);
+  const Place place((n_rows + Block::kRows - 1) / Block::kRows, shape);
+  const uint32_t base = ptx::SharedAddress(shared);
+  const RowsTile q_tile{base}, dout_tile{base + RowsTile::kBytes};
+  StayingRows own(c, place, Block::kRows, scratch);
+  own.template Copy<Block::kThreads>(q_tile, c.q, shape.D, c);
+  own.template Copy<Block::kThreads>(dout_tile, p.dout, shape.Dv, c);
+  KeyRange& range = own.range;
+  SplitRange(range.begin, range.end, place.split, p.dq_splits, kKeys);
+  const PassingTiles<T, kKeys, WIDTH, Block::kStages, Block::kThreads> tiles{base +
+                                                                             2 * RowsTile::kBytes};
+  const auto copy_keys = [&](int k0, int stage) {
+    tiles.CopyKeysAndValues(c, own.b, own.hkv, stage, k0, range.end);
+  };
+
+  const int lane = StayingRows::Lane();
+  const RowTerms terms[2] = {LoadTerms(call, own.b, own.rows[0]),
+                             LoadTerms(call, own.b, own.rows[1])};
+  const ScoreRow score_rows[2] = {{c, own.b, own.rows[0], own.keys[0]},
+                                  {c, own.b, own.rows[1], own.keys[1]}};
+  // [16, WIDTH] of a warp
+  float acc[WIDTH / 8][4] = {};
+  constexpr int kStages = Block::kStages;
+  int stage = 0;
+  if (kStages == 2 && range.begin < range.end) copy_keys(range.begin, 0);
+  ptx::CommitCopies();
+  for (int k0 = range.begin; k0 < range.end; k0 += kKeys, stage ^= kStages - 1) {
+    if (kStages == 1)
+      copy_keys(k0, 0);
+    else if (k0 + kKeys < range.end)
+      copy_keys(k0 + kKeys, stage ^ 1);
+    ptx::CommitCopies();
+    ptx::WaitForCopies<kStages - 1>();
+    __syncthreads();
+    // [16, kKeys] of a warp
+    float s[kKeys / 8][4] = {}, dp[kKeys / 8][4] = {};
+    MultiplyTransposed(s, q_tile, own.row0, tiles.First(stage), shape.D);
+    MultiplyTransposed(dp, dout_tile, own.row0, tiles.Second(stage), shape.Dv);
+    const bool cut = range.Cuts(k0, kKeys);
+#pragma unroll
+    for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int j = k0 + n * 8 + lane % 4 * 2 + i % 2;
+        const RowTerms& row = terms[i / 2];
+        if constexpr (PLAIN) {
+          const float prob = ptx::Exp2(fmaf(s[n][i], c.scale * kLog2E, -row.lse));
+          s[n][i] = prob * (dp[n][i] + row.minus_delta);
+          if (cut && !own.keys[i / 2].Has(j)) s[n][i] = 0.f;
+        } else {
+          const ScoreRow& of = score_rows[i / 2];
+          float tanh;
+          const float score = of.Score(c, j, s[n][i], tanh);
+          s[n][i] =
+              PairGradient(c, row, of.Sees(c, j, score), score, tanh, dp[n][i], of.Keeps(c, j)).ds;
+        }
+      }
+    MultiplyInto(acc, s, tiles.First(stage), shape.D);
+    __syncthreads();
+  }
+  ptx::WaitForCopies<0>();
+  StoreDq<T, 0>(call, place, own.rows[0], terms[0], score_rows[0].scale, acc);
+  StoreDq<T, 1>(call, place, own.rows[1], terms[1], score_rows[1].scale, acc);
+}
+
+// Terms and intervals of the rows that pass by, in shared memory.
+template <int ROWS, int STAGES>
+struct PassingTerms {
+  struct Stage {
+    RowTerms terms[ROWS];
+    Interval keys[ROWS];
+  };
+  static constexpr int kBytes = sizeof(Stage) * STAGES;
+
+  Stage* stages;
+
+  // Of the packed rows from p0 on.
+  __device__ __forceinline__ void Load(int stage, const BackwardCall& call, int b, int hkv,
+                                       int p0) const {
+    for (int n = threadIdx.x; n < ROWS; n += blockDim.x) {
+      const PackedRow row(call.p.call.shape, p0 + n, hkv);
+      stages[stage].terms[n] = LoadTerms(call, b, row);
+      stages[stage].keys[n] = KeysOf(call.p.call, b, row);
+    }
+  }
+};
+
+// DK, DV: which of them this kernel computes; both, but where their sums do not fit registers.
+template <class T, int WIDTH, bool PLAIN, bool DK, bool DV>
+__global__ void __launch_bounds__(AttentionBlock<T, WIDTH>::kThreads, 1)
+    dkdv_kernel(const __grid_constant__ BackwardCall call) {
+  using Block = AttentionBlock<T, WIDTH>;
+  using KeysTile = Tile<T, Block::kRows, WIDTH>;
+  constexpr int kRows = Block::kPassingRows, kStages = Block::kStages;
+  using Passing = PassingTiles<T, kRows, WIDTH, kStages, Block::kThreads>;
+  extern __shared__ __align__(128) unsigned char shared[];
+  __shared__ uint32_t words[Block::kThreads / kWarpSize];
+  const CrossAttentionBackwardParams& p = call.p;
+  const CrossAttentionCall& c = p.call;
+  const CrossAttentionShape& shape = c.shape;
+  const Place place((shape.Nk + Block::kRows - 1) / Block::kRows, shape);
+  const int hkv = place.hkv, b = place.b, k0 = place.tile * Block::kRows;
+  const int lane = threadIdx.x % kWarpSize, row0 = threadIdx.x / kWarpSize * 16;
+
+  const uint32_t base = ptx::SharedAddress(shared);
+  const KeysTile k_tile{base}, v_tile{base + KeysTile::kBytes};
+  const auto copy_keys = [&](const KeysTile& tile, const HeadTensor& t, int width) {
+    CopyKeys<Block::kThreads>(tile, RowOf<const T>(t, b, hkv, 0), t.strides[2], width, k0, shape.Nk,
+                              c.aligned);
+  };
+  copy_keys(k_tile, c.k, shape.D);
+  if (DK) copy_keys(v_tile, c.v, shape.Dv);
+
+  const int n_tiles = (shape.Nq * (shape.Hq / shape.Hkv) + kRows - 1) / kRows;
+  const int4* bounds = c.start.data == nullptr ? nullptr : call.parts.bounds + int64_t{b} * n_tiles;
+  int begin = 0, end = n_tiles;
+  SplitRange(begin, end, place.split, p.dkdv_splits, 1);
+  const int last_key = min(k0 + Block::kRows, shape.Nk);
+  MeetingTiles<Block::kThreads> meeting(bounds, begin, end, k0, last_key, words);
+
+  const Passing tiles{base + 2 * KeysTile::kBytes};
+  const PassingTerms<kRows, kStages> terms{
+      reinterpret_cast<typename PassingTerms<kRows, kStages>::Stage*>(
+          shared + 2 * KeysTile::kBytes + Passing::kBytes)};
+  const auto copy_rows = [&](int t, int stage) {
+    const auto copy = [&](const auto& tile, const HeadTensor& of, int width) {
+      const auto row_of = [&](int n) -> const T* {
+        const PackedRow row(shape, t * kRows + n, hkv);
+        return row.there ? RowOf<const T>(of, b, row.h, row.i) : nullptr;
+      };
+      tile.template Copy<Block::kThreads>(row_of, width, static_cast<const T*>(of.data), c.aligned);
+    };
+    copy(tiles.First(stage), c.q, shape.D);
+    copy(tiles.Second(stage), p.dout, shape.Dv);
+    terms.Load(stage, call, b, hkv, t * kRows);
+  };
+
+  // [16, WIDTH] of a warp
+  float dk[DK ? WIDTH / 8 : 1][4] = {}, dv[DV ? WIDTH / 8 : 1][4] = {};
+  int stage = 0, t = meeting.Next();
+  if (kStages == 2 && t < end) copy_rows(t, 0);
+  ptx::CommitCopies();
+  for (; t < end; stage ^= kStages - 1) {
+    const int next = meeting.Next();
+    if (kStages == 1)
+      copy_rows(t, 0);
+    else if (next < end)
+      copy_rows(next, stage ^ 1);
+    ptx::CommitCopies();
+    ptx::WaitForCopies<kStages - 1>();
+    __syncthreads();
+    // [16, kRows] of a warp: its keys beside the rows that pass by
+    float s[kRows / 8][4] = {}, dp[kRows / 8][4] = {};
+    MultiplyTransposed(s, k_tile, row0, tiles.First(stage), shape.D);
+    if (DK) MultiplyTransposed(dp, v_tile, row0, tiles.Second(stage), shape.Dv);
+    bool cut = (t + 1) * kRows > shape.Nq * (shape.Hq / shape.Hkv);
+    if (bounds != nullptr) cut |= bounds[t].y > k0 || bounds[t].z < last_key;
+#pragma unroll
+    for (int n = 0; n < kRows / 8; ++n)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int column = n * 8 + lane % 4 * 2 + e;
+        const RowTerms row = terms.stages[stage].terms[column];
+        const Interval keys = terms.stages[stage].keys[column];
+        const ScoreRow of(c, b, PackedRow(shape, t * kRows + column, hkv), keys);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int j = k0 + row0 + lane / 4 + 8 * half, i = 2 * half + e;
+          if constexpr (PLAIN) {
+            s[n][i] = ptx::Exp2(fmaf(s[n][i], c.scale * kLog2E, -row.lse));
+            dp[n][i] = s[n][i] * (dp[n][i] + row.minus_delta);
+            if (cut && !keys.Has(j)) s[n][i] = 0.f, dp[n][i] = 0.f;
+          } else {
+            float tanh;
+            const float score = of.Score(c, j, s[n][i], tanh);
+            const bool kept = of.Keeps(c, j);
+            const PairGradient found(c, row, of.Sees(c, j, score), score, tanh, dp[n][i], kept);
+            s[n][i] = kept ? found.p : 0.f;
+            dp[n][i] = found.ds * of.scale;
+          }
+        }
+      }
+    if constexpr (DV) MultiplyInto(dv, s, tiles.Second(stage), shape.Dv);
+    if constexpr (DK) MultiplyInto(dk, dp, tiles.First(stage), shape.D);
+    __syncthreads();
+    t = next;
+  }
+  ptx::WaitForCopies<0>();
+  const auto store = [&](auto half) {
+    constexpr int kHalf = decltype(half)::value;
+    const int j = k0 + row0 + lane / 4 + 8 * kHalf;
+    if (j >= shape.Nk) return;
+    const int64_t at = ((int64_t{place.split} * shape.B + b) * shape.Hkv + hkv) * shape.Nk + j;
+    const bool parts = p.dkdv_splits > 1;
+    if constexpr (DK) {
+      if (parts)
+        StoreRow<float, kHalf>(call.parts.dk + at * shape.D, dk, PLAIN ? c.scale : 1.f, shape.D);
+      else
+        StoreRow<T, kHalf>(RowOf<T>(p.dk, b, hkv, j), dk, PLAIN ? c.scale : 1.f, shape.D);
+    }
+    if constexpr (DV) {
+      if (parts)
+        StoreRow<float, kHalf>(call.parts.dv + at * shape.Dv, dv, c.keep_scale, shape.Dv);
+      else
+        StoreRow<T, kHalf>(RowOf<T>(p.dv, b, hkv, j), dv, c.keep_scale, shape.Dv);
+    }
+  };
+  store(std::integral_constant<int, 0>{});
+  store(std::integral_constant<int, 1>{});
+}
+
+struct SumCall {
+  HeadTensor to;
+  const float* parts;  // [n_splits, B, H, N, width]
+  int64_t n;           // elements of `to`
+  int32_t H, N, width, n_splits;
+};
+
+constexpr int kSumThreads = 256;
+
+// The sum of splits in their order.
+template <class T>
+__global__ void __launch_bounds__(kSumThreads)
+    sum_splits_kernel(const __grid_constant__ SumCall call) {
+  const int64_t at = int64_t{blockIdx.x} * kSumThreads + threadIdx.x;
+  if (at >= call.n) return;
+  float sum = 0.f;
+  for (int n = 0; n < call.n_splits; ++n) sum += call.parts[n * call.n + at];
+  const int64_t row = at / call.width;
+  const int h = row / call.N % call.H, b = row / call.N / call.H;
+  RowOf<T>(call.to, b, h, row % call.N)[at % call.width] = FromFloat<T>(sum);
+}
+
+}  // namespace xattn
