@@ -135,6 +135,7 @@ def none(case: GatedCase, mode: str) -> list[str]:
 # In the order in which they run: where time is short, the last are left out.
 PROVIDERS = (
     ours("triton"),
+    ours("cuda"),
     Provider("eager", none, prepare_eager),
     Provider("addmm", partial(only, ("projection",)), prepare_addmm),
     Provider("liger", partial(others_reasons, "liger_kernel", ("rms",)), prepare_liger),

@@ -30,6 +30,7 @@ METRICS = (
 )
 COLOURS = {
     "xattn-triton": "#0b6e4f",
+    "xattn-cuda": "#d00000",
     "xattn-sdpa": "#2a9d8f",
     "xattn-eager": "#a7d7c5",
     "sdpa-flash": "#5c677d",

@@ -259,6 +259,7 @@ def module(name: str, is_ours: bool) -> Provider:
 # In the order in which they run: where time is short, the last are left out.
 PROVIDERS = (
     ours("triton"),
+    ours("cuda"),
     ours("sdpa"),
     sdpa("flash", SDPBackend.FLASH_ATTENTION),
     sdpa("efficient", SDPBackend.EFFICIENT_ATTENTION),

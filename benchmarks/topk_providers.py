@@ -146,6 +146,7 @@ def none(case: TopKCase, mode: str) -> list[str]:
 # In the order in which they run: where time is short, the last are left out.
 PROVIDERS = (
     ours("triton"),
+    ours("cuda"),
     ours("sdpa"),
     provider("dense", none, prepare_dense),
     provider("sdpa-mask", mask_reasons, prepare_mask),

@@ -15,7 +15,7 @@ struct AttentionBlock {
   static constexpr int kRows = kRowBytes > 512 ? 32 : 64;
   static constexpr int kThreads = kRows / 16 * kWarpSize;
   // of keys that pass by the forward's rows and those of dq, and of rows that pass by keys
-  static constexpr int kKeys = kRowBytes > 512 ? 16 : kRowBytes > 256 ? 32 : 64;
+  static constexpr int kKeys = kRowBytes > 512 ? 16 : kRowBytes > 256 || sizeof(T) == 4 ? 32 : 64;
   static constexpr int kPassingRows = kRowBytes > 512 ? 16 : kRowBytes > 128 ? 32 : 64;
   // tiles in flight of the backward; the forward has two
   static constexpr int kStages = kRowBytes > 256 ? 1 : 2;

@@ -90,6 +90,12 @@ __device__ __forceinline__ void StoreShared(uint32_t to, const uint32_t (&x)[4])
                : "memory");
 }
 
+// x, of which the compiler knows nothing: it cannot compute what follows from it beforehand.
+__device__ __forceinline__ uint32_t Opaque(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // Begins to copy 16 bytes, past L1; the last 16 - bytes of them become zero, and with 0 bytes
 // nothing is read, but `from` must be an address.
 __device__ __forceinline__ void CopyAsync(uint32_t to, const void* from, int bytes = 16) {

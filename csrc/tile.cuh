@@ -15,12 +15,19 @@ struct Tile {
   static constexpr int kChunk = 16 / sizeof(T);  // elements that one copy moves
   static constexpr int kChunks = WIDTH / kChunk;
   static constexpr int kDepth = 2 * kChunk;  // what one product sums over
-  static constexpr int kBytes = ROWS * WIDTH * sizeof(T);
+  static constexpr int kRowBytes = WIDTH * sizeof(T);
+  static constexpr int kBytes = ROWS * kRowBytes;
 
-  uint32_t base;  // address in shared memory, a multiple of 16
+  uint32_t base;  // address in shared memory, a multiple of 128
 
   __device__ __forceinline__ uint32_t At(int row, int chunk) const {
-    return base + row * WIDTH * static_cast<int>(sizeof(T)) + ((chunk ^ (row & 7)) * 16);
+    return base + row * kRowBytes + ((chunk ^ (row & 7)) * 16);
+  }
+
+  // At(row + more_rows, chunk + 2 pair) for a chunk of 0 or 1 and 8 n more rows. What a loop steps
+  // through comes last, so that one exclusive or serves all rows of a pair.
+  __device__ __forceinline__ uint32_t At(int row, int chunk, int more_rows, int pair) const {
+    return (At(row, chunk) ^ (pair % 4 * 32)) + pair / 4 * 128 + more_rows * kRowBytes;
   }
 
   // Begins to copy `width` columns of the rows whose start `row_of(n)` names, or nullptr for a row
@@ -50,7 +57,7 @@ struct Tile {
   // Rows row0 to +15 and columns kDepth step on as the first operand of a product.
   __device__ __forceinline__ void LoadA(uint32_t (&a)[4], int row0, int step) const {
     const int lane = threadIdx.x % 32;
-    ptx::LoadMatrices(a, At(row0 + lane % 16, step * 2 + lane / 16));
+    ptx::LoadMatrices(a, At(row0 + lane % 16, lane / 16, 0, step));
   }
 
   // Rows row0 to +15 as columns of two second operands, each 8 of them; the sum is over columns
@@ -58,7 +65,7 @@ struct Tile {
   __device__ __forceinline__ void LoadB(uint32_t (&b)[2][2], int row0, int step) const {
     const int lane = threadIdx.x % 32;
     uint32_t found[4];
-    ptx::LoadMatrices(found, At(row0 + lane / 16 * 8 + lane % 8, step * 2 + lane / 8 % 2));
+    ptx::LoadMatrices(found, At(lane / 16 * 8 + lane % 8, lane / 8 % 2, row0, step));
     b[0][0] = found[0], b[0][1] = found[1], b[1][0] = found[2], b[1][1] = found[3];
   }
 
@@ -68,15 +75,15 @@ struct Tile {
     const int lane = threadIdx.x % 32;
     if constexpr (sizeof(T) == 2) {
       uint32_t found[4];
-      ptx::LoadMatricesTransposed(found, At(row0 + lane % 16, pair * 2 + lane / 16));
+      ptx::LoadMatricesTransposed(found, At(lane % 16, lane / 16, row0, pair));
       b[0][0] = found[0], b[0][1] = found[1], b[1][0] = found[2], b[1][1] = found[3];
     } else {
 #pragma unroll
       for (int half = 0; half < 2; ++half)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const int column = pair * 16 + half * 8 + lane / 4;
-          b[half][i] = ptx::LoadShared(At(row0 + lane % 4 * 2 + i, column / 4) + column % 4 * 4);
+          const uint32_t chunk = At(lane % 4 * 2 + i, lane / 16, row0, pair * 2 + half);
+          b[half][i] = ptx::LoadShared(chunk + lane / 4 % 4 * 4);
         }
     }
   }
@@ -116,16 +123,22 @@ __device__ __forceinline__ void Accumulate(float (&c)[4], const uint32_t (&a)[4]
   }
 }
 
+// Whether products leave out columns beyond a narrower head's. In short products of 16-bit elements
+// the branch costs more than it saves; those of float32 spill without it.
+template <class T, int WIDTH>
+constexpr bool kCanSkip = WIDTH > 64 || sizeof(T) == 4;
+
 // c [16, ROWS] += rows row0 to +15 of a times b transposed, over the first `width` columns.
 template <class T, int A_ROWS, int ROWS, int WIDTH>
 __device__ __forceinline__ void MultiplyTransposed(float (&c)[ROWS / 8][4],
                                                    const Tile<T, A_ROWS, WIDTH>& a, int row0,
                                                    const Tile<T, ROWS, WIDTH>& b, int width) {
   constexpr int kDepth = Tile<T, ROWS, WIDTH>::kDepth;
-  constexpr int kUnroll = WIDTH / kDepth < 8 ? WIDTH / kDepth : 8;
+  // more steps of float32 at once spill
+  constexpr int kUnroll = sizeof(T) == 4 ? 2 : 8;
 #pragma unroll kUnroll
   for (int step = 0; step < WIDTH / kDepth; ++step) {
-    if (WIDTH > 64 && step * kDepth >= width) break;
+    if (kCanSkip<T, WIDTH> && step * kDepth >= width) break;
     uint32_t operand[4];
     a.LoadA(operand, row0, step);
 #pragma unroll
@@ -165,15 +178,17 @@ __device__ __forceinline__ void MultiplyInto(float (&c)[WIDTH / 8][4],
                                              const float (&p)[ROWS / 8][4],
                                              const Tile<T, ROWS, WIDTH>& b, int width) {
   constexpr int kDepth = Tile<T, ROWS, WIDTH>::kDepth;
+  // addresses of single words that were kept from one tile to the next would spill
+  const Tile<T, ROWS, WIDTH> tile{sizeof(T) == 4 ? ptx::Opaque(b.base) : b.base};
 #pragma unroll
   for (int step = 0; step < ROWS / kDepth; ++step) {
     uint32_t a[4];
     AsOperand<T>(a, p, step);
 #pragma unroll
     for (int n = 0; n < WIDTH / 16; ++n) {
-      if (WIDTH > 64 && n * 16 >= width) continue;
+      if (kCanSkip<T, WIDTH> && n * 16 >= width) continue;
       uint32_t both[2][2];
-      b.LoadBTransposed(both, step * kDepth, n);
+      tile.LoadBTransposed(both, step * kDepth, n);
       Accumulate<T>(c[2 * n], a, both[0]);
       Accumulate<T>(c[2 * n + 1], a, both[1]);
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,17 @@ class Session:
         source += f"void* kernel() {{ return (void*)&{name}; }}\n"
         module = self.ptxsim.compile_cuda(source=source, arch=self.arch, includes=[str(CSRC)])
         return module.kernel(f"{len(function)}{function}")  # as C++ spells it in symbols
+
+
+def splits_of(n: int) -> Callable:
+    """In place of `launch.splits`: n blocks share each loop."""
+
+    def splits(choose, call, device):
+        if hasattr(call, "dq_splits"):
+            call.dq_splits = call.dkdv_splits = call.dbias_splits = n
+        return n
+
+    return splits
 
 
 @contextmanager

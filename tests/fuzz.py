@@ -72,6 +72,7 @@ class Reach:
 
 HALVES = (torch.float16, torch.bfloat16)
 INTERPRETED = Reach("triton", (torch.float32, torch.float16), (torch.float32, *HALVES), tiles=2)
+CUDA = Reach("cuda", (torch.float32, *HALVES), (torch.float32, *HALVES), tiles=20, longest=300)
 # torch's kernels read NaN or infinity in a query or a key as 0 in some places, see the docstring;
 # a float32 score beside -1e9 is a multiple of 64, whichever way it is rounded
 SDPA = Reach(
@@ -99,7 +100,7 @@ def sizes(draw, reach: Reach) -> tuple[dict[str, int | None], int | None]:
     """(sizes of a case, splits): drawn freely, then cut to what is quick enough."""
     length = st.one_of(st.sampled_from(BORDERS), st.integers(0, reach.longest))
     width = st.one_of(st.sampled_from(WIDTHS), st.integers(1, 100))
-    splits = draw(sometimes(None, pick(2, 3, 7))) if reach.backend == "triton" else None
+    splits = draw(sometimes(None, pick(2, 3, 7))) if reach.backend != "sdpa" else None
     most = reach.tiles // (splits or 1) * draw(pick(1, 1, 1, 4))
     Nq, Nk, group = draw(length), draw(length), draw(pick(1, 1, 2, 3, 4, 8))
 
@@ -218,6 +219,6 @@ def twists(c: Case, reach: Reach) -> st.SearchStrategy:
     found = [None]
     if c.mask is not None and "bool" not in c.mask and "dense" not in c.mask:
         found += ["dense", *["garbage"] * ("expanded" not in c.layout)]
-    if c.B > 1 and c.dropout_p == 0.0 and reach.backend == "triton":
+    if c.B > 1 and c.dropout_p == 0.0 and reach.backend != "sdpa":
         found.append("flipped")
     return st.sampled_from(found)

@@ -84,7 +84,7 @@ def topk_calls(draw, reach: Reach) -> DrawnTopK | DrawnBlocks:
     c = replace(c, used=draw(sometimes(None, subset(UPSTREAM[c.returns], least=1))))
     leaves = ["q", "k", "v", *["scale"] * isinstance(c.scale, tuple)]
     c = replace(c, needs=draw(sometimes(None, subset(leaves))))
-    if draw(st.booleans()):
+    if reach.backend != "cuda" and draw(st.booleans()):
         blocks = (draw(pick(16, 32, 64)), draw(st.integers(1, 5)))
         return DrawnBlocks(c, blocks, reach.backend, draw(st.sampled_from(reach.dtypes)))
     top_k = draw(st.one_of(TOP_KS, st.integers(1, c.Nk + 3)))

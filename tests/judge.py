@@ -6,7 +6,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -18,11 +18,13 @@ from torch import Tensor
 
 from calls import Call, Tensors, assert_as_expected, build, compute_expected, run
 from cases import Case
+from cuda_emulation import splits_of
 from fuzz import Drawn
 from fuzz_gated import DrawnGated
 from fuzz_module import ModuleCase
 from fuzz_topk import DrawnBlocks, DrawnTopK
 from xattn_kernels import KeyInterval
+from xattn_kernels.cuda_kernels import launch as cuda_launch
 
 CALLS_PER_ROUND = 50
 Judged = Drawn | DrawnGated | DrawnTopK | DrawnBlocks | ModuleCase
@@ -45,7 +47,10 @@ def splitting(n: int | None):
         return nullcontext()
     from xattn_kernels.triton_kernels import launch
 
-    return patch.object(launch, "split_count", lambda programs, steps, device: n)
+    patches = ExitStack()
+    patches.enter_context(patch.object(launch, "split_count", lambda programs, steps, device: n))
+    patches.enter_context(patch.object(cuda_launch, "splits", splits_of(n)))
+    return patches
 
 
 @torch.no_grad()

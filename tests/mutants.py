@@ -1,6 +1,7 @@
 """Mutants of the kernels that walk tiles and of their launchers, and the list of all mutants."""
 
 from mutants_of_blocks import BLOCK
+from mutants_of_cuda import CUDA
 from mutants_of_gates import GATES
 from mutants_of_helpers import HELPERS
 from mutants_of_modules import MODULES
@@ -251,4 +252,4 @@ WEIGHT = [
     ),
 ]  # fmt: skip
 
-MUTANTS = [*FORWARD, *DQ, *DKDV, *DBIAS, *WEIGHT, *HELPERS, *GATES, *TOP_K, *BLOCK, *MODULES]
+MUTANTS = [*FORWARD, *DQ, *DKDV, *DBIAS, *WEIGHT, *HELPERS, *GATES, *TOP_K, *BLOCK, *MODULES, *CUDA]

@@ -73,8 +73,11 @@ def run_pytest(tree: Path, mode: str, m: Mutant, arguments: list[str], log: str)
         sys.modules.pop(name, None)
     import pytest
 
+    if m.in_cpp:
+        sys.path.insert(1, str(tree / "tests"))
     file = importlib.import_module(m.module).__file__
-    if Path(file).resolve() != (tree / m.path.relative_to(ROOT)).resolve():
+    expected = "tests/cuda_emulation.py" if m.in_cpp else m.path.relative_to(ROOT)
+    if Path(file).resolve() != (tree / expected).resolve():
         print(f"imported {file}, not that of {tree}")
         sys.exit(WRONG_MODULE)
     sys.exit(pytest.main(["-x", "-v", "--tb=line", "-p", "no:cacheprovider", *arguments]))

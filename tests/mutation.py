@@ -6,6 +6,7 @@ A mutation that changes no result for any input says why in `equivalent`, and mu
 from __future__ import annotations
 
 import ast
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,9 +22,27 @@ def find(name: str, module: ast.Module) -> ast.stmt:
     return node
 
 
+def find_in_cpp(name: str, source: str) -> tuple[int, int]:
+    """(start, end) of a function: from its name to its last brace. An overload's name is with its
+    parameters."""
+    parameters = "" if "(" in name else r"\([^;{}]*\)"
+    head = re.compile(rf"\b{re.escape(name)}{parameters}[^;{{}}()]*(:[^;]*?)?{{")
+    (found,) = (
+        f for f in head.finditer(source)
+        if "return" not in source[source.rfind("\n", 0, f.start()) : f.start()]
+    )  # fmt: skip
+    depth = 0
+    for brace in re.compile("[{}]").finditer(source, found.end() - 1):
+        depth += 1 if brace[0] == "{" else -1
+        if depth == 0:
+            return found.start(), brace.end()
+    raise ValueError(f"{name} has no last brace")
+
+
 @dataclass(frozen=True)
 class Mutant:
-    """`before`, which occurs once in `function` of `folder`/`file`.py, becomes `after`.
+    """`before`, which occurs once in `function` of a file, becomes `after`. The file is
+    `folder`/`file`.py, or .cuh in csrc.
 
     `seen_by`: the tests to run first. A word is a case of `test_cross_attention.py::test_triton`,
     in float32 unless "-float16" follows; what holds "::" is a test without the words "test_".
@@ -42,26 +61,44 @@ class Mutant:
 
     @property
     def path(self) -> Path:
-        return ROOT / self.folder / f"{self.file}.py"
+        return ROOT / self.folder / f"{self.file}{'.cuh' if self.in_cpp else '.py'}"
+
+    @property
+    def in_cpp(self) -> bool:
+        return self.folder == "csrc"
 
     @property
     def module(self) -> str:
-        """As it is imported."""
+        """As it is imported; of csrc what compiles it in tests."""
+        if self.in_cpp:
+            return "cuda_emulation"
         inside = "xattn_kernels/" * (self.folder == "triton_kernels")
         return f"{inside}{self.folder}/{self.file}".replace("/", ".")
 
     def apply(self, source: str) -> str:
         """The mutated source; raises where the snippet is not there exactly once."""
-        lines = source.splitlines(keepends=True)
-        node = find(self.function, parsed(source))
-        first, last = node.lineno - 1, node.end_lineno
-        body = "".join(lines[first:last])
+        first, last = self.extent(source)
+        body = source[first:last]
         if body.count(self.before) != 1:
             raise ValueError(
                 f"{self.name}: {self.before!r} is {body.count(self.before)} times in "
-                f"{self.function} of {self.file}.py, not once"
+                f"{self.function} of {self.path.name}, not once"
             )
-        return "".join([*lines[:first], body.replace(self.before, self.after), *lines[last:]])
+        return source[:first] + body.replace(self.before, self.after) + source[last:]
+
+    def extent(self, source: str) -> tuple[int, int]:
+        """Where `function` begins and ends."""
+        if self.in_cpp:
+            return find_in_cpp(self.function, source)
+        lines, node = source.splitlines(keepends=True), find(self.function, parsed(source))
+        first = sum(map(len, lines[: node.lineno - 1]))
+        return first, first + sum(map(len, lines[node.lineno - 1 : node.end_lineno]))
+
+    def program(self, source: str) -> str:
+        """What the function does, without its layout."""
+        if self.in_cpp:
+            return "".join(source[slice(*self.extent(source))].split())
+        return ast.dump(find(self.function, parsed(source)))
 
     def selected(self) -> list[str]:
         """`seen_by` as pytest names them."""

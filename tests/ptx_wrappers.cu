@@ -83,3 +83,12 @@ extern "C" __global__ void exp2_of(const float* x, float* y) {
 extern "C" __global__ void to_tf32(const float* x, float* y) {
   y[threadIdx.x] = __uint_as_float(ToTf32(x[threadIdx.x]));
 }
+
+// out [32, 4] = in, four words stored and each loaded
+extern "C" __global__ void shared_words(const uint32_t* in, uint32_t* out) {
+  __shared__ __align__(16) uint32_t words[128];
+  const uint32_t at = SharedAddress(words + threadIdx.x * 4);
+  const uint32_t* four = in + threadIdx.x * 4;
+  StoreShared(at, {four[0], four[1], four[2], four[3]});
+  for (int i = 0; i < 4; ++i) out[threadIdx.x * 4 + i] = LoadShared(at + i * 4);
+}

@@ -11,9 +11,11 @@ import torch
 from calls import assert_agrees, assert_right, build, run, written_out
 from cases import CASES, Case
 from conftest import modes
+from cuda_emulation import splits_of
 from test_cross_attention_values import assert_exact_zeros, visible
 from xattn_kernels import cross_attention
 from xattn_kernels.cross_attention import cuda_reasons
+from xattn_kernels.cuda_kernels import cross_attention as launcher
 from xattn_kernels.cuda_kernels import launch
 from xattn_kernels.reference import philox_keep
 
@@ -63,15 +65,7 @@ def test_dtypes(mode, dtype, flags):
 def force_splits(monkeypatch):
     """A function that sets how many blocks share each loop."""
 
-    def force(n: int) -> None:
-        def splits(choose, call, device):
-            if hasattr(call, "dq_splits"):
-                call.dq_splits = call.dkdv_splits = call.dbias_splits = n
-            return n
-
-        monkeypatch.setattr(launch, "splits", splits)
-
-    return force
+    return lambda n: monkeypatch.setattr(launch, "splits", splits_of(n))
 
 
 SPLITS = {
@@ -103,7 +97,7 @@ def test_splits_fill_the_device():
         shape = _cuda.CrossAttentionShape(B, Hq, Hkv, Nq, Nk, 64, 64, _cuda.DType.float16)
         call = _cuda.CrossAttentionCall(
             none, none, none, bounds, bounds, pairs, pairs, _cuda.Numbers(), 0, 0, 0, 1.0, 0.0, 1.0,
-            shape,
+            shape, False,
         )  # fmt: skip
         return _cuda.cross_attention_forward_splits(call, 132)
 
@@ -173,6 +167,40 @@ def test_results_are_the_same_bits_each_time(mode, force_splits):
     first, second = (run(build(case, torch.bfloat16, mode.device), "cuda") for _ in range(2))
     for name, t in first.items():
         assert torch.equal(t, second[name]), name
+
+
+@emulated
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("mask", ["unsorted", "all_empty", "bool_BHQK"])
+def test_every_output_is_written(mode, mask, n, force_splits):
+    from judge import poisoned
+
+    force_splits(n)
+    case = Case("cuda_written", mask=mask, bias="1H1K", scale=(0.2, 0.3), B=2, Hq=2, Nq=9, Nk=150)
+    with poisoned():
+        assert_right(case, "cuda", DTYPES[n % 2], mode.device)
+
+
+@emulated
+def test_bounds_outside_of_the_keys_are_clamped(mode):
+    """In the launchers: the op refuses those on a CPU."""
+    q, k, v = (
+        torch.randn(2, 2, n, 16, device=mode.device, dtype=torch.float16) for n in (5, 70, 70)
+    )
+    start = torch.full((2, 5), -7, dtype=torch.int32, device=mode.device)
+    stop = torch.full((2, 5), 2**31 - 1, dtype=torch.int32, device=mode.device)
+    start[0, 1], stop[1, 2] = 100, -3
+    results = []
+    for bounds in ((start, stop), (start.clamp(0, 70), stop.clamp(0, 70))):
+        call = (q, k, v, None, None, *bounds, None, None)
+        out, lse, *_ = launcher.forward(*call, 0.25, 0.0, 0.0, False)
+        none = out.new_empty(0)
+        needs = [True, True, True, False, False]
+        grads = launcher.backward(
+            out, None, None, *call, out, lse, none, None, 0.25, 0.0, 0.0, False, needs
+        )
+        results.append([out, lse, *grads[:3]])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @emulated

@@ -57,7 +57,7 @@ def tensors(*shape: int, dtype=torch.float32) -> tuple[torch.Tensor, ...]:
 
 def test_order_of_cross_attention():
     assert [b.name for b in BACKENDS] == ["triton", "cuda", "sdpa", "eager"]
-    assert [b.by_name for b in BACKENDS] == [False, False, True]
+    assert [b.by_name for b in BACKENDS] == [False, False, False, True]
     x = cross_attention.check(*tensors(1, 2, 3, 16))
     assert choose("", BACKENDS, x, None).name == ("triton" if triton_on_cpu() else "sdpa")
 
@@ -128,7 +128,7 @@ def test_explain_runs_nothing_and_says_all(capsys):
     first, *rest = capsys.readouterr().out.splitlines()
     assert first == "cross_attention takes 'eager'"
     assert [line.split()[0] for line in rest] == ["triton", "cuda", "sdpa", "eager"]
-    assert "tensors are on meta" in rest[0] and "can run when asked for" in rest[2]
+    assert "tensors are on meta" in rest[0] and "can run when asked for" in rest[3]
 
 
 def test_explanation_of_a_backend_that_cannot():

@@ -17,7 +17,7 @@ from hypothesis.strategies import SearchStrategy
 
 from calls import written_out
 from conftest import modes
-from fuzz import INTERPRETED, SDPA, Reach, calls
+from fuzz import CUDA, INTERPRETED, SDPA, Reach, calls
 from fuzz_compiled import family_of
 from fuzz_gated import gated_calls
 from fuzz_module import module_calls
@@ -33,8 +33,11 @@ SEED = os.environ.get("FUZZ_SEED", "1")  # empty: a new one each time, as `make 
 
 def anything(reach: Reach) -> SearchStrategy[Judged]:
     """Calls of attention most of all, then of its weights and of what is the kernels' alone."""
-    kinds = [*[calls(reach)] * 4, *[calls(reach, "attention_weights")] * 2, module_calls(reach)]
-    kinds += [topk_calls(reach)] * 2 + [gated_calls(reach)] * 2 * (reach.backend == "triton")
+    kinds = [calls(reach)] * 4 + [topk_calls(reach)] * 2
+    if reach.backend != "cuda":
+        kinds += [calls(reach, "attention_weights")] * 2 + [module_calls(reach)]
+    if reach.backend != "sdpa":
+        kinds += [gated_calls(reach)] * 2
     return st.sampled_from(kinds).flatmap(lambda kind: kind)
 
 
@@ -51,6 +54,12 @@ def test_triton(mode):
 def test_compiled(mode):
     judge = partial(check, prepare=written_out, device=mode.device)
     rounds(mode.name, family_of, SECONDS / 2, first_seed(SEED), judge)
+
+
+@pytest.mark.parametrize("mode", modes("cuda_sm_80", "cuda_gpu"), indirect=True)
+def test_cuda(mode):
+    judge = partial(check, prepare=written_out, device=mode.device)
+    rounds(mode.name, lambda seed: anything(CUDA), SECONDS / 2, first_seed(SEED), judge)
 
 
 def test_what_is_wrong_is_found_and_said(monkeypatch, capsys):

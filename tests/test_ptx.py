@@ -84,3 +84,9 @@ def test_exp2(run):
     y = torch.empty(32)
     run("exp2_of", x, y)
     torch.testing.assert_close(y, x.exp2().masked_fill(x < -126, 0.0), rtol=2**-22, atol=0)
+
+
+def test_shared_words(run):
+    words, found = torch.arange(128, dtype=torch.int32), torch.empty(128, dtype=torch.int32)
+    run("shared_words", words, found)
+    assert torch.equal(found, words)

@@ -36,6 +36,15 @@ def test_cuda(mode, name, dtype):
 
 
 @emulated
+@pytest.mark.parametrize("name", ["few_of_many_keys", "plain", "mask_all_empty", "mask_padding"])
+def test_every_output_is_written(mode, name):
+    from judge import poisoned
+
+    with poisoned():
+        assert_right(*case(name), "cuda", torch.float16, mode.device)
+
+
+@emulated
 @pytest.mark.parametrize("D", [128, 256])
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=["float16", "float32"])
 def test_widths(mode, D, dtype):

@@ -1,0 +1,162 @@
+"""Mutants of the kernels of csrc/, each run as it is compiled."""
+
+from mutation import mutants
+
+CROSS, TOP_K = "cross_attention_cuda::", "topk_attention_cuda::"
+
+
+def dtypes(flags: str, dtype: str) -> str:
+    return f"{CROSS}dtypes[{flags}-{dtype}-cuda_sm_80]"
+
+
+PLAIN, FLAGS = dtypes("plain", "float16"), dtypes("flags", "float16")
+PLAIN32, FLAGS32 = dtypes("plain", "float32"), dtypes("flags", "float32")
+EMPTY = f"{CROSS}empty_rows_and_unseen_keys[empty_rows-cuda_sm_80]"
+UNSORTED = f"{CROSS}empty_rows_and_unseen_keys[unsorted-cuda_sm_80]"
+PADDING = f"{CROSS}what_padding_holds[padding-statistics-cuda_sm_80]"
+BEFORE = f"{CROSS}what_padding_holds[padding_left-out-cuda_sm_80]"
+STATISTICS = f"{CROSS}splits[statistics-2-cuda_sm_80]"
+FAR_BELOW = f"{CROSS}splits[far_below-3-cuda_sm_80]"
+MANY_ROWS = f"{CROSS}splits[many_rows-3-cuda_sm_80]"
+DROPOUT = f"{CROSS}dropout_has_the_bits_of_the_reference[cuda_sm_80]"
+CONFLICTS = f"{CROSS}no_bank_conflicts[64-float16-cuda_sm_80]"
+TIES = f"{TOP_K}lower_keys_win_ties[8-float16-cuda_sm_80]"
+RANGE = f"{TOP_K}top_k_of_the_whole_range[cuda_sm_80]"
+NOT_FINITE = f"{TOP_K}what_is_not_finite[nan-cuda_sm_80]"
+
+FORWARD = [
+    *mutants("cross_attention", "Add",
+        ("cuda-acc-rescale", "acc[n][2 * r] *= alpha, ", "", "half of acc is not rescaled", PLAIN),
+        ("cuda-entropy-rescale", "alpha * a[r] + softmax[r].l", "a[r] + softmax[r].l",
+         "the sum of e log e keeps its old shift", STATISTICS),
+        ("cuda-entropy-forget", "alpha == 0.f ? 0.f : ", "", "0 * inf after keys far below",
+         FAR_BELOW),
+        ("cuda-four-lanes", "largest[r], 2));", "largest[r], 1));",
+         "the maximum of half of a row's lanes", PLAIN),
+    ),
+    *mutants("cross_attention", "cross_attention_forward_kernel",
+        ("cuda-forward-cut", "!PLAIN || range.Cuts(k0, kKeys)", "!PLAIN",
+         "no tile of a plain row is cut", PLAIN),
+        ("cuda-forward-keep", "if (!score_rows[i / 2].Keeps(c,", "if (score_rows[i / 2].Keeps(c,",
+         "dropout keeps what it should drop", DROPOUT),
+        ("cuda-forward-dv", "tiles.Second(stage), shape.Dv)", "tiles.First(stage), shape.Dv)",
+         "keys in place of values", PLAIN),
+        ("cuda-forward-wait", "ptx::WaitForCopies<1>()", "ptx::WaitForCopies<2>()",
+         "a tile is read while it is copied", PLAIN),
+        ("cuda-forward-barrier", "shape.Dv);\n    __syncthreads();", "shape.Dv);",
+         "a tile is overwritten while others read it", PLAIN),
+    ),
+    *mutants("cross_attention", "merge_kernel",
+        ("cuda-merge-weight", "sum += expf(part_lse(n) - log_l) *", "sum += expf(part_lse(n)) *",
+         "splits are not weighted by their sums", STATISTICS),
+        ("cuda-merge-empty", "m == -INFINITY ? 0.f : m", "m", "inf - inf where no split has keys",
+         f"{CROSS}splits[masked-40-cuda_sm_80]"),
+    ),
+]  # fmt: skip
+
+BACKWARD = [
+    *mutants("cross_attention_backward", "row_terms_kernel",
+        ("cuda-delta-dlse", "delta -= p.dlse[r]", "delta += p.dlse[r]", "the sign of dlse",
+         PLAIN),
+        ("cuda-delta-entropy", "p.dentropy[r] * p.entropy[r]", "p.dentropy[r]",
+         "delta without the entropy", STATISTICS),
+        ("cuda-empty-lse", "empty ? INFINITY :", "empty ? 0.f :", "p = 1 in a row without keys",
+         EMPTY),
+    ),
+    *mutants("cross_attention_backward", "dq_kernel",
+        ("cuda-dq-cut", "if (cut && !own.keys[i / 2].Has(j)) s[n][i] = 0.f;", "",
+         "keys outside a row's interval have gradients", PLAIN),
+        ("cuda-dq-minus-delta", "dp[n][i] + row.minus_delta", "dp[n][i] - row.minus_delta",
+         "the sign of delta", PLAIN),
+    ),
+    *mutants("cross_attention_backward", "dkdv_kernel",
+        ("cuda-dkdv-cut", "if (cut && !keys.Has(j)) s[n][i] = 0.f, dp[n][i] = 0.f;", "",
+         "rows give gradients to keys that they do not see", PLAIN),
+        ("cuda-dkdv-whole", "bounds[t].z < last_key", "bounds[t].z < k0",
+         "a tile cut by a stop counts as whole", PLAIN),
+        ("cuda-dkdv-last-rows", "(t + 1) * kRows > shape.Nq", "t * kRows > shape.Nq",
+         "rows that are not there are as if they saw every key",
+         f"{CROSS}cuda[cuda_sm_90-infinite_k_long-bfloat16]"),
+        ("cuda-dkdv-kept", "kept ? found.p : 0.f", "found.p", "dv without dropout", FLAGS),
+        ("cuda-dkdv-scale", "found.ds * of.scale", "found.ds", "dk without the scale", FLAGS),
+        ("cuda-dkdv-factor", "(p.dv, b, hkv, j), dv, c.keep_scale,", "(p.dv, b, hkv, j), dv, 1.f,",
+         "dv without 1 / (1 - dropout_p)", FLAGS),
+    ),
+    *mutants("bias_gradient", "dbias_kernel",
+        ("cuda-dbias-over", "size[3] == shape.Nk ? 1 : kKeys", "1",
+         "a bias of one column gets the first one's gradient", MANY_ROWS),
+        ("cuda-dbias-skip", "j0 >= range.end ||", "j0 > range.begin ||",
+         "tiles behind a tile's first key are left out", FLAGS),
+    ),
+]  # fmt: skip
+
+WALKS = [
+    *mutants("attention_rows", "KeysOf",
+        ("cuda-keys-clamp", "max(c.start.data", "(c.start.data", "a start below 0 is a key",
+         f"{CROSS}bounds_outside_of_the_keys_are_clamped[cuda_sm_80]"),
+    ),
+    *mutants("attention_rows", "Find",
+        ("cuda-tiles-meet", "of.x < k1_", "of.x <= k0_", "tiles that begin inside are left out",
+         PLAIN),
+    ),
+    *mutants("attention_rows", "SplitRange",
+        ("cuda-split-end", "begin + each", "begin + each - 1", "a split's last key is left out",
+         f"{CROSS}splits[plain-2-cuda_sm_80]"),
+    ),
+    *mutants("attention_rows", "CopyKeys",
+        ("cuda-copy-last", "j0 + n < last ?", "j0 + n <= last ?", "a key beyond the last is read",
+         PADDING),
+    ),
+    *mutants("attention_scores", "Philox",
+        ("cuda-philox-rounds", "round < 10", "round < 7", "Philox4x32-7", DROPOUT),
+        ("cuda-philox-halves", "static_cast<uint32_t>(seed >> 32)", "0u",
+         "half of the seed", DROPOUT),
+    ),
+    *mutants("attention_scores", "PairGradient",
+        ("cuda-tanh", "1.f - tanh * tanh", "1.f - tanh", "the derivative of the softcap", FLAGS),
+        ("cuda-entropy-term", "log2_p * kLn2", "log2_p", "dentropy in log2 units", STATISTICS),
+    ),
+    *mutants("tile", "SplitTf32",
+        ("cuda-tf32-small", "is_finite ? ptx::ToTf32(", "false ? ptx::ToTf32(",
+         "products of plain TF32", PLAIN32),
+    ),
+    *mutants("tile", "At(int row, int chunk)",
+        ("cuda-swizzle", "(chunk ^ (row & 7))", "chunk", "banks conflict", CONFLICTS),
+    ),
+    *mutants("tile", "Copy",
+        ("cuda-copy-columns", "max(width - column, 0), kChunk)", "kChunk, kChunk)",
+         "columns beyond the width are read", PLAIN),
+    ),
+]  # fmt: skip
+
+SELECTION = [
+    *mutants("topk_attention", "Ordered",
+        ("cuda-ordered-negative", "bits >> 31 ? ~bits :", "bits >> 31 ? bits :",
+         "negative scores in the wrong order", RANGE),
+        ("cuda-ordered-nan", "if (s != s) return 0xffffffff;", "", "NaN by its bits",
+         f"{TOP_K}what_is_not_finite[nan-cuda_sm_80] {RANGE}"),
+    ),
+    *mutants("topk_attention", "Refine",
+        ("cuda-refine-ties", "choice.ties -= above", "choice.ties -= above - 1",
+         "one key too many", TIES),
+        ("cuda-refine-early", "count == choice.ties) {", "count >= choice.ties) {",
+         "all that agree in the first bits", TIES),
+    ),
+    *mutants("topk_attention", "topk_selection_kernel",
+        ("cuda-ties-highest", "0x80000000u >> __clz(equal)", "equal & (~equal + 1)",
+         "the highest of equal keys are taken", TIES),
+        ("cuda-words-outside", "w * 32 >= end", "w * 32 > end + 32", "words that nobody writes",
+         f"{TOP_K}every_output_is_written[mask_padding-cuda_sm_80]"),
+        ("cuda-agrees", "u[n][i] >> 8 >> shift == of.threshold", "true",
+         "each step counts all scores", TIES),
+    ),
+]  # fmt: skip
+
+
+def of_csrc(table: list) -> list:
+    from dataclasses import replace
+
+    return [replace(m, folder="csrc", mode="emulated") for m in table]
+
+
+CUDA = of_csrc([*FORWARD, *BACKWARD, *WALKS, *SELECTION])

@@ -1,0 +1,57 @@
+"""The two independent implementations on the same inputs: dropout bits and chosen keys."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from conftest import enter
+from test_topk_attention import quantised
+from xattn_kernels import cross_attention, topk_attention
+
+PAIRS = [
+    pytest.param("sm_80", "cuda_sm_80", marks=pytest.mark.emulated),
+    pytest.param("gpu", "cuda_gpu", marks=pytest.mark.gpu),
+]
+in_pairs = pytest.mark.parametrize(("triton", "cuda"), PAIRS)
+
+
+def on_both(triton: str, cuda: str, call):
+    """`call(backend, device)` by each."""
+    found = []
+    for name, backend in ((triton, "triton"), (cuda, "cuda")):
+        with enter(name) as mode:
+            found.append(call(backend, mode.device))
+    return found
+
+
+@in_pairs
+@pytest.mark.parametrize("dropout_p", [0.1, 0.5, 1 - 2**-33])
+def test_dropout_bits(triton, cuda, dropout_p):
+    """With v the identity out is what dropout keeps."""
+
+    def kept(backend, device):
+        g = torch.Generator().manual_seed(0)
+        q, k = (torch.randn(2, 3, 40, 16, generator=g).to(device, torch.float16) for _ in "qk")
+        v = torch.eye(40, device=device, dtype=torch.float16).expand(2, 3, 40, 40)
+        seed = torch.tensor([-(2**40) - 7], device=device)
+        return cross_attention(q, k, v, dropout_p=dropout_p, seed=seed, backend=backend) != 0
+
+    assert torch.equal(*on_both(triton, cuda, kept))
+
+
+@in_pairs
+@pytest.mark.parametrize("numbers", ["normal", "ties"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+def test_chosen_keys(triton, cuda, dtype, numbers):
+    """Also of scores that differ in the last bit: both sum them in the same order."""
+
+    def chosen(backend, device):
+        g = torch.Generator().manual_seed(0)
+        q, k, v = (torch.randn(2, 2, n, 64, generator=g) for n in (40, 300, 300))
+        if numbers == "ties":
+            q, k, v = quantised("cpu")
+        q, k, v = (t.to(device, dtype) for t in (q, k, v))
+        return topk_attention(q, k, v, 17, return_indices=True, backend=backend).indices
+
+    assert torch.equal(*on_both(triton, cuda, chosen))
