@@ -3,7 +3,7 @@
 //     y = x + tanh(gate) * h                     normed = norm(y) * weight + bias
 //
 // Equations: eq. gate and eq. norm of xattn_kernels/reference.py. Tensors are [..., dim] with a
-// contiguous last dimension; null where a call has none.
+// contiguous last dimension, in device memory that the caller owns; null where a call has none.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -17,7 +17,7 @@ constexpr int kMaxRowDims = 4;
 
 // The leading dimensions that all tensors of a call share, the last one first.
 struct RowSizes {
-  uint32_t rows;               // their product, below 2^31
+  uint32_t rows;               // their product, from 1 and below 2^31
   int32_t sizes[kMaxRowDims];  // 1 where there are fewer
 };
 
@@ -34,33 +34,36 @@ struct GatedResidualShape {
   DType x_dtype, h_dtype;  // equal, or float32 with a narrower h
   Norm norm;
   float eps;
-  bool gate_is_vector;  // [dim]; or else a number
+  bool gate_is_vector;  // [dim]; or else a number. A gate is never null
 };
 
 struct GatedResidualForwardParams {
-  RowTensor y, normed, x, h;
-  RowTensor row_mask;  // bytes; where 0 y is x
+  RowTensor y, normed, x, h;  // normed with a norm only
+  RowTensor row_mask;         // bytes [...]; where 0 y is x
   Numbers gate, weight, bias;
   GatedResidualShape shape;
 };
 
 // Results and parts are null where nobody asks for them. Without a norm dx is dy, so it is null.
+// h is read for dgate; y and dnormed are needed with a norm, dy without one.
 struct GatedResidualBackwardParams {
   RowTensor dx, dh;
   Numbers dgate, dweight, dbias;
-  float *gate_parts, *weight_parts, *bias_parts;  // of GatedResidualParts numbers each
+  float *gate_parts, *weight_parts, *bias_parts;  // of dgate and so on: GatedResidualParts floats
   RowTensor dy, dnormed, h, y, row_mask;
   Numbers gate, weight;
   GatedResidualShape shape;
 };
 
-// How many floats each of the parts of a backward call needs.
+// How many floats each of the parts of a backward call needs; its tensors are known, parts not yet.
 int64_t GatedResidualParts(const GatedResidualBackwardParams& params);
 
-// The widest row that a call with a norm can have; aligned: each row of each tensor begins at a
-// multiple of 16 bytes of x.
+// The widest row that a call with a norm can have; aligned: dim, and the place where each row of
+// each tensor begins, are multiples of as many elements as 16 bytes of x have.
 int WidestNormedRow(DType x_dtype, bool aligned);
 
+// cudaErrorInvalidValue, before anything is pushed, for other dtypes and rows that are too wide;
+// else the first error of the queue.
 cudaError_t GatedResidualForward(const GatedResidualForwardParams& params, Queue& queue);
 cudaError_t GatedResidualBackward(const GatedResidualBackwardParams& params, Queue& queue);
 

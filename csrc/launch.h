@@ -13,12 +13,14 @@ namespace xattn {
 class Queue {
  public:
   virtual ~Queue() = default;
-  // `kernel` is the host's symbol, `name` the C++ expression that names it; `params` is the
-  // kernel's one argument, of `size` bytes.
+  // `kernel` is the host's symbol, `name` the C++ expression that names it in namespace xattn;
+  // `shared` is dynamic shared memory in bytes; `params` is the kernel's one argument, of `size`
+  // bytes, and may be gone afterwards. An error ends the launcher's call, which returns it.
   virtual cudaError_t Push(const void* kernel, std::string_view name, dim3 grid, dim3 block,
                            size_t shared, const void* params, size_t size) = 0;
 };
 
+// Launches on a stream of the current device.
 class StreamQueue final : public Queue {
  public:
   explicit StreamQueue(cudaStream_t stream) : stream_(stream) {}

@@ -11,11 +11,11 @@ namespace xattn {
 
 struct TopKSelectionParams {
   uint32_t* bits;           // [B, Hq, Nq, ceil(Nk / 32)]: bit j % 32 of word j / 32 is key j's
-  CrossAttentionCall call;  // q, k and what scores need; v is not read
+  CrossAttentionCall call;  // q, k and what scores need; v is not read, but Dv is a width
   int32_t top_k;            // from 1
 };
 
-// One form of a choice from the other.
+// One form of a choice, of at most top_k keys in a row, from the other.
 struct TopKIndicesParams {
   int32_t* indices;  // [rows, top_k], ascending, then -1
   uint32_t* bits;    // [rows, ceil(Nk / 32)]
@@ -24,6 +24,7 @@ struct TopKIndicesParams {
   bool to_bits;  // or else to indices
 };
 
+// Errors as those of CrossAttentionForward.
 cudaError_t TopKSelection(const TopKSelectionParams& params, Queue& queue);
 cudaError_t TopKIndices(const TopKIndicesParams& params, Queue& queue);
 
