@@ -98,7 +98,7 @@ evidence: $(INSTALLED)
 	XATTN_EVIDENCE=$(CURDIR)/$(EVIDENCE) $(MAKE) test
 	$(PY) -m benchmarks.evidence collect $(EVIDENCE)
 
-CUDA_SOURCES = $(shell git ls-files 'csrc/*.cuh' 'csrc/*.cu' 'csrc/*.h' 'csrc/*.cpp')
+CUDA_SOURCES = $(shell git ls-files 'csrc/*.cuh' 'csrc/*.cu' 'csrc/*.h' 'csrc/*.cpp' 'examples/*.cpp')
 
 style: $(INSTALLED)
 	$(VENV)/bin/ruff check .
