@@ -69,7 +69,9 @@ mutants: $(INSTALLED)
 bench: $(INSTALLED)
 	OMP_WAIT_POLICY=passive $(PY) -m benchmarks main
 
-gpu: export XATTN_CUDA_ARCHS =
+# code for the devices that are here, or for all where nvidia-smi does not say
+gpu: export XATTN_CUDA_ARCHS = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader \
+	2>/dev/null | tr -d . | sort -u | paste -sd ';')
 gpu:
 	$(PYTHON) -m pip --disable-pip-version-check --no-input install --no-build-isolation --no-deps -e .
 	$(PYTHON) -m benchmarks gpu
@@ -87,6 +89,7 @@ static-report: $(INSTALLED) $(TRITON_NEWEST)/.installed
 	$(REPORT)
 	PYTHONPATH=$(TRITON_NEWEST) $(REPORT)
 	$(PY) -m benchmarks.rivals --out benchmarks/results/static
+	$(PY) -m benchmarks.cuda_report --jobs $(JOBS) --out benchmarks/results/static
 	$(PY) -m benchmarks.shared_conflicts --out benchmarks/results/static
 	$(PY) -m benchmarks.static_document
 

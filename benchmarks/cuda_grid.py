@@ -21,7 +21,8 @@ from pathlib import Path
 from .compile_grid import ARCHS
 from .machine import ROOT
 
-SOURCES = sorted((ROOT / "csrc").glob("*.cu"))
+CSRC = ROOT / "csrc"
+SOURCES = sorted(CSRC.glob("*.cu"))
 ENTRY = re.compile(
     r"properties for (?P<symbol>\S+)\s+(?P<stack>\d+) bytes stack frame, "
     r"(?P<spills>\d+) bytes spill.*?\n"
@@ -58,6 +59,20 @@ def kernel_of(symbol: str) -> str:
         if name.endswith("_kernel"):
             return name
     raise ValueError(f"{symbol} names no kernel")
+
+
+def function_of(name: str) -> str:
+    """Of the C++ expression that names a kernel, with namespaces and template arguments."""
+    return name.partition("<")[0].rpartition("::")[2]
+
+
+def source_of(name: str) -> str:
+    """C++ that holds the kernel of that name alone, and a function `kernel` that returns it."""
+    file = next(f for f in CSRC.glob("*.cuh") if f" {function_of(name)}(" in f.read_text())
+    return f"""#include "{file.name}"
+using namespace xattn;
+void* kernel() {{ return (void*)&{name}; }}
+"""
 
 
 def compile_source(source: Path, arch: int) -> list[CudaRow]:

@@ -96,6 +96,16 @@ gathered. A pair of select is a score that one of its sweeps looks at; those of 
 product in the loop. A walk over blocks looks up each tile.
 """
 TOPK_CASES = ("topk-D64-Nk1024", "topk-D64-Nk4096", "topk-D64-Nk16384", "blocks-many2048-D64")
+CUDA = """\
+## CUDA C++
+
+The same counting for the kernels of `csrc/`, nvcc {nvcc}, beside Triton's: bfloat16, head width 64,
+key intervals. One binary is for all of them and for any call, so a warp has 16 rows of each product
+everywhere and loads a fragment of the other operand for those alone: shared memory is what bounds
+it. Where Triton has wgmma or tcgen05 (sm_90, sm_100) these kernels have mma.sync. A pair of
+topk_selection is a score that a sweep looks at, by a part of its bits; behind the slash is what
+counts them, in shared memory.
+"""
 CONFLICTS = """\
 ## Bank conflicts
 
@@ -152,6 +162,29 @@ def topk_tables(reports: list[static_report.KernelReport]) -> str:
     shown = [r for r in reports if r.case in TOPK_CASES and r.per_1000]
     text = TOPK + "\nInstructions per 1,000 pairs:\n\n" + by_arch(shown, TOPK_CASES, counts)
     return text + "\nRegisters, blocks:\n\n" + by_arch(shown, TOPK_CASES, resources)
+
+
+def cuda_tables(folder: Path, triton: list[static_report.KernelReport]) -> str:
+    (path,) = folder.glob("cuda_report_nvcc*.json")
+    reports = {(r.arch, r.kernel): r for r in static_report.read(path)}
+    beside = {(r.arch, r.kernel): r for r in triton if r.case == ALWAYS[0]}
+    cells = {
+        "Instructions per 1,000 pairs, full tile / masked tile": counts,
+        "Bound, and the busiest unit": bound,
+        "Registers per thread, blocks per multiprocessor": resources,
+    }
+    text = CUDA.format(nvcc=path.stem.removeprefix("cuda_report_nvcc"))
+    for title, cell in cells.items():
+        rows = []
+        for name in ("cross_attention_forward", "dq", "dkdv", "topk_selection"):
+            rows.append([name, *(cell(reports[arch, name]) for arch in ARCHS)])
+            same = name.removeprefix("cross_attention_")
+            if (ARCHS[0], same) in beside:
+                rows.append([f"{same} of Triton", *(cell(beside[arch, same]) for arch in ARCHS)])
+        text += f"\n{title}:\n\n" + table(["kernel", *(f"sm_{a}" for a in ARCHS)], rows)
+    shown = [r for r in reports.values() if r.arch in MIX_ARCHS]
+    text += "\nBy unit, per 1,000 pairs of a full tile:\n\n"
+    return text + mix_table(shown, ("arch", "kernel"), lambda r: [f"sm_{r.arch}", r.kernel])
 
 
 def mix_table(rows: list, names: Iterable[str], name_of) -> str:
@@ -232,7 +265,7 @@ def page(folder: Path, triton: str) -> str:
     shown = [r for r in reports if r.arch in MIX_ARCHS and r.case == ALWAYS[0] and r.per_1000]
     text += f"\n## By unit, per 1,000 pairs of a full tile of `{ALWAYS[0]}`\n\n"
     text += mix_table(shown, ("arch", "kernel"), lambda r: [f"sm_{r.arch}", r.kernel])
-    text += "\n" + topk_tables(reports)
+    text += "\n" + topk_tables(reports) + "\n" + cuda_tables(folder, reports)
     rows, versions = compare.read(compare.rivals_file(folder, triton))
     text += "\n" + rival_tables(rows, versions["torch"])
     conflicts = shared_conflicts.read(shared_conflicts.conflicts_file(folder, triton))

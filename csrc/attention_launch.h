@@ -32,16 +32,23 @@ inline bool IsAligned(const HeadTensor& t, int B, int H, int N, DType dtype) {
          (H == 1 || t.strides[1] % chunk == 0) && (N == 1 || t.strides[2] % chunk == 0);
 }
 
-inline bool IsAligned(const CrossAttentionCall& c) {
+inline bool QAndKAreAligned(const CrossAttentionCall& c) {
   const CrossAttentionShape& s = c.shape;
-  return IsAligned(c.q, s.B, s.Hq, s.Nq, s.dtype) && IsAligned(c.k, s.B, s.Hkv, s.Nk, s.dtype) &&
-         IsAligned(c.v, s.B, s.Hkv, s.Nk, s.dtype);
+  return IsAligned(c.q, s.B, s.Hq, s.Nq, s.dtype) && IsAligned(c.k, s.B, s.Hkv, s.Nk, s.dtype);
 }
 
-inline bool IsValid(const CrossAttentionShape& s) {
+inline bool IsAligned(const CrossAttentionCall& c) {
+  const CrossAttentionShape& s = c.shape;
+  return QAndKAreAligned(c) && IsAligned(c.v, s.B, s.Hkv, s.Nk, s.dtype);
+}
+
+inline bool AreBoth(const void* a, const void* b) { return (a == nullptr) == (b == nullptr); }
+
+inline bool IsValid(const CrossAttentionCall& c) {
+  const CrossAttentionShape& s = c.shape;
   const int widest = std::max(s.D, s.Dv), sizes[] = {s.B, s.Hq, s.Hkv, s.Nq, s.Nk, s.D, s.Dv};
   return *std::min_element(std::begin(sizes), std::end(sizes)) > 0 && widest <= 256 &&
-         s.Hq % s.Hkv == 0;
+         s.Hq % s.Hkv == 0 && AreBoth(c.start.data, c.stop.data);
 }
 
 // How many blocks share a loop of `steps` tiles so that the device is filled twice over. A split

@@ -26,6 +26,10 @@ void Check(cudaError_t error, const char* what) {
     text += ": there is no CUDA device here, or no driver for one";
   if (error == cudaErrorNoKernelImageForDevice)
     text += ": this build has no code for the device, see XATTN_CUDA_ARCHS";
+  if (error == cudaErrorLaunchOutOfResources)
+    text += ": a block needs more shared memory than the device has for one";
+  if (error == cudaErrorLaunchFailure || error == cudaErrorIllegalAddress)
+    text += ": of this launch or of what the device did before";
   throw std::runtime_error(text);
 }
 
@@ -263,6 +267,8 @@ void DefineTopKAttention(py::module_& m) {
 
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "Launchers of the CUDA kernels in csrc/.";
+  m.def("check",
+        [](int error, const char* what) { xattn::Check(static_cast<cudaError_t>(error), what); });
   xattn::DefineTensors(m);
   xattn::DefineGatedResidual(m);
   xattn::DefineCrossAttention(m);

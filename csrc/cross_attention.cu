@@ -6,6 +6,7 @@ namespace xattn {
 
 int32_t CrossAttentionForwardSplits(const CrossAttentionCall& call, int32_t multiprocessors) {
   const CrossAttentionShape& s = call.shape;
+  if (!IsValid(call)) return 1;
   return WithKernel(s, [&](auto kernel) {
     using Block = AttentionBlock<typename decltype(kernel)::Element, decltype(kernel)::kWidth>;
     const int64_t blocks = CeilDiv(int64_t{s.Nq} * Group(s), Block::kRows) * s.Hkv * s.B;
@@ -22,7 +23,9 @@ int64_t CrossAttentionForwardParts(const CrossAttentionForwardParams& params) {
 cudaError_t CrossAttentionForward(const CrossAttentionForwardParams& given, Queue& queue) {
   CrossAttentionForwardParams params = given;
   const CrossAttentionShape& s = params.call.shape;
-  if (!IsValid(s) || params.n_splits < 1) return cudaErrorInvalidValue;
+  if (!IsValid(params.call) || params.n_splits < 1 ||
+      !AreBoth(params.entropy, params.max_probability))
+    return cudaErrorInvalidValue;
   params.call.aligned = IsAligned(params.call);
   const bool plain = IsPlain(params.call) && params.entropy == nullptr;
   return WithKernel(s, [&](auto kernel) {

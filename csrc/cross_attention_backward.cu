@@ -6,6 +6,12 @@
 namespace xattn {
 namespace {
 
+bool IsValid(const CrossAttentionBackwardParams& p) {
+  const bool bias_is = p.call.bias.data == nullptr ||
+                       *std::min_element(std::begin(p.bias_sizes), std::end(p.bias_sizes)) > 0;
+  return IsValid(p.call) && bias_is && AreBoth(p.dk.data, p.dv.data);
+}
+
 int64_t RowTiles(const CrossAttentionShape& s, int rows) {
   return CeilDiv(int64_t{s.Nq} * Group(s), rows);
 }
@@ -120,6 +126,8 @@ struct Backward {
 
 void CrossAttentionBackwardSplits(CrossAttentionBackwardParams& p, int32_t multiprocessors) {
   const CrossAttentionShape& s = p.call.shape;
+  p.dq_splits = p.dkdv_splits = p.dbias_splits = 1;
+  if (!IsValid(p)) return;
   WithKernel(s, [&](auto kernel) {
     using T = typename decltype(kernel)::Element;
     constexpr int kWidth = decltype(kernel)::kWidth;
@@ -128,7 +136,6 @@ void CrossAttentionBackwardSplits(CrossAttentionBackwardParams& p, int32_t multi
     p.dq_splits = Splits(RowTiles(s, Block::kRows) * heads, key_tiles, multiprocessors);
     p.dkdv_splits = Splits(CeilDiv(s.Nk, Block::kRows) * heads, RowTiles(s, Block::kPassingRows),
                            multiprocessors);
-    p.dbias_splits = 1;
     if (p.call.bias.data == nullptr) return 0;
     const BiasWalk<T, kWidth> walk(p);
     p.dbias_splits = Splits(walk.own, walk.terms(), multiprocessors);
@@ -138,14 +145,14 @@ void CrossAttentionBackwardSplits(CrossAttentionBackwardParams& p, int32_t multi
 
 int64_t CrossAttentionBackwardParts(const CrossAttentionBackwardParams& params) {
   BackwardParts parts;
-  return Layout(params, parts);
+  return IsValid(params) ? Layout(params, parts) : 0;
 }
 
 cudaError_t CrossAttentionBackward(const CrossAttentionBackwardParams& params, Queue& queue) {
   BackwardCall call{params, {}};
   CrossAttentionBackwardParams& p = call.p;
   const CrossAttentionShape& s = p.call.shape;
-  if (!IsValid(s) || std::min({p.dq_splits, p.dkdv_splits, p.dbias_splits}) < 1)
+  if (!IsValid(p) || std::min({p.dq_splits, p.dkdv_splits, p.dbias_splits}) < 1)
     return cudaErrorInvalidValue;
   Layout(p, call.parts);
   p.call.aligned = IsAligned(p.call) && IsAligned(p.dout, s.B, s.Hq, s.Nq, s.dtype);

@@ -162,7 +162,6 @@ __global__ void __launch_bounds__(AttentionBlock<T, WIDTH>::kThreads, 1)
     float s[kKeys / 8][4] = {}, dp[kKeys / 8][4] = {};
     MultiplyTransposed(s, q_tile, own.row0, tiles.First(stage), shape.D);
     MultiplyTransposed(dp, dout_tile, own.row0, tiles.Second(stage), shape.Dv);
-    const bool cut = range.Cuts(k0, kKeys);
 #pragma unroll
     for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
@@ -172,7 +171,6 @@ __global__ void __launch_bounds__(AttentionBlock<T, WIDTH>::kThreads, 1)
         if constexpr (PLAIN) {
           const float prob = ptx::Exp2(fmaf(s[n][i], c.scale * kLog2E, -row.lse));
           s[n][i] = prob * (dp[n][i] + row.minus_delta);
-          if (cut && !own.keys[i / 2].Has(j)) s[n][i] = 0.f;
         } else {
           const ScoreRow& of = score_rows[i / 2];
           float tanh;
@@ -181,6 +179,13 @@ __global__ void __launch_bounds__(AttentionBlock<T, WIDTH>::kThreads, 1)
               PairGradient(c, row, of.Sees(c, j, score), score, tanh, dp[n][i], of.Keeps(c, j)).ds;
         }
       }
+    if (PLAIN && range.Cuts(k0, kKeys)) {
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (!own.keys[i / 2].Has(k0 + n * 8 + lane % 4 * 2 + i % 2)) s[n][i] = 0.f;
+    }
     MultiplyInto(acc, s, tiles.First(stage), shape.D);
     __syncthreads();
   }
@@ -210,6 +215,21 @@ struct PassingTerms {
     }
   }
 };
+
+// Writes the row of key j of a gradient, or the part of it that this block's rows have.
+template <class T, int HALF, int N>
+__device__ __forceinline__ void StoreKeyGradient(const BackwardCall& call, const Place& place,
+                                                 int j, const HeadTensor& to, float* parts,
+                                                 const float (&acc)[N][4], float factor,
+                                                 int width) {
+  const CrossAttentionShape& s = call.p.call.shape;
+  if (j >= s.Nk) return;
+  const int64_t at = ((int64_t{place.split} * s.B + place.b) * s.Hkv + place.hkv) * s.Nk + j;
+  if (call.p.dkdv_splits > 1)
+    StoreRow<float, HALF>(parts + at * width, acc, factor, width);
+  else
+    StoreRow<T, HALF>(RowOf<T>(to, place.b, place.hkv, j), acc, factor, width);
+}
 
 // DK, DV: which of them this kernel computes; both, but where their sums do not fit registers.
 template <class T, int WIDTH, bool PLAIN, bool DK, bool DV>
@@ -279,23 +299,20 @@ __global__ void __launch_bounds__(AttentionBlock<T, WIDTH>::kThreads, 1)
     float s[kRows / 8][4] = {}, dp[kRows / 8][4] = {};
     MultiplyTransposed(s, k_tile, row0, tiles.First(stage), shape.D);
     if (DK) MultiplyTransposed(dp, v_tile, row0, tiles.Second(stage), shape.Dv);
-    bool cut = (t + 1) * kRows > shape.Nq * (shape.Hq / shape.Hkv);
-    if (bounds != nullptr) cut |= bounds[t].y > k0 || bounds[t].z < last_key;
 #pragma unroll
     for (int n = 0; n < kRows / 8; ++n)
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const int column = n * 8 + lane % 4 * 2 + e;
         const RowTerms row = terms.stages[stage].terms[column];
-        const Interval keys = terms.stages[stage].keys[column];
-        const ScoreRow of(c, b, PackedRow(shape, t * kRows + column, hkv), keys);
+        const ScoreRow of(c, b, PackedRow(shape, t * kRows + column, hkv),
+                          terms.stages[stage].keys[column]);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int j = k0 + row0 + lane / 4 + 8 * half, i = 2 * half + e;
           if constexpr (PLAIN) {
             s[n][i] = ptx::Exp2(fmaf(s[n][i], c.scale * kLog2E, -row.lse));
             dp[n][i] = s[n][i] * (dp[n][i] + row.minus_delta);
-            if (cut && !keys.Has(j)) s[n][i] = 0.f, dp[n][i] = 0.f;
           } else {
             float tanh;
             const float score = of.Score(c, j, s[n][i], tanh);
@@ -306,6 +323,17 @@ __global__ void __launch_bounds__(AttentionBlock<T, WIDTH>::kThreads, 1)
           }
         }
       }
+    bool cut = (t + 1) * kRows > shape.Nq * (shape.Hq / shape.Hkv);
+    if (bounds != nullptr) cut |= bounds[t].y > k0 || bounds[t].z < last_key;
+    if (PLAIN && cut) {
+#pragma unroll
+      for (int n = 0; n < kRows / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const Interval keys = terms.stages[stage].keys[n * 8 + lane % 4 * 2 + i % 2];
+          if (!keys.Has(k0 + row0 + lane / 4 + i / 2 * 8)) s[n][i] = 0.f, dp[n][i] = 0.f;
+        }
+    }
     if constexpr (DV) MultiplyInto(dv, s, tiles.Second(stage), shape.Dv);
     if constexpr (DK) MultiplyInto(dk, dp, tiles.First(stage), shape.D);
     __syncthreads();
@@ -315,21 +343,11 @@ __global__ void __launch_bounds__(AttentionBlock<T, WIDTH>::kThreads, 1)
   const auto store = [&](auto half) {
     constexpr int kHalf = decltype(half)::value;
     const int j = k0 + row0 + lane / 4 + 8 * kHalf;
-    if (j >= shape.Nk) return;
-    const int64_t at = ((int64_t{place.split} * shape.B + b) * shape.Hkv + hkv) * shape.Nk + j;
-    const bool parts = p.dkdv_splits > 1;
-    if constexpr (DK) {
-      if (parts)
-        StoreRow<float, kHalf>(call.parts.dk + at * shape.D, dk, PLAIN ? c.scale : 1.f, shape.D);
-      else
-        StoreRow<T, kHalf>(RowOf<T>(p.dk, b, hkv, j), dk, PLAIN ? c.scale : 1.f, shape.D);
-    }
-    if constexpr (DV) {
-      if (parts)
-        StoreRow<float, kHalf>(call.parts.dv + at * shape.Dv, dv, c.keep_scale, shape.Dv);
-      else
-        StoreRow<T, kHalf>(RowOf<T>(p.dv, b, hkv, j), dv, c.keep_scale, shape.Dv);
-    }
+    if constexpr (DK)
+      StoreKeyGradient<T, kHalf>(call, place, j, p.dk, call.parts.dk, dk, PLAIN ? c.scale : 1.f,
+                                 shape.D);
+    if constexpr (DV)
+      StoreKeyGradient<T, kHalf>(call, place, j, p.dv, call.parts.dv, dv, c.keep_scale, shape.Dv);
   };
   store(std::integral_constant<int, 0>{});
   store(std::integral_constant<int, 1>{});

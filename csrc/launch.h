@@ -31,6 +31,8 @@ class StreamQueue final : public Queue {
     if (shared > kWithoutAsking) {
       const cudaError_t error = cudaFuncSetAttribute(
           kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+      // the value, which is more than a block of this device can have
+      if (error == cudaErrorInvalidValue) return cudaErrorLaunchOutOfResources;
       if (error != cudaSuccess) return error;
     }
     void* arguments[] = {const_cast<void*>(params)};

@@ -7,8 +7,8 @@ namespace xattn {
 cudaError_t TopKSelection(const TopKSelectionParams& given, Queue& queue) {
   TopKSelectionParams params = given;
   const CrossAttentionShape& s = params.call.shape;
-  if (!IsValid(s) || params.top_k < 1) return cudaErrorInvalidValue;
-  params.call.aligned = IsAligned(params.call);
+  if (!IsValid(params.call) || params.top_k < 1) return cudaErrorInvalidValue;
+  params.call.aligned = QAndKAreAligned(params.call);
   return WithKernel(s, [&](auto kernel) {
     using T = typename decltype(kernel)::Element;
     constexpr int kWidth = decltype(kernel)::kWidth;

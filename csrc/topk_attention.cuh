@@ -75,6 +75,32 @@ __device__ __forceinline__ void Refine(Choice& choice, const int* histogram, int
   }
 }
 
+// Bits of the 32 keys of u, those of half r of a warp's rows, that are above the threshold, and of
+// those at it the lowest, as many as are left to take.
+template <int N>
+__device__ __forceinline__ uint32_t TakeKeys(const uint32_t (&u)[N][4], int r, uint32_t threshold,
+                                             int& left) {
+  static_assert(N * 8 == 32, "a word");
+  uint32_t above = 0, equal = 0;
+#pragma unroll
+  for (int n = 0; n < N; ++n)
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const uint32_t bit = 1u << (n * 8 + threadIdx.x % 4 * 2 + e);
+      if (u[n][2 * r + e] > threshold) above |= bit;
+      if (u[n][2 * r + e] == threshold) equal |= bit;
+    }
+#pragma unroll
+  for (int d = 1; d <= 2; d *= 2) {
+    above |= __shfl_xor_sync(kAllLanes, above, d);
+    equal |= __shfl_xor_sync(kAllLanes, equal, d);
+  }
+  if (left == 0) equal = 0;
+  while (__popc(equal) > left) equal &= ~(0x80000000u >> __clz(equal));
+  left -= __popc(equal);
+  return above | equal;
+}
+
 template <class T, int WIDTH>
 __global__ void __launch_bounds__(SelectionBlock<T, WIDTH>::kThreads, 1)
     topk_selection_kernel(const __grid_constant__ TopKSelectionParams p) {
@@ -182,25 +208,8 @@ __global__ void __launch_bounds__(SelectionBlock<T, WIDTH>::kThreads, 1)
   walk([&](int k0, const uint32_t (&u)[kKeys / 8][4]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      uint32_t above = 0, equal = 0;
-#pragma unroll
-      for (int n = 0; n < kKeys / 8; ++n)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const uint32_t bit = 1u << (n * 8 + lane % 4 * 2 + e);
-          if (u[n][2 * r + e] > choice[r].threshold) above |= bit;
-          if (u[n][2 * r + e] == choice[r].threshold) equal |= bit;
-        }
-#pragma unroll
-      for (int d = 1; d <= 2; d *= 2) {
-        above |= __shfl_xor_sync(kAllLanes, above, d);
-        equal |= __shfl_xor_sync(kAllLanes, equal, d);
-      }
-      // the lowest keys of those at the threshold
-      if (left[r] == 0) equal = 0;
-      while (__popc(equal) > left[r]) equal &= ~(0x80000000u >> __clz(equal));
-      left[r] -= __popc(equal);
-      if (lane % 4 == 0 && rows[r].there) to[r][k0 / 32] = above | equal;
+      const uint32_t word = TakeKeys(u, r, choice[r].threshold, left[r]);
+      if (lane % 4 == 0 && rows[r].there) to[r][k0 / 32] = word;
     }
   });
 }

@@ -10,7 +10,6 @@ import os
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -18,9 +17,9 @@ import pytest
 from torch import Tensor
 
 import launches
+from benchmarks import cuda_grid
 from xattn_kernels.cuda_kernels import launch
 
-CSRC = Path(__file__).resolve().parents[1] / "csrc"
 launch_pointer = launch.pointer
 KERNELS: dict[tuple[str, str], Any] = {}  # (arch, name) -> ptxsim's kernel
 
@@ -77,11 +76,10 @@ class Session:
 
     def compiled(self, name: str):
         """The kernel that the C++ expression `name` stands for."""
-        function = name.partition("<")[0].rpartition("::")[2]
-        file = next(f for f in CSRC.glob("*.cuh") if f" {function}(" in f.read_text())
-        source = f'#include "{file.name}"\nusing namespace xattn;\n'
-        source += f"void* kernel() {{ return (void*)&{name}; }}\n"
-        module = self.ptxsim.compile_cuda(source=source, arch=self.arch, includes=[str(CSRC)])
+        function = cuda_grid.function_of(name)
+        module = self.ptxsim.compile_cuda(
+            source=cuda_grid.source_of(name), arch=self.arch, includes=[str(cuda_grid.CSRC)]
+        )
         return module.kernel(f"{len(function)}{function}")  # as C++ spells it in symbols
 
 

@@ -1,5 +1,7 @@
 """Mutants of the kernels of csrc/, each run as it is compiled."""
 
+from dataclasses import replace
+
 from mutation import mutants
 
 CROSS, TOP_K = "cross_attention_cuda::", "topk_attention_cuda::"
@@ -64,13 +66,13 @@ BACKWARD = [
          EMPTY),
     ),
     *mutants("cross_attention_backward", "dq_kernel",
-        ("cuda-dq-cut", "if (cut && !own.keys[i / 2].Has(j)) s[n][i] = 0.f;", "",
+        ("cuda-dq-cut", "PLAIN && range.Cuts(k0, kKeys)", "false",
          "keys outside a row's interval have gradients", PLAIN),
         ("cuda-dq-minus-delta", "dp[n][i] + row.minus_delta", "dp[n][i] - row.minus_delta",
          "the sign of delta", PLAIN),
     ),
     *mutants("cross_attention_backward", "dkdv_kernel",
-        ("cuda-dkdv-cut", "if (cut && !keys.Has(j)) s[n][i] = 0.f, dp[n][i] = 0.f;", "",
+        ("cuda-dkdv-cut", "PLAIN && cut", "false",
          "rows give gradients to keys that they do not see", PLAIN),
         ("cuda-dkdv-whole", "bounds[t].z < last_key", "bounds[t].z < k0",
          "a tile cut by a stop counts as whole", PLAIN),
@@ -79,7 +81,7 @@ BACKWARD = [
          f"{CROSS}cuda[cuda_sm_90-infinite_k_long-bfloat16]"),
         ("cuda-dkdv-kept", "kept ? found.p : 0.f", "found.p", "dv without dropout", FLAGS),
         ("cuda-dkdv-scale", "found.ds * of.scale", "found.ds", "dk without the scale", FLAGS),
-        ("cuda-dkdv-factor", "(p.dv, b, hkv, j), dv, c.keep_scale,", "(p.dv, b, hkv, j), dv, 1.f,",
+        ("cuda-dkdv-factor", "dv, c.keep_scale, shape.Dv", "dv, 1.f, shape.Dv",
          "dv without 1 / (1 - dropout_p)", FLAGS),
     ),
     *mutants("bias_gradient", "dbias_kernel",
@@ -142,9 +144,11 @@ SELECTION = [
         ("cuda-refine-early", "count == choice.ties) {", "count >= choice.ties) {",
          "all that agree in the first bits", TIES),
     ),
-    *mutants("topk_attention", "topk_selection_kernel",
+    *mutants("topk_attention", "TakeKeys",
         ("cuda-ties-highest", "0x80000000u >> __clz(equal)", "equal & (~equal + 1)",
          "the highest of equal keys are taken", TIES),
+    ),
+    *mutants("topk_attention", "topk_selection_kernel",
         ("cuda-words-outside", "w * 32 >= end", "w * 32 > end + 32", "words that nobody writes",
          f"{TOP_K}every_output_is_written[mask_padding-cuda_sm_80]"),
         ("cuda-agrees", "u[n][i] >> 8 >> shift == of.threshold", "true",
@@ -154,8 +158,6 @@ SELECTION = [
 
 
 def of_csrc(table: list) -> list:
-    from dataclasses import replace
-
     return [replace(m, folder="csrc", mode="emulated") for m in table]
 
 

@@ -222,7 +222,7 @@ TILES = [
 ]  # fmt: skip
 
 LAUNCH = [
-    *mutants("launch", "broadcast_strides",
+    *mutants("tensors", "broadcast_strides",
         ("broadcast", "s if n > 1 else 0", "s", "a broadcast dimension is walked",
          "mask_bool_H11 bias_B11K"),
     ),

@@ -71,6 +71,27 @@ def test_a_launch_without_a_device_says_so():
 
 
 @built
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (100, "no CUDA-capable device is detected .*: there is no CUDA device here"),
+        (
+            209,
+            r"cudaErrorNoKernelImageForDevice.*: this build has no code for the device",
+        ),
+        (701, "too many resources requested.*: a block needs more shared memory than the device"),
+        (719, "unspecified launch failure.*: of this launch or of what the device did before"),
+        (9, r"op: invalid configuration argument \(cudaErrorInvalidConfiguration\)$"),
+    ],
+    ids=["no_device", "architecture", "shared_memory", "failed", "other"],
+)
+def test_each_failure_is_one_clear_error(error, said):
+    launch.extension().check(0, "op")
+    with pytest.raises(RuntimeError, match=f"^op: .*{said.removeprefix('op: ')}"):
+        launch.extension().check(error, "op")
+
+
+@built
 def test_types_without_a_kernel_are_an_error():
     done = run_without_torch("m.gated_residual_forward_plan(params)", "float16", "bfloat16")
     assert "RuntimeError: gated_residual_forward: invalid argument" in done.stderr

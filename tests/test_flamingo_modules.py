@@ -14,6 +14,7 @@ from conftest import modes
 from flamingo import DIM, FLAVOURS, SIZES, VISUAL, B, block, brute_force, call, run
 from numerics import assert_as_accurate
 from xattn_kernels import GatedCrossAttentionBlock, KeyInterval, MaskedCrossAttention
+from xattn_kernels.cuda_kernels import launch
 
 each_flavour = pytest.mark.parametrize("flavour", FLAVOURS)
 
@@ -48,6 +49,13 @@ def test_flavours_by_definition(flavour, backend, dtype):
 @each_flavour
 def test_flavours_from_the_kernels(mode, flavour):
     assert_definition(flavour, torch.float32, "triton", mode.device)
+
+
+@pytest.mark.skipif(launch.extension() is None, reason="the package is built without CUDA kernels")
+@pytest.mark.parametrize("mode", modes("cuda_sm_80", "cuda_gpu"), indirect=True)
+@each_flavour
+def test_flavours_from_the_cuda_kernels(mode, flavour):
+    assert_definition(flavour, torch.float32, "cuda", mode.device)
 
 
 @pytest.mark.parametrize("backend, gates", [("eager", "eager"), ("sdpa", "eager"), (None, None)])

@@ -124,7 +124,7 @@ WRONG = {
     "name one embedding": (dict(num_media_embeds=2, max_num_media=2), None),
     "max_num_frames must be at least 1, got 0": (dict(max_num_frames=0), None),
     "depth must be at least 1, got 0": (dict(depth=0), None),
-    "backend must be one of": (dict(backend="cuda"), None),
+    "backend must be one of": (dict(backend="flash"), None),
 }  # fmt: skip
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.cuda_grid import CSRC
 from conftest import find_ptxsim
-from cuda_emulation import CSRC
 
 SOURCE = Path(__file__).with_name("ptx_wrappers.cu")
 pytestmark = pytest.mark.emulated

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -10,10 +11,11 @@ pytest.importorskip("triton", reason="the report needs Triton, not a GPU")
 
 import triton
 
-from benchmarks import sass, static_report
+from benchmarks import cuda_report, sass, static_report
 from benchmarks.ceilings import blocks_per_multiprocessor, bound, cycles
 from benchmarks.compile_grid import ALSO, ALWAYS, ARCHS, Case, cases, faults
 from benchmarks.static_report import PRODUCTS, RESULTS, KernelReport, all_regressions, regressions
+from xattn_kernels.cuda_kernels import launch
 
 # the first of these calls on every architecture, the others on each second one
 SAMPLE = [
@@ -47,6 +49,23 @@ def test_no_kernel_has_become_worse(arch: int, case: Case):
     assert not found, "\n".join(found)
     if not COMMITTED:
         pytest.skip(f"no committed report of Triton {triton.__version__} to compare with")
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("arch", [80, 100])
+def test_no_cuda_kernel_has_become_worse(arch):
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not on PATH")
+    if launch.extension() is None:
+        pytest.skip("the package is built without its CUDA kernels")
+    committed = static_report.read(cuda_report.path_of(RESULTS))
+    if not committed:
+        pytest.skip("no committed report of this nvcc to compare with")
+    reports = [cuda_report.report(arch, name, *plan) for name, plan in cuda_report.plans().items()]
+    assert {r.kernel for r in reports} == cuda_report.PRODUCTS.keys()
+    assert all("tensor" in r.always for r in reports)
+    assert not [(r.kernel, r.spills, r.stack) for r in reports if r.spills or r.stack]
+    assert not all_regressions(committed, reports)
 
 
 def sass_text(*lines: str) -> str:

@@ -57,8 +57,8 @@ def topk_attention(
         topk_blocks: (block_size, n_blocks) in place of top_k; block_size is a power of two from 16
             on, n_blocks at least 1.
         return_indices: also return the chosen keys or blocks.
-        backend: "triton", "sdpa" (PyTorch's operations on keys that are gathered for a few queries
-            at a time) or "eager"; None takes the first of triton and sdpa that can run.
+        backend: "triton", "cuda", "sdpa" (PyTorch's operations on keys that are gathered for a few
+            queries at a time) or "eager"; None takes the first but eager that can run.
 
     Returns:
         out [B, Hq, Nq, Dv] in the dtype of q, or a `TopKAttentionResult` when more is asked for.

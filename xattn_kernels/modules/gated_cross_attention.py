@@ -56,9 +56,10 @@ class GatedCrossAttentionBlock(nn.Module):
         ff_without_media: False leaves out the feed-forward where no media is visible.
         norm, norm_eps: "layer" or "rms", of both sub-layers.
         vector_gate: gates [dim] in place of [1].
-        backend: "triton", "sdpa" or "eager" for every call; None chooses for each. The gated
-            residuals, which have no "sdpa", are plain PyTorch ("eager") with it; the first one,
-            with its norm, has no "triton" for a dim that `gated_residual_norm` calls too wide.
+        backend: "triton", "cuda", "sdpa" or "eager" for every call; None chooses for each. The
+            gated residuals, which have no "sdpa", are plain PyTorch ("eager") with it; the first,
+            with its norm, has no "triton" and no "cuda" for a dim that `gated_residual_norm` calls
+            too wide.
 
     Raises:
         TypeError, ValueError: an argument is not among those named here.

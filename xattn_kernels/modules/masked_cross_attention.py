@@ -16,7 +16,7 @@ from ..inputs import check_number
 from ..masks import KeyInterval
 from .media_cache import MediaCache, Weights
 
-BACKENDS = ("triton", "sdpa", "eager")
+BACKENDS = tuple(b.name for b in cross_attention.backends)
 NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 
 
@@ -42,7 +42,7 @@ class MaskedCrossAttention(nn.Module):
         norm, norm_eps: "layer" or "rms", on the text; eps also of `q_norm` and `k_norm`.
         without_media: rows to which no media is visible: None as above, "empty" 0 (Idefics, Meta's
             Llama 3.2 Vision), "all" attention over every key (Llama 3.2 Vision in transformers).
-        backend: "triton", "sdpa" or "eager" for every call; None chooses for each.
+        backend: "triton", "cuda", "sdpa" or "eager" for every call; None chooses for each.
 
     Raises:
         TypeError, ValueError: an argument is not among those named here.

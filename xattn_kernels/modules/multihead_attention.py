@@ -52,7 +52,7 @@ class MultiheadAttention(nn.Module):
     that it is one passes `mask=masks.padding(...)`.
 
     Args:
-        backend: "triton", "sdpa" or "eager" for every call; None chooses for each.
+        backend: "triton", "cuda", "sdpa" or "eager" for every call; None chooses for each.
         The others are torch's, with torch's defaults.
 
     Raises:

@@ -64,7 +64,7 @@ class PerceiverResampler(nn.Module):
         dim, depth, dim_head, heads: width, number of layers, width and number of heads.
         num_latents: latents per media.
         ff_mult: hidden width of the feed-forward by dim, rounded down.
-        backend: "triton", "sdpa" or "eager" for every call; None chooses for each.
+        backend: "triton", "cuda", "sdpa" or "eager" for every call; None chooses for each.
 
     Raises:
         TypeError, ValueError: an argument is not among those named here.
