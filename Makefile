@@ -17,7 +17,7 @@ COMPILED := OMP_NUM_THREADS=1 XATTN_TRITON_ON_CPU=1
 PYTEST := $(PY) -m pytest tests -n $(JOBS) --dist worksteal
 
 .PHONY: help setup test test-fast fuzz mutants bench gpu compile-grid static-report evidence style format \
-	build clean distclean
+	wheel clean distclean
 
 help:
 	@echo "make test          the whole suite, without a GPU"
@@ -30,13 +30,13 @@ help:
 	@echo "make static-report the same in one pass, with what is in each kernel's main loop"
 	@echo "make evidence      the whole suite, and the README's table of what it proved"
 	@echo "make style         lint and formatting; make format repairs what it can"
-	@echo "make build         wheel and source distribution in dist/"
+	@echo "make wheel         source distribution, and the manylinux wheel made of it, in dist/"
 	@echo "make clean         remove build products and caches; make distclean also the environments"
 
 setup: $(INSTALLED)
 
 # torch first and alone, so that nothing else decides which torch is installed.
-$(INSTALLED): $(wildcard requirements/*.txt csrc/*) pyproject.toml setup.py
+$(INSTALLED): $(wildcard requirements/*.txt csrc/*) pyproject.toml setup.py build_backend.py
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -r requirements/torch.txt
 	$(PIP) install --no-deps -r requirements/triton.txt
@@ -113,10 +113,16 @@ format: $(INSTALLED)
 	$(VENV)/bin/ruff format .
 	$(if $(CUDA_SOURCES),$(VENV)/bin/clang-format -i $(CUDA_SOURCES))
 
-build: export XATTN_CUDA_ARCHS =
-build: $(INSTALLED)
-	rm -rf build dist
-	$(PY) -m build --no-isolation
+# libcudart_static.a takes from libc what libc has, so that the tag is that of this machine's glibc,
+# manylinux_2_34 from there on (pthread_*, sem_*, dlopen); in a manylinux image it is an older one.
+# A static libstdc++ would only raise it, to 2_36 with GCC 12 (arc4random, _dl_find_object).
+wheel: export XATTN_BUILD_CUDA = 1
+wheel: export XATTN_CUDA_ARCHS =
+wheel: $(INSTALLED)
+	rm -rf dist
+	$(PY) -m build
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m auditwheel repair --wheel-dir dist dist/*.whl
+	rm dist/*-linux_*.whl
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -8,13 +8,13 @@ The extension links neither torch nor a dynamic libcudart, so one binary serves 
     XATTN_BUILD_CUDA   1: an error without nvcc; 0: no extension; unset: one where nvcc is found
     XATTN_CUDA_ARCHS   compute capabilities, "80;90"; by default those of ARCHS
     MAX_JOBS           compilers that run at once
-    CUDA_HOME          a toolkit; else nvcc on PATH, else that of the nvidia-cuda-nvcc wheel
+    CUDA_HOME          a toolkit; else nvcc on PATH, else that of the nvidia-cuda-nvcc wheel,
+                       which build_backend.py asks for
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -23,6 +23,8 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+
+from build_backend import cuda_wanted, find_cxx, find_toolkit
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
@@ -34,27 +36,6 @@ NVCC_FLAGS = (
     "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall",
     "-Xfatbin=-compress-all",
 )
-
-
-def find_toolkit() -> Path | None:
-    """The folder whose bin/nvcc compiles, or None."""
-    if home := os.environ.get("CUDA_HOME"):
-        if not Path(home, "bin", "nvcc").is_file():
-            raise SystemExit(f"CUDA_HOME is {home}, where there is no bin/nvcc")
-        return Path(home)
-    if found := shutil.which("nvcc"):
-        return toolkit_of(Path(found))
-    for folder in map(Path, sys.path):
-        if (folder / "nvidia" / "cu13" / "bin" / "nvcc").is_file():
-            return folder / "nvidia" / "cu13"
-    return None
-
-
-def toolkit_of(nvcc: Path) -> Path:
-    """Where nvcc itself says that it stands: what is on PATH may be a script that calls it."""
-    said = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
-    top = [line.split("TOP=", 1)[1] for line in said.splitlines() if "TOP=" in line]
-    return Path(top[0]).resolve() if top else nvcc.resolve().parents[1]
 
 
 def gencode(archs: tuple[str, ...]) -> list[str]:
@@ -90,7 +71,7 @@ def ninja_file(folder: Path, target: Path) -> str:
     """The rules that make `target`, with objects in `folder`."""
     import pybind11
 
-    toolkit, cxx = find_toolkit(), os.environ.get("CXX", "c++")
+    toolkit, cxx = find_toolkit(), find_cxx()
     include = (toolkit / "include", pybind11.get_include(), sysconfig.get_path("include"))
     includes = " ".join(f"-I{path}" for path in include)
     libraries = next(p for p in (toolkit / "lib64", toolkit / "lib") if p.is_dir())
@@ -115,15 +96,13 @@ def ninja_file(folder: Path, target: Path) -> str:
 def missing() -> list[str]:
     """What a build of the extension needs and is not here."""
     found = [] if find_toolkit() else ["nvcc: set CUDA_HOME, or put it on PATH"]
-    if not shutil.which(os.environ.get("CXX", "c++")):
+    if not find_cxx():
         found.append("a C++ compiler: set CXX")
     return found + [f"the package {name}" for name in ("pybind11", "ninja") if not find_spec(name)]
 
 
 def extensions() -> list[Extension]:
-    wanted = os.environ.get("XATTN_BUILD_CUDA", "")
-    if wanted not in ("", "0", "1"):
-        raise SystemExit(f"XATTN_BUILD_CUDA must be 0 or 1, got {wanted!r}")
+    wanted = cuda_wanted()
     if wanted == "0":
         return []
     if lacks := missing():

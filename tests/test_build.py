@@ -6,16 +6,27 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
 
-SETUP = Path(__file__).resolve().parents[1] / "setup.py"
+import build_backend
+
+ROOT = Path(__file__).resolve().parents[1]
+COMPILER = [
+    "nvidia-cuda-nvcc==13.0.*",
+    "nvidia-nvvm==13.0.*",
+    "nvidia-cuda-crt==13.0.*",
+    "nvidia-cuda-runtime==13.0.*",
+    "nvidia-cuda-cccl==13.0.*",
+]
 
 
 def setup(tmp_path, *commands: str, **environment: str) -> subprocess.CompletedProcess:
     """setup.py beside no package, where PATH has no nvcc."""
-    shutil.copy(SETUP, tmp_path)
+    for name in ("setup.py", "build_backend.py"):
+        shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "csrc").mkdir(exist_ok=True)
     (tmp_path / "bin").mkdir(exist_ok=True)
     env = {k: v for k, v in os.environ.items() if not k.startswith(("XATTN_", "CUDA_"))}
@@ -61,3 +72,72 @@ def test_architectures_are_numbers_from_80_on(tmp_path, archs):
             (tmp_path / "bin" / Path(tool).name).symlink_to(tool)
     done = setup(tmp_path, "build_ext", XATTN_CUDA_ARCHS=archs)
     assert done.returncode and "XATTN_CUDA_ARCHS must be like '80;90'" in done.stderr, done.stderr
+
+
+def program(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("#!/bin/sh\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def bare(tmp_path, monkeypatch) -> Path:
+    """A Linux on x86_64 with a C++ compiler in bin/, the only folder on PATH, and with no nvcc."""
+    for name in ("CUDA_HOME", "CXX", "XATTN_BUILD_CUDA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(program(tmp_path / "bin" / "c++").parent))
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "site-packages")])
+    monkeypatch.setattr(sysconfig, "get_platform", lambda: "linux-x86_64")
+    return tmp_path
+
+
+def asked() -> list[str]:
+    wheel, editable, source = (
+        getattr(build_backend, f"get_requires_for_build_{kind}")()
+        for kind in ("wheel", "editable", "sdist")
+    )
+    assert wheel == editable and source == []
+    return wheel
+
+
+@pytest.mark.parametrize(("wanted", "requirements"), [(None, COMPILER), ("1", COMPILER), ("0", [])])
+def test_a_compiler_is_asked_for_as_kernels_are_wanted(bare, monkeypatch, wanted, requirements):
+    if wanted is not None:
+        monkeypatch.setenv("XATTN_BUILD_CUDA", wanted)
+    assert asked() == requirements
+
+
+@pytest.mark.parametrize("wanted", [None, "1"])
+@pytest.mark.parametrize("nvcc", ["bin/nvcc", "site-packages/nvidia/cu13/bin/nvcc"])
+def test_no_compiler_is_asked_for_beside_another(bare, monkeypatch, nvcc, wanted):
+    if wanted is not None:
+        monkeypatch.setenv("XATTN_BUILD_CUDA", wanted)
+    toolkit = program(bare / nvcc).parents[1]
+    assert build_backend.find_toolkit() == toolkit and asked() == []
+
+
+def test_the_toolkit_of_cuda_home_is_preferred(bare, monkeypatch):
+    program(bare / "bin" / "nvcc")
+    toolkit = program(bare / "toolkit" / "bin" / "nvcc").parents[1]
+    monkeypatch.setenv("CUDA_HOME", str(toolkit))
+    assert build_backend.find_toolkit() == toolkit and asked() == []
+
+
+@pytest.mark.parametrize(
+    ("platform", "requirements"),
+    [
+        ("linux-aarch64", COMPILER),
+        ("linux-ppc64le", []),
+        ("macosx-14.0-arm64", []),
+        ("win-amd64", []),
+    ],
+)
+def test_it_is_asked_for_on_platforms_that_have_it(bare, monkeypatch, platform, requirements):
+    monkeypatch.setattr(sysconfig, "get_platform", lambda: platform)
+    assert asked() == requirements
+
+
+def test_without_a_cxx_compiler_it_is_of_no_use(bare):
+    (bare / "bin" / "c++").unlink()
+    assert asked() == []

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 
 from benchmarks import cuda_grid
 from benchmarks.commands import RESULTS
 from benchmarks.compile_grid import ARCHS
+from standalone import (
+    assert_a_launch_says_that_there_is_no_device,
+    assert_needs_neither_torch_nor_cudart_and_shows_one_symbol,
+    built,
+    installed,
+    run_without_torch,
+)
 from xattn_kernels.cuda_kernels import launch
 
-built = pytest.mark.skipif(
-    launch.extension() is None, reason="the package is built without its CUDA kernels"
-)
 SPILLS = """
 __global__ void __launch_bounds__(1024, 2) spilling_kernel(float* x, int n) {
   float sums[64];
@@ -29,34 +30,11 @@ __global__ void __launch_bounds__(1024, 2) spilling_kernel(float* x, int n) {
   for (int i = 0; i < 64; ++i) x[i * n + threadIdx.x] = sums[i];
 }
 """
-# A call of two rows; its tensors are addresses that nobody reads.
-CALL = """
-import importlib.util, sys
-for name in ("torch", "triton", "numpy"):
-    sys.modules[name] = None
-spec = importlib.util.spec_from_file_location("_cuda", {path!r})
-m = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(m)
-none, nothing = m.RowTensor(), m.Numbers()
-rows = [m.RowTensor(64 * n, [24, 0, 0, 0]) for n in (1, 2, 3)]
-shape = m.GatedResidualShape(2, [2, 1, 1, 1], 24, m.DType.{dtype}, m.DType.{h_dtype}, m.Norm.none,
-                             1e-5, False)
-params = m.GatedResidualForwardParams(rows[0], none, rows[1], rows[2], none, m.Numbers(64),
-                                      nothing, nothing, shape)
-{last}
-"""
-
-
-def run_without_torch(last: str, dtype: str = "float32", h_dtype: str = "float16"):
-    path = launch.extension().__file__
-    code = CALL.format(path=path, dtype=dtype, h_dtype=h_dtype, last=last)
-    hidden = {"CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=hidden)
 
 
 @built
 def test_it_loads_and_plans_where_torch_cannot_be_imported():
-    done = run_without_torch("print(m.gated_residual_forward_plan(params)[0][:4])")
+    done = run_without_torch(installed(), "print(m.gated_residual_forward_plan(params)[0][:4])")
     assert done.returncode == 0, done.stderr
     name = "gated_forward_kernel<float, __half, 4, xattn::Norm::kNone>"
     assert done.stdout.strip() == repr((name, (1, 1, 1), (32, 16, 1), 0))
@@ -64,10 +42,7 @@ def test_it_loads_and_plans_where_torch_cannot_be_imported():
 
 @built
 def test_a_launch_without_a_device_says_so():
-    done = run_without_torch("m.gated_residual_forward(params, 0, 0)")
-    assert done.returncode == 1
-    assert "RuntimeError: gated_residual_forward: " in done.stderr
-    assert "there is no CUDA device here, or no driver for one" in done.stderr
+    assert_a_launch_says_that_there_is_no_device(installed())
 
 
 @built
@@ -93,24 +68,14 @@ def test_each_failure_is_one_clear_error(error, said):
 
 @built
 def test_types_without_a_kernel_are_an_error():
-    done = run_without_torch("m.gated_residual_forward_plan(params)", "float16", "bfloat16")
+    last = "m.gated_residual_forward_plan(params)"
+    done = run_without_torch(installed(), last, "float16", "bfloat16")
     assert "RuntimeError: gated_residual_forward: invalid argument" in done.stderr
 
 
 @built
 def test_it_needs_neither_torch_nor_cudart_and_shows_one_symbol():
-    if shutil.which("readelf") is None:
-        pytest.skip("readelf is not here")
-    path = launch.extension().__file__
-    read = {"capture_output": True, "text": True, "check": True}
-    needed = re.findall(r"\[(.*?)\]", subprocess.run(["readelf", "-d", path], **read).stdout)
-    allowed = {"libc.so", "libm.so", "libstdc++.so", "libgcc_s.so", "libdl.so", "librt.so"}
-    allowed |= {"libpthread.so", "ld-linux-x86-64.so", "ld-linux-aarch64.so"}
-    assert {name.partition(".so")[0] + ".so" for name in needed} <= allowed
-    table = subprocess.run(["readelf", "--dyn-syms", "-W", path], **read).stdout
-    shown = [line.split() for line in table.splitlines() if re.match(r"\s*\d+:", line)]
-    shown = {row[7].partition("@")[0] for row in shown if row[6] != "UND" and row[4] != "LOCAL"}
-    assert shown == {"PyInit__cuda"}
+    assert_needs_neither_torch_nor_cudart_and_shows_one_symbol(installed())
 
 
 @pytest.mark.compile
