@@ -149,6 +149,19 @@ def test_nan_makes_its_row_nan(mode):
 
 
 @emulated
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["float16", "float32"])
+@pytest.mark.parametrize("softcap", [None, 30.0], ids=["plain", "softcap"])
+def test_an_infinite_key_stays_out_of_rows_that_are_not_there(mode, softcap, dtype):
+    """A tile of rows holds zeros behind the last one: 0 * inf would be in its dk and dv."""
+    q, k, v, dout = (torch.rand(1, 1, n, 16, device=mode.device).to(dtype) for n in (5, 70, 70, 5))
+    k[0, 0, 7] = -math.inf
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    out = cross_attention(*leaves, softcap=softcap, backend="cuda")
+    _, dk, dv = torch.autograd.grad(out, leaves, dout)
+    assert dk.isfinite().all() and dv.isfinite().all()
+
+
+@emulated
 def test_dropout_has_the_bits_of_the_reference(mode):
     """With v the identity out is what dropout keeps."""
     B, H, N = 2, 3, 40
