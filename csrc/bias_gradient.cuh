@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(AttentionBlock<T, WIDTH>::kThreads, 1)
   for (int64_t term = split * each; term < last_term; ++term) {
     const int j0 = own_j + static_cast<int>(term % walk.n_j) * kKeys;
     const int i0 = own_i + static_cast<int>(term / walk.n_j % walk.n_i) * kRows;
-    const int h = own_h + static_cast<int>(term / (walk.n_j * walk.n_i) % walk.n_h);
+    const int h = own_h + static_cast<int>(term / (int64_t{walk.n_j} * walk.n_i) % walk.n_h);
     const int b = own_b + static_cast<int>(term / (int64_t{walk.n_j} * walk.n_i * walk.n_h));
     const int hkv = h / (shape.Hq / shape.Hkv);
     const auto row_at = [&](int n) { return PackedRow(i0 + n, h, i0 + n < shape.Nq); };

@@ -267,6 +267,8 @@ void DefineTopKAttention(py::module_& m) {
 
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "Launchers of the CUDA kernels in csrc/.";
+  m.attr("OLDEST_ARCH") = XATTN_OLDEST_ARCH;
+  m.attr("MOST_STATIC_SHARED") = xattn::kMostStaticShared;
   m.def("check",
         [](int error, const char* what) { xattn::Check(static_cast<cudaError_t>(error), what); });
   xattn::DefineTensors(m);

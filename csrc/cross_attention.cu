@@ -16,7 +16,7 @@ int32_t CrossAttentionForwardSplits(const CrossAttentionCall& call, int32_t mult
 
 int64_t CrossAttentionForwardParts(const CrossAttentionForwardParams& params) {
   const CrossAttentionShape& s = params.call.shape;
-  if (params.n_splits == 1) return 0;
+  if (!IsValid(params.call) || params.n_splits < 2) return 0;
   return int64_t{params.n_splits} * s.B * s.Hq * s.Nq * (s.Dv + 4);
 }
 
@@ -33,7 +33,7 @@ cudaError_t CrossAttentionForward(const CrossAttentionForwardParams& given, Queu
     constexpr int kWidth = decltype(kernel)::kWidth;
     using Block = AttentionBlock<T, kWidth>;
     const int64_t tiles = CeilDiv(int64_t{s.Nq} * Group(s), Block::kRows);
-    const dim3 grid(tiles * s.Hkv * s.B * params.n_splits);
+    const Grid grid(tiles * s.Hkv * s.B * params.n_splits);
     constexpr size_t kShared =
         Tile<T, Block::kRows, kWidth>::kBytes + ForwardKeys<T, kWidth>::kBytes;
     const cudaError_t error = WithPlain<T>(params.call, plain, [&](auto is_plain) {
@@ -41,7 +41,7 @@ cudaError_t CrossAttentionForward(const CrossAttentionForwardParams& given, Queu
           queue, grid, Block::kThreads, kShared, params);
     });
     if (error != cudaSuccess || params.n_splits == 1) return error;
-    const dim3 rows(CeilDiv(int64_t{s.B} * s.Hq * s.Nq, kMergeWarps));
+    const Grid rows(CeilDiv(int64_t{s.B} * s.Hq * s.Nq, kMergeWarps));
     return Launch<merge_kernel<T>>(queue, rows, kMergeWarps * kWarpSize, 0, params);
   });
 }

@@ -97,10 +97,14 @@ struct ForwardState {
     const ForwardRow to(p, place.b, place.split, row);
     const float inverse = state.Inverse();
     if (threadIdx.x % 4 == 0)
-      to.Store(state.Lse(), state.LseLow(),
-               state.l == 0.f ? 0.f : logf(state.l) - a[HALF] * inverse, inverse);
+      to.Store(state.Lse(), state.LseLow(), state.LogL() - a[HALF] * inverse, inverse);
     const int Dv = p.call.shape.Dv;
     const float factor = inverse * p.call.keep_scale;
+    if (state.l == 0.f) {
+      // 0 * v, of keys that other rows see, may be NaN
+#pragma unroll
+      for (int n = 0; n < WIDTH / 8; ++n) acc[n][2 * HALF] = acc[n][2 * HALF + 1] = 0.f;
+    }
     if (p.n_splits > 1)
       StoreRow<float, HALF>(to.OutPart(), acc, factor, Dv);
     else
@@ -191,24 +195,24 @@ __global__ void __launch_bounds__(kMergeWarps* kWarpSize)
   PackedRow row(s, 0, 0);
   row.i = r % s.Nq, row.h = r / s.Nq % s.Hq, row.there = true;
   const int b = r / s.Nq / s.Hq;
-  float m = -INFINITY;
-  for (int n = 0; n < p.n_splits; ++n) m = fmaxf(m, *ForwardRow(p, b, n, row).Part(0));
-  const float shift = m == -INFINITY ? 0.f : m;
-  // log(sum) of a part, less the shift
-  const auto part_lse = [&](int n) {
-    const ForwardRow part(p, b, n, row);
-    return *part.Part(0) - shift + (p.lse_low == nullptr ? 0.f : *part.Part(1) * kLn2);
+  const auto lse_low = [&](const ForwardRow& part) {
+    return p.lse_low == nullptr ? 0.f : *part.Part(1);
   };
   SoftmaxState<true> state;
-  state.m = m;
-  for (int n = 0; n < p.n_splits; ++n) state.l += expf(part_lse(n));
-  const float log_l = state.l == 0.f ? 0.f : logf(state.l);
+  for (int n = 0; n < p.n_splits; ++n) {
+    const ForwardRow part(p, b, n, row);
+    state.Merge(*part.Part(0), lse_low(part));
+  }
+  const auto log_share = [&](const ForwardRow& part) {
+    return state.LogShare(*part.Part(0), lse_low(part));
+  };
 
   float entropy = 0.f, max_probability = 0.f;
   for (int n = 0; p.entropy != nullptr && n < p.n_splits; ++n) {
-    const float log_w = part_lse(n) - log_l, w = expf(log_w);
-    entropy += w * (*ForwardRow(p, b, n, row).Part(2) - (w > 0.f ? log_w : 0.f));
-    const float own = w * *ForwardRow(p, b, n, row).Part(3);
+    const ForwardRow part(p, b, n, row);
+    const float log_w = log_share(part), w = expf(log_w);
+    entropy += w * (*part.Part(2) - (w > 0.f ? log_w : 0.f));
+    const float own = w * *part.Part(3);
     max_probability = own > max_probability || own != own ? own : max_probability;
   }
   if (lane == 0) {
@@ -219,8 +223,10 @@ __global__ void __launch_bounds__(kMergeWarps* kWarpSize)
   T* out = RowOf<T>(p.out, b, row.h, row.i);
   for (int column = lane; column < s.Dv; column += kWarpSize) {
     float sum = 0.f;
-    for (int n = 0; n < p.n_splits; ++n)
-      sum += expf(part_lse(n) - log_l) * ForwardRow(p, b, n, row).OutPart()[column];
+    for (int n = 0; n < p.n_splits; ++n) {
+      const ForwardRow part(p, b, n, row);
+      sum += expf(log_share(part)) * part.OutPart()[column];
+    }
     out[column] = FromFloat<T>(sum);
   }
 }

@@ -7,9 +7,11 @@ namespace xattn {
 namespace {
 
 bool IsValid(const CrossAttentionBackwardParams& p) {
-  const bool bias_is = p.call.bias.data == nullptr ||
-                       *std::min_element(std::begin(p.bias_sizes), std::end(p.bias_sizes)) > 0;
-  return IsValid(p.call) && bias_is && AreBoth(p.dk.data, p.dv.data);
+  const bool bias_fits = p.call.bias.data == nullptr
+                             ? p.dbias == nullptr
+                             : *std::min_element(p.bias_sizes, p.bias_sizes + 4) > 0;
+  return IsValid(p.call) && bias_fits && AreBoth(p.dk.data, p.dv.data) &&
+         std::min({p.dq_splits, p.dkdv_splits, p.dbias_splits}) > 0;
 }
 
 int64_t RowTiles(const CrossAttentionShape& s, int rows) {
@@ -58,7 +60,7 @@ struct Backward {
 
   cudaError_t Run() const {
     cudaError_t error = WithPlain<T>(p.call, plain, [&](auto is_plain) {
-      const dim3 grid(CeilDiv(int64_t{s.B} * s.Hq * s.Nq, kTermWarps));
+      const Grid grid(CeilDiv(int64_t{s.B} * s.Hq * s.Nq, kTermWarps));
       return Launch<row_terms_kernel<T, is_plain>>(queue, grid, kTermWarps * kWarpSize, 0, call);
     });
     if (error == cudaSuccess && (p.dq.data != nullptr || p.dscale != nullptr)) error = Dq();
@@ -68,7 +70,7 @@ struct Backward {
   }
 
   cudaError_t Dq() const {
-    const dim3 grid(RowTiles(s, Block::kRows) * s.Hkv * s.B * p.dq_splits);
+    const Grid grid(RowTiles(s, Block::kRows) * s.Hkv * s.B * p.dq_splits);
     const cudaError_t error = WithPlain<T>(p.call, plain, [&](auto is_plain) {
       return Launch<dq_kernel<T, WIDTH, is_plain>>(queue, grid, Block::kThreads,
                                                    Shared<Block::kKeys>(Block::kStages), call);
@@ -80,7 +82,7 @@ struct Backward {
   cudaError_t DkDv() const {
     constexpr int kRows = Block::kPassingRows;
     if (p.call.start.data != nullptr) {
-      const dim3 grid(CeilDiv(s.B * RowTiles(s, kRows), kTermWarps));
+      const Grid grid(CeilDiv(s.B * RowTiles(s, kRows), kTermWarps));
       const cudaError_t error =
           Launch<tile_bounds_kernel<kRows>>(queue, grid, kTermWarps * kWarpSize, 0, call);
       if (error != cudaSuccess) return error;
@@ -102,13 +104,13 @@ struct Backward {
   cudaError_t LaunchDkDv() const {
     constexpr int kRows = Block::kPassingRows, kStages = Block::kStages;
     constexpr size_t kShared = Shared<kRows>(kStages) + PassingTerms<kRows, kStages>::kBytes;
-    const dim3 grid(CeilDiv(s.Nk, Block::kRows) * s.Hkv * s.B * p.dkdv_splits);
+    const Grid grid(CeilDiv(s.Nk, Block::kRows) * s.Hkv * s.B * p.dkdv_splits);
     return Launch<dkdv_kernel<T, WIDTH, PLAIN, DK, DV>>(queue, grid, Block::kThreads, kShared,
                                                         call);
   }
 
   cudaError_t DBias() const {
-    const dim3 grid(BiasWalk<T, WIDTH>(p).own * p.dbias_splits);
+    const Grid grid(BiasWalk<T, WIDTH>(p).own * p.dbias_splits);
     return Launch<dbias_kernel<T, WIDTH>>(queue, grid, Block::kThreads, Shared<Block::kKeys>(1),
                                           call);
   }
@@ -152,8 +154,7 @@ cudaError_t CrossAttentionBackward(const CrossAttentionBackwardParams& params, Q
   BackwardCall call{params, {}};
   CrossAttentionBackwardParams& p = call.p;
   const CrossAttentionShape& s = p.call.shape;
-  if (!IsValid(p) || std::min({p.dq_splits, p.dkdv_splits, p.dbias_splits}) < 1)
-    return cudaErrorInvalidValue;
+  if (!IsValid(p)) return cudaErrorInvalidValue;
   Layout(p, call.parts);
   p.call.aligned = IsAligned(p.call) && IsAligned(p.dout, s.B, s.Hq, s.Nq, s.dtype);
   const bool plain = IsPlain(p.call) && p.dentropy == nullptr;

@@ -83,7 +83,8 @@ cudaError_t WithTypes(const GatedResidualShape& shape, F f) {
 }
 
 bool Fits(const GatedResidualShape& shape, bool aligned) {
-  return shape.norm == Norm::kNone || shape.dim <= WidestNormedRow(shape.x_dtype, aligned);
+  return shape.rows.rows > 0 && shape.dim > 0 &&
+         (shape.norm == Norm::kNone || shape.dim <= WidestNormedRow(shape.x_dtype, aligned));
 }
 
 }  // namespace
@@ -97,7 +98,7 @@ cudaError_t GatedResidualForward(const GatedResidualForwardParams& params, Queue
   const bool aligned = IsAligned(params);
   if (!Fits(params.shape, aligned)) return cudaErrorInvalidValue;
   const GatedWalk walk(params.shape, aligned);
-  const dim3 grid(walk.row_tiles, walk.column_tiles);
+  const Grid grid(walk.row_tiles, walk.column_tiles);
   return WithTypes(params.shape, [&](auto types) {
     using C = decltype(types);
     using T = typename C::X;
@@ -110,7 +111,9 @@ cudaError_t GatedResidualForward(const GatedResidualForwardParams& params, Queue
 }
 
 int64_t GatedResidualParts(const GatedResidualBackwardParams& params) {
-  const GatedWalk walk(params.shape, IsAligned(params));
+  const bool aligned = IsAligned(params);
+  if (!Fits(params.shape, aligned)) return 0;
+  const GatedWalk walk(params.shape, aligned);
   return int64_t{walk.groups()} * std::max(params.shape.dim, walk.column_tiles);
 }
 
@@ -118,7 +121,7 @@ cudaError_t GatedResidualBackward(const GatedResidualBackwardParams& params, Que
   const bool aligned = IsAligned(params);
   if (!Fits(params.shape, aligned)) return cudaErrorInvalidValue;
   const GatedWalk walk(params.shape, aligned);
-  const dim3 grid(walk.groups(), walk.column_tiles);
+  const Grid grid(walk.groups(), walk.column_tiles);
   const size_t shared = sizeof(float) * walk.lanes * walk.vec * Vectors(walk.vec);
   cudaError_t error = WithTypes(params.shape, [&](auto types) {
     using C = decltype(types);

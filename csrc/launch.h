@@ -4,11 +4,15 @@
 #include <cuda_runtime_api.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <string>
 #include <string_view>
 #include <vector>
 
 namespace xattn {
+
+// Bytes of static shared memory that no kernel is above.
+constexpr size_t kMostStaticShared = 4 * 1024;
 
 class Queue {
  public:
@@ -27,7 +31,8 @@ class StreamQueue final : public Queue {
 
   cudaError_t Push(const void* kernel, std::string_view, dim3 grid, dim3 block, size_t shared,
                    const void* params, size_t) override {
-    constexpr size_t kWithoutAsking = 48 * 1024;
+    // More than 48 KiB must be asked for, of which a kernel may have some statically.
+    constexpr size_t kWithoutAsking = 48 * 1024 - kMostStaticShared;
     if (shared > kWithoutAsking) {
       const cudaError_t error = cudaFuncSetAttribute(
           kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
@@ -72,9 +77,19 @@ constexpr std::string_view KernelName() {
   return text.substr(first, text.find_first_of(";]", first) - first);
 }
 
+// Blocks of a launch, as they are counted: a device takes fewer.
+struct Grid {
+  int64_t x, y;
+
+  Grid(int64_t x, int64_t y = 1) : x(x), y(y) {}
+  bool fits() const { return 0 < x && x <= INT32_MAX && 0 < y && y <= UINT16_MAX; }
+};
+
 template <auto kernel, class Params>
-cudaError_t Launch(Queue& queue, dim3 grid, dim3 block, size_t shared, const Params& params) {
-  return queue.Push(reinterpret_cast<const void*>(kernel), KernelName<kernel>(), grid, block,
+cudaError_t Launch(Queue& queue, Grid grid, dim3 block, size_t shared, const Params& params) {
+  if (!grid.fits()) return cudaErrorInvalidValue;
+  const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y));
+  return queue.Push(reinterpret_cast<const void*>(kernel), KernelName<kernel>(), blocks, block,
                     shared, &params, sizeof(params));
 }
 

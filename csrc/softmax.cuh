@@ -32,6 +32,20 @@ struct SoftmaxState {
     return alpha;
   }
 
+  // Adds a part of a row of which this is known.
+  __device__ __forceinline__ void Merge(float lse, float lse_low) {
+    static_assert(NATURAL, "as lse is");
+    Raise(lse);
+    l += Exp(lse - Shift() + lse_low * kLn2);
+  }
+
+  // Of a part that was merged: the log of its share.
+  __device__ __forceinline__ float LogShare(float lse, float lse_low) const {
+    return lse - Shift() + lse_low * kLn2 - LogL();
+  }
+
+  __device__ __forceinline__ float LogL() const { return l == 0.f ? 0.f : logf(l); }
+
   // 1 / l, and 0 for a row without keys.
   __device__ __forceinline__ float Inverse() const { return l == 0.f ? 0.f : 1.f / l; }
 

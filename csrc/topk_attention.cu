@@ -13,7 +13,7 @@ cudaError_t TopKSelection(const TopKSelectionParams& given, Queue& queue) {
     using T = typename decltype(kernel)::Element;
     constexpr int kWidth = decltype(kernel)::kWidth;
     using Block = SelectionBlock<T, kWidth>;
-    const dim3 grid(CeilDiv(int64_t{s.Nq} * Group(s), Block::kRows) * s.Hkv * s.B);
+    const Grid grid(CeilDiv(int64_t{s.Nq} * Group(s), Block::kRows) * s.Hkv * s.B);
     return Launch<topk_selection_kernel<T, kWidth>>(queue, grid, Block::kThreads, Block::kBytes,
                                                     params);
   });

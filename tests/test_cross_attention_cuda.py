@@ -13,7 +13,7 @@ from cases import CASES, Case
 from conftest import modes
 from cuda_emulation import splits_of
 from test_cross_attention_values import assert_exact_zeros, visible
-from xattn_kernels import cross_attention
+from xattn_kernels import KeyInterval, cross_attention
 from xattn_kernels.cross_attention import cuda_reasons
 from xattn_kernels.cuda_kernels import cross_attention as launcher
 from xattn_kernels.cuda_kernels import launch
@@ -159,6 +159,18 @@ def test_an_infinite_key_stays_out_of_rows_that_are_not_there(mode, softcap, dty
     out = cross_attention(*leaves, softcap=softcap, backend="cuda")
     _, dk, dv = torch.autograd.grad(out, leaves, dout)
     assert dk.isfinite().all() and dv.isfinite().all()
+
+
+@emulated
+@pytest.mark.parametrize("n", [1, 2])
+def test_nan_that_others_see_stays_out_of_a_row_without_keys(mode, n, force_splits):
+    force_splits(n)
+    q, k, v = (torch.randn(1, 1, n, 16, device=mode.device).half() for n in (3, 300, 300))
+    v[0, 0, 3] = math.nan
+    stop = torch.tensor([[300, 0, 200]], dtype=torch.int32, device=mode.device)
+    mask = KeyInterval(torch.zeros_like(stop), stop)
+    out = cross_attention(q, k, v, mask=mask, backend="cuda")[0, 0]
+    assert out[0].isnan().all() and out[2].isnan().all() and not out[1].any()
 
 
 @emulated

@@ -47,6 +47,22 @@ def test_the_widest_row(mode, norm):
 
 
 @any_mode
+def test_gradients_of_the_widest_row_may_lie_anywhere(mode):
+    """A part of a wider row, at an odd place: where it is no wider than such rows fit, unlike x."""
+    x, h = (torch.randn(2, 8192, device=mode.device).bfloat16() for _ in range(2))
+    gate = torch.full((1,), 0.3, device=mode.device)
+    weight = torch.ones(8192, device=mode.device).bfloat16()
+    upstream = torch.randn(2, 2 * 8192 + 3, device=mode.device).bfloat16()
+    dy, dnormed = upstream[:, 1:8193], upstream[:, 8194:16386]
+    results = []
+    for gradients in ((dy, dnormed), (dy.contiguous(), dnormed.contiguous())):
+        leaves = [t.clone().requires_grad_() for t in (x, h, gate, weight)]
+        pair = gated_residual_norm(*leaves, backend="cuda")
+        results.append(torch.autograd.grad(pair, leaves, gradients))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@any_mode
 def test_gradients_are_the_same_bits_in_every_run(mode):
     call = build(replace(BY_NAME["many_rows"], vector=False), torch.bfloat16, mode.device)
     first = call.run("cuda")

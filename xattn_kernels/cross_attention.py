@@ -19,6 +19,8 @@ from .dispatch import TRITON_DTYPES, Backend, allow_tf32, run, triton_device_rea
 from .inputs import CrossAttentionInputs, CrossAttentionResult, check_inputs
 from .triton_kernels.tensors import empty_rows
 
+MOST_CUDA_ROWS = 2**31 - 2**17  # counted in int32, beyond the last by a tile for each split
+
 
 def cross_attention(
     q: Tensor,
@@ -128,7 +130,10 @@ def triton_reasons(x: CrossAttentionInputs) -> list[str]:
 
 def cuda_reasons(x: CrossAttentionInputs) -> list[str]:
     """Why the CUDA kernels cannot run this call."""
-    return cuda.device_reasons(x.q.device) + kernel_reasons(x)
+    found = cuda.device_reasons(x.q.device) + kernel_reasons(x)
+    if (rows := max(x.Nq * x.Hq // max(x.Hkv, 1), x.Nk)) > MOST_CUDA_ROWS:
+        found.append(f"{rows} queries of a key head, or keys, are more than {MOST_CUDA_ROWS}")
+    return found
 
 
 def triton_run(x: CrossAttentionInputs) -> CrossAttentionResult:

@@ -1,6 +1,7 @@
 """`gated_residual`, also with the next layer's norm: public ops, autograd Function, custom ops.
 
-The equations are in `reference.py`, the kernels in `triton_kernels/gated_residual.py`.
+The equations are in `reference.py`, the kernels in `triton_kernels/gated_residual.py` and
+`csrc/gated_residual.cuh`.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def call_of(q, k, v, bias, scale_tensor, start, stop, mask, seed, scale, softcap
 
 
 def as_float32(scale_tensor: Tensor | None) -> Tensor | None:
-    """A scale of float64 as the kernels read it; of other dtypes they read any."""
+    """A scale as the kernels read it, also one of float64."""
     return scale_tensor.float() if scale_tensor is not None else None
 
 
@@ -124,13 +124,7 @@ def backward(
     launch.splits(_cuda.cross_attention_backward_splits, params, q.device)
     if n_splits:
         params.dq_splits = params.dkdv_splits = params.dbias_splits = n_splits
-    dscale = dbias = None
-    if needs[4]:
-        dscale = q.new_empty((params.dq_splits, *q.shape[:3]), dtype=torch.float32)
-        params.dscale = launch.pointer(dscale)
-    if needs[3]:
-        dbias = q.new_empty((params.dbias_splits, *bias.shape), dtype=torch.float32)
-        params.dbias = launch.pointer(dbias)
+    dbias, dscale = dbias_and_dscale(params, q, bias, needs)
     parts = new_parts(_cuda.cross_attention_backward_parts(params), q)
     params.parts = launch.pointer(parts)
     launch.submit("cross_attention_backward", params, q.device)
@@ -141,3 +135,15 @@ def backward(
         dbias = dbias.sum(0).to(bias.dtype)
     grads = (dq, dk, dv, dbias, dscale)
     return tuple(t if needed else q.new_empty(0) for t, needed in zip(grads, needs, strict=True))
+
+
+def dbias_and_dscale(params: Any, q: Tensor, bias: Tensor | None, needs: list[bool]) -> tuple:
+    """What each of the splits adds to them, to be summed, or None; `params` has its pointers."""
+    dbias = dscale = None
+    if needs[3]:
+        dbias = q.new_empty((params.dbias_splits, *bias.shape), dtype=torch.float32)
+        params.dbias = launch.pointer(dbias)
+    if needs[4]:
+        dscale = q.new_empty((params.dq_splits, *q.shape[:3]), dtype=torch.float32)
+        params.dscale = launch.pointer(dscale)
+    return dbias, dscale

@@ -38,17 +38,20 @@ def dimensions(*tensors: Tensor | None) -> int:
     return len(merged_rows([None if t is None else t[..., 0] for t in tensors])[0])
 
 
-def widest_norm(x: Tensor, h: Tensor) -> int:
+def widest_norm(x: Tensor, *others: Tensor) -> int:
     """The widest row that a block can hold, see `csrc/gated_residual.h`."""
-    vec = 16 // x.element_size()
-    together = x.shape[-1] % vec == 0 and all(aligned(t, vec) for t in (x, h))
+    together = all(aligned(t, x.dtype) for t in (x, *others))
     return extension().widest_normed_row(getattr(extension().DType, DTYPES[x.dtype]), together)
 
 
-def aligned(t: Tensor, vec: int) -> bool:
-    """Whether each row begins at a multiple of `vec` elements."""
-    starts = (*t.stride()[:-1], t.storage_offset())
-    return all(n % vec == 0 for n in starts)
+def aligned(t: Tensor, x_dtype: torch.dtype) -> bool:
+    """Whether each row begins and ends at a multiple of what 16 bytes of x hold."""
+    starts = (*t.stride()[:-1], t.storage_offset(), t.shape[-1])
+    return all(n * x_dtype.itemsize % 16 == 0 for n in starts)
+
+
+def fresh(t: Tensor) -> Tensor:
+    return t.clone(memory_format=torch.contiguous_format)
 
 
 def shape_of(rows: Rows, x: Tensor, h: Tensor, gate: Tensor, norm: str, eps: float) -> Any:
@@ -99,7 +102,10 @@ def write_gradients(grads, dy, dnormed, h, y, gate, weight, row_mask, norm, eps)
     if dimensions(*walked, None if row_mask is None else row_mask[..., None]) > _cuda.MAX_ROW_DIMS:
         # of what backward may be given, only gradients have strides that `reasons` cannot know
         dy, dnormed = (None if t is None else t.contiguous() for t in (dy, dnormed))
-        walked[2:4] = dy, dnormed
+    if norm and y.shape[-1] > _cuda.widest_normed_row(getattr(_cuda.DType, DTYPES[y.dtype]), False):
+        # as x and h are, or `reasons` would have said that the row is too wide
+        dy, dnormed = (t if t is None or aligned(t, y.dtype) else fresh(t) for t in (dy, dnormed))
+    walked[2:4] = dy, dnormed
     rows = Rows(walked, row_mask)
     x = dy if dnormed is None else dnormed
     shape = shape_of(rows, x, h, gate, norm, eps)

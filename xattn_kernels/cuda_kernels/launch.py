@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-OLDEST_CAPABILITY = (8, 0)
 
 
 @cache
@@ -34,9 +33,10 @@ def device_reasons(device: torch.device) -> list[str]:
     if device.type == "cuda":
         if torch.version.hip is not None:
             return ["this is a ROCm build of torch"]
-        capability = torch.cuda.get_device_capability(device)
-        if capability < OLDEST_CAPABILITY:
-            return ["compute capability {}.{} < 8.0".format(*capability)]
+        oldest = divmod(extension().OLDEST_ARCH, 10)
+        if (found := torch.cuda.get_device_capability(device)) < oldest:
+            text = "compute capability {}.{} < {}.{}, the oldest of this build (XATTN_CUDA_ARCHS)"
+            return [text.format(*found, *oldest)]
         return []
     if device.type == "cpu" and os.environ.get("XATTN_CUDA_ON_CPU") == "1":
         return []
