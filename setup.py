@@ -24,7 +24,7 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
-from build_backend import cuda_wanted, find_cxx, find_toolkit
+from build_backend import PARTS, cuda_wanted, find_cxx, find_toolkit
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
@@ -107,10 +107,11 @@ def ninja_file(folder: Path, target: Path) -> str:
 
 def missing() -> list[str]:
     """What a build of the extension needs and is not here."""
-    found = [] if find_toolkit() else ["nvcc: set CUDA_HOME, or put it on PATH"]
+    packages = " ".join(f"nvidia-{part}" for part in PARTS)
+    found = [] if find_toolkit() else [f"nvcc (CUDA_HOME, PATH, or the packages {packages})"]
     if not find_cxx():
-        found.append("a C++ compiler: set CXX")
-    return found + [f"the package {name}" for name in ("pybind11", "ninja") if not find_spec(name)]
+        found.append("C++ compiler (CXX)")
+    return found + [f"package {name}" for name in ("pybind11", "ninja") if not find_spec(name)]
 
 
 def extensions() -> list[Extension]:
@@ -118,7 +119,7 @@ def extensions() -> list[Extension]:
     if wanted == "0":
         return []
     if lacks := missing():
-        text = "there is no " + ", no ".join(lacks)
+        text = "there is no " + " and no ".join(lacks)
         if wanted == "1":
             raise SystemExit(f"XATTN_BUILD_CUDA=1, but {text}")
         print(f"xattn-kernels is built without its CUDA kernels: {text}", file=sys.stderr)

@@ -17,13 +17,27 @@ namespace py = pybind11;
 namespace xattn {
 namespace {
 
+// Of CUDA, 1000 times the major version plus 10 times the minor one; 0 without a driver.
+int DriverVersion() {
+  int version = 0;
+  cudaDriverGetVersion(&version);
+  return version;
+}
+
+std::string Version(int version) {
+  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
+
 void Check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // the next call starts without it
   std::string text =
       std::string(what) + ": " + cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")";
-  if (error == cudaErrorInsufficientDriver || error == cudaErrorNoDevice)
+  if (error == cudaErrorNoDevice || (error == cudaErrorInsufficientDriver && DriverVersion() == 0))
     text += ": there is no CUDA device here, or no driver for one";
+  else if (error == cudaErrorInsufficientDriver)
+    text += ": the driver is for CUDA " + Version(DriverVersion()) + ", this build for " +
+            Version(CUDART_VERSION);
   if (error == cudaErrorNoKernelImageForDevice)
     text += ": this build has no code for the device, see XATTN_CUDA_ARCHS";
   if (error == cudaErrorLaunchOutOfResources)
@@ -267,6 +281,8 @@ void DefineTopKAttention(py::module_& m) {
 
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "Launchers of the CUDA kernels in csrc/.";
+  m.attr("CUDA_VERSION") = CUDART_VERSION;
+  m.def("driver_version", &xattn::DriverVersion);
   m.attr("OLDEST_ARCH") = XATTN_OLDEST_ARCH;
   m.attr("MOST_STATIC_SHARED") = xattn::kMostStaticShared;
   m.def("check",

@@ -11,6 +11,7 @@ bool IsValid(const CrossAttentionBackwardParams& p) {
                              ? p.dbias == nullptr
                              : *std::min_element(p.bias_sizes, p.bias_sizes + 4) > 0;
   return IsValid(p.call) && bias_fits && AreBoth(p.dk.data, p.dv.data) &&
+         (p.dentropy == nullptr || p.entropy != nullptr) &&
          std::min({p.dq_splits, p.dkdv_splits, p.dbias_splits}) > 0;
 }
 

@@ -73,6 +73,7 @@ SPLITS = {
     "masked": dict(Nq=9, mask="empty_rows"),
     "statistics": dict(Nq=6, mask="unsorted", bias="1111", dropout_p=0.3),
     "far_below": dict(Nq=5, bias="B11K", values="bias_lowest_keys"),
+    "low": dict(Nq=6, bias="QK", values="bias_minus_1e9"),
     "many_rows": dict(Nq=300, Nk=70, bias="B1Q1", scale=(0.3,)),
 }
 

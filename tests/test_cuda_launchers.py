@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 
@@ -36,10 +38,13 @@ def forward(n_splits=1, rows=(64, 0, 0, 0), **changes):
     return _cuda.CrossAttentionForwardParams(head, rows, call(**changes), n_splits)
 
 
-def backward(dk=64, dv=64, bias_sizes=(1, 1, 1, 1), dbias=0, splits=(1, 1, 1), **changes):
+ONE, LSE = (1, 1, 1), (64, 0, 0, 0, 0)
+
+
+def backward(dk=64, dv=64, bias_sizes=(1, *ONE), dbias=0, splits=ONE, rows=LSE, **changes):
     of = lambda at: _cuda.HeadTensor(at, [64, 64, 64])  # noqa: E731
     params = _cuda.CrossAttentionBackwardParams(
-        *map(of, (64, dk, dv, 64, 64)), [64, 0, 0, 0, 0], call(**changes), bias_sizes
+        *map(of, (64, dk, dv, 64, 64)), rows, call(**changes), bias_sizes
     )
     params.dbias = dbias
     params.dq_splits, params.dkdv_splits, params.dbias_splits = splits
@@ -83,6 +88,7 @@ WRONG_BACKWARDS = {
     "dv without dk": dict(dk=0),
     "no splits": dict(splits=(1, 0, 1)),
     "dbias without bias": dict(dbias=64),
+    "dentropy without entropy": dict(rows=(64, 0, 0, 64, 0)),
     "bias of no size": dict(bias=64, bias_sizes=(1, 0, 1, 1)),
 }
 
@@ -130,17 +136,26 @@ def test_static_shared_memory_is_within_what_a_launch_allows_for():
 
 
 def test_a_device_older_than_the_build_is_a_reason(monkeypatch):
-    monkeypatch.setattr(torch.version, "hip", None)
+    built = Mock(OLDEST_ARCH=_cuda.OLDEST_ARCH, CUDA_VERSION=13000)
+    built.driver_version.return_value = 13010
+    monkeypatch.setattr(launch, "extension", lambda: built)
+    reasons = launch.build_reasons.__wrapped__
     oldest = divmod(_cuda.OLDEST_ARCH, 10)
-    for found, reasons in ((oldest, 0), ((oldest[0] + 3, 0), 0), ((7, 5), 1)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=found: found)
-        text = launch.device_reasons(torch.device("cuda"))
-        assert len(text) == reasons
-    assert text == [
+    assert reasons(oldest) == reasons((oldest[0] + 3, 0)) == []
+    assert reasons((7, 5)) == [
         "compute capability 7.5 < {}.{}, the oldest of this build (XATTN_CUDA_ARCHS)".format(
             *oldest
         )
     ]
+
+
+@pytest.mark.parametrize(("driver", "said"), [(12080, 1), (13000, 0), (14000, 0)])
+def test_a_driver_older_than_the_build_is_a_reason(driver, said, monkeypatch):
+    built = Mock(OLDEST_ARCH=80, CUDA_VERSION=13020)
+    built.driver_version.return_value = driver
+    monkeypatch.setattr(launch, "extension", lambda: built)
+    text = ["the driver is for CUDA 12.8, this build for 13.2"]
+    assert launch.build_reasons.__wrapped__((9, 0)) == text * said
 
 
 @pytest.mark.parametrize("tall", ["q", "k"])

@@ -12,11 +12,20 @@ import torch
 from . import __version__
 from .attention_weights import attention_weights
 from .cross_attention import cross_attention
+from .cuda_kernels import launch
 from .dispatch import explain
+from .gated_residual import gated_residual
+from .topk_attention import topk_attention
 
 # What the dispatch reads; shown when set, because it changes which backend is taken.
-SWITCHES = ("TRITON_INTERPRET", "XATTN_TRITON_ON_CPU")
-TENSORS = {cross_attention: 3, attention_weights: 2}
+SWITCHES = ("TRITON_INTERPRET", "XATTN_TRITON_ON_CPU", "XATTN_CUDA_ON_CPU")
+# of a plain call of each op
+CALLS = {
+    cross_attention: lambda t: (t, t, t),
+    attention_weights: lambda t: (t, t),
+    topk_attention: lambda t: (t, t, t, 1),
+    gated_residual: lambda t: (t, t, t.new_zeros(1)),
+}
 GIB = 2**30
 
 
@@ -34,8 +43,17 @@ def versions() -> list[str]:
         f"python        {platform.python_version()}  ({platform.platform()})",
         f"torch         {torch.__version__}  ({built_for})",
         f"triton        {triton}",
+        f"CUDA kernels  {cuda_kernels()}",
         *(f"{name}={os.environ[name]}" for name in SWITCHES if name in os.environ),
     ]
+
+
+def cuda_kernels() -> str:
+    if (_cuda := launch.extension()) is None:
+        return "not in this build"
+    major, minor = divmod(_cuda.CUDA_VERSION // 10, 100)
+    oldest = "{}.{}".format(*divmod(_cuda.OLDEST_ARCH, 10))
+    return f"of CUDA {major}.{minor}, for compute capability {oldest} and later"
 
 
 def devices() -> list[tuple[torch.device, str]]:
@@ -56,8 +74,8 @@ def explain_on(device: torch.device) -> None:
     """Prints, for each op, what every backend says of a plain call on `device`."""
     dtype = torch.float32 if device.type == "cpu" else torch.float16
     t = torch.zeros(1, 1, 1, 64, dtype=dtype, device=device)
-    for op, count in TENSORS.items():
-        explain(op, *[t] * count)
+    for op, arguments in CALLS.items():
+        explain(op, *arguments(t))
 
 
 def main() -> None:

@@ -29,18 +29,29 @@ def extension() -> ModuleType | None:
 def device_reasons(device: torch.device) -> list[str]:
     """Why the CUDA kernels cannot run on tensors of `device`."""
     if extension() is None:
-        return ["this build of xattn-kernels has no CUDA kernels (they need nvcc when it is built)"]
+        return ["this build of xattn-kernels has no CUDA kernels (see XATTN_BUILD_CUDA)"]
     if device.type == "cuda":
         if torch.version.hip is not None:
             return ["this is a ROCm build of torch"]
-        oldest = divmod(extension().OLDEST_ARCH, 10)
-        if (found := torch.cuda.get_device_capability(device)) < oldest:
-            text = "compute capability {}.{} < {}.{}, the oldest of this build (XATTN_CUDA_ARCHS)"
-            return [text.format(*found, *oldest)]
-        return []
+        return build_reasons(torch.cuda.get_device_capability(device))
     if device.type == "cpu" and os.environ.get("XATTN_CUDA_ON_CPU") == "1":
         return []
     return [f"tensors are on {device.type}, CUDA kernels need a GPU"]
+
+
+@cache
+def build_reasons(capability: tuple[int, int]) -> list[str]:
+    """Why what was built has nothing for a device of this capability, or for its driver."""
+    found, _cuda = [], extension()
+    oldest = divmod(_cuda.OLDEST_ARCH, 10)
+    if capability < oldest:
+        text = "compute capability {}.{} < {}.{}, the oldest of this build (XATTN_CUDA_ARCHS)"
+        found.append(text.format(*capability, *oldest))
+    driver, built = _cuda.driver_version(), _cuda.CUDA_VERSION
+    if driver // 1000 < built // 1000:
+        versions = (driver // 1000, driver % 1000 // 10, built // 1000, built % 1000 // 10)
+        found.append("the driver is for CUDA {}.{}, this build for {}.{}".format(*versions))
+    return found
 
 
 def pointer(t: Tensor | None) -> int:
