@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import re
 import subprocess
 import sys
@@ -34,8 +35,10 @@ NAME = re.compile(r"(?<!\d)(?=(?P<length>\d+)(?P<rest>[a-z]\w*))")
 
 @dataclass(frozen=True)
 class CudaRow:
-    """One kernel of one architecture; `symbol` is its mangled name with all template arguments."""
+    """One kernel of one architecture; `symbol` is its mangled name with all template arguments,
+    `code` what `code()` was."""
 
+    code: str
     nvcc: str
     arch: int
     source: str
@@ -75,6 +78,14 @@ void* kernel() {{ return (void*)&{name}; }}
 """
 
 
+def code() -> str:
+    """A digest of csrc/, without comments and white space: the kernels of a table with it are
+    those that are here."""
+    files = sorted(file for kind in ("*.cu", "*.cuh", "*.h") for file in CSRC.glob(kind))
+    text = "\n".join(re.sub(r"//.*", "", file.read_text()) for file in files)
+    return hashlib.sha256("".join(text.split()).encode()).hexdigest()[:12]
+
+
 def compile_source(source: Path, arch: int) -> list[CudaRow]:
     with tempfile.TemporaryDirectory() as folder:
         command = ["nvcc", "-std=c++17", "-O3", f"-arch=sm_{arch}", "-Xptxas=-v"]
@@ -82,10 +93,10 @@ def compile_source(source: Path, arch: int) -> list[CudaRow]:
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{source.name} for sm_{arch}:\n{done.stderr}")
-    version = nvcc_version()
+    known = (code(), nvcc_version())
     return [
         CudaRow(
-            version, arch, source.name, kernel_of(found["symbol"]), found["symbol"],
+            *known, arch, source.name, kernel_of(found["symbol"]), found["symbol"],
             *(int(found[name] or 0) for name in ("registers", "stack", "spills", "shared")),
         )
         for found in ENTRY.finditer(done.stderr)
