@@ -8,6 +8,8 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input
 INSTALLED := $(VENV)/.installed
 # Of a checkout: code for one architecture is enough to import, and tests compile the others.
+# A wheel is for those of the user, or for all.
+WHEEL_ARCHS := $(XATTN_CUDA_ARCHS)
 export XATTN_CUDA_ARCHS ?= 80
 TRITON_NEWEST := .triton39
 
@@ -72,6 +74,8 @@ bench: $(INSTALLED)
 # code for the devices that are here, or for all where nvidia-smi does not say
 gpu: export XATTN_CUDA_ARCHS = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader \
 	2>/dev/null | tr -d . | sort -u | paste -sd ';')
+# a machine with nvcc is to try the CUDA kernels too, and says what it lacks for them
+gpu: export XATTN_BUILD_CUDA = $(if $(CUDA_HOME)$(shell command -v nvcc),1)
 gpu:
 	$(PYTHON) -m pip --disable-pip-version-check --no-input install --no-build-isolation --no-deps -e .
 	$(PYTHON) -m benchmarks gpu
@@ -116,13 +120,13 @@ format: $(INSTALLED)
 # libcudart_static.a takes from libc what libc has, so that the tag is that of this machine's glibc,
 # manylinux_2_34 from there on (pthread_*, sem_*, dlopen); in a manylinux image it is an older one.
 # A static libstdc++ would only raise it, to 2_36 with GCC 12 (arc4random, _dl_find_object).
-wheel: export XATTN_BUILD_CUDA = 1
-wheel: export XATTN_CUDA_ARCHS =
+# The code of all architectures stays below 60 MB, also in time: indexes refuse large files.
 wheel: $(INSTALLED)
 	rm -rf dist
-	$(PY) -m build
+	XATTN_BUILD_CUDA=1 XATTN_CUDA_ARCHS="$(WHEEL_ARCHS)" $(PY) -m build
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m auditwheel repair --wheel-dir dist dist/*.whl
 	rm dist/*-linux_*.whl
+	test -z "$$(find dist -size +60000k)"
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -8,13 +8,16 @@ The extension links neither torch nor a dynamic libcudart, so one binary serves 
     XATTN_BUILD_CUDA   1: an error without nvcc; 0: no extension; unset: one where nvcc is found
     XATTN_CUDA_ARCHS   compute capabilities, "80;90"; by default those of ARCHS
     MAX_JOBS           compilers that run at once, each for as many architectures at once
-    CUDA_HOME          a toolkit; else nvcc on PATH, else that of the nvidia-cuda-nvcc wheel,
-                       which build_backend.py asks for
+    CUDA_HOME          a toolkit; else nvcc on PATH where it is new enough, else that of the
+                       nvidia-cuda-nvcc wheel, which build_backend.py asks for
+    CXX                the C++ compiler, also that which nvcc calls; flags may follow its name
 """
 
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -24,7 +27,17 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
-from build_backend import PARTS, cuda_wanted, find_cxx, find_toolkit
+from build_backend import (
+    OLDEST_CUDA,
+    PARTS,
+    cuda_version,
+    cuda_wanted,
+    find_cudart,
+    find_cxx,
+    find_nvcc,
+    find_toolkit,
+    host_compiler,
+)
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
@@ -73,43 +86,60 @@ class BuildCuda(build_ext):
         jobs = str(max_jobs())
         # One file takes half of the time. Not in its command: another MAX_JOBS is no other build.
         flags = f"{os.environ.get('NVCC_APPEND_FLAGS', '')} --threads={jobs}"
-        command = [Path(ninja.BIN_DIR, "ninja"), "-C", folder, "-j", jobs]
-        subprocess.run(command, check=True, env=os.environ | {"NVCC_APPEND_FLAGS": flags})
+        arguments = [Path(ninja.BIN_DIR, "ninja"), "-C", folder, "-j", jobs]
+        subprocess.run(arguments, check=True, env=os.environ | {"NVCC_APPEND_FLAGS": flags})
 
 
 def ninja_file(folder: Path, target: Path) -> str:
     """The rules that make `target`, with objects in `folder`."""
     import pybind11
 
-    toolkit, cxx = find_toolkit(), find_cxx()
+    toolkit, cxx, archs = find_toolkit(), find_cxx(), wanted_archs()
     include = (toolkit / "include", pybind11.get_include(), sysconfig.get_path("include"))
-    includes = " ".join(f"-I{path}" for path in include)
-    libraries = next(p for p in (toolkit / "lib64", toolkit / "lib") if p.is_dir())
-    archs = wanted_archs()
-    defines = f"-DXATTN_OLDEST_ARCH={min(map(int, archs))}"
-    nvcc = " ".join((f"{toolkit}/bin/nvcc", *NVCC_FLAGS, *gencode(archs)))
+    includes = [f"-I{path}" for path in include]
+    oldest = f"-DXATTN_OLDEST_ARCH={min(map(int, archs))}"
+    nvcc = command(f"{toolkit}/bin/nvcc", *host_compiler(), *NVCC_FLAGS, *gencode(archs))
+    libraries = ("-lcudart_static", "-ldl", "-lrt", "-lpthread")
+    exports = CSRC / "exports.map"
+    link = (f"-L{find_cudart(toolkit)}", *libraries, f"-Wl,--version-script={exports}", "-s")
     depends = "-MD -MF $out.d -c $in -o $out"
     lines = [
         *("rule nvcc", f"  command = {nvcc} {depends}", "  depfile = $out.d"),
-        *("rule cxx", f"  command = {cxx} {' '.join(CXX_FLAGS)} {defines} {includes} {depends}"),
+        *("rule cxx", f"  command = {command(*cxx, *CXX_FLAGS, oldest, *includes)} {depends}"),
         *("  depfile = $out.d", "rule link"),
-        f"  command = {cxx} -shared $in -o $out -L{libraries} -lcudart_static -ldl -lrt -lpthread "
-        f"-Wl,--version-script={CSRC}/exports.map -s",
+        f"  command = {command(*cxx)} -shared $in -o $out {command(*link)}",
     ]
     objects = []
     for source in sorted([*CSRC.glob("*.cu"), *CSRC.glob("*.cpp")]):
-        objects.append(f"{folder}/{source.name}.o")
+        objects.append(folder / f"{source.name}.o")
         rule = "nvcc" if source.suffix == ".cu" else "cxx"
-        lines.append(f"build {objects[-1]}: {rule} {source}")
-    lines.append(f"build {target}: link {' '.join(objects)} | {CSRC}/exports.map")
+        lines.append(f"build {as_path(objects[-1])}: {rule} {as_path(source)}")
+    inputs = " ".join(map(as_path, objects))
+    lines.append(f"build {as_path(target)}: link {inputs} | {as_path(exports)}")
     return "\n".join(lines) + "\n"
+
+
+def command(*words: str) -> str:
+    """Of a rule, for the shell that ninja calls."""
+    return shlex.join(words).replace("$", "$$")
+
+
+def as_path(path: Path) -> str:
+    """Of a build line."""
+    return re.sub(r"([$ :])", r"$\1", str(path))
 
 
 def missing() -> list[str]:
     """What a build of the extension needs and is not here."""
-    packages = " ".join(f"nvidia-{part}" for part in PARTS)
-    found = [] if find_toolkit() else [f"nvcc (CUDA_HOME, PATH, or the packages {packages})"]
-    if not find_cxx():
+    found, toolkit = [], find_toolkit()
+    if toolkit is None:
+        older = [f"; {nvcc} is of {{}}.{{}}".format(*cuda_version(nvcc)) for nvcc in find_nvcc()]
+        packages = " ".join(f"nvidia-{part}" for part in PARTS)
+        text = "nvcc of CUDA {}.{} or later (CUDA_HOME, PATH, or the packages {}{})"
+        found.append(text.format(*OLDEST_CUDA, packages, "".join(older)))
+    elif find_cudart(toolkit) is None:
+        found.append(f"libcudart_static.a in lib64 or lib of {toolkit}")
+    if find_cxx() is None:
         found.append("C++ compiler (CXX)")
     return found + [f"package {name}" for name in ("pybind11", "ninja") if not find_spec(name)]
 

@@ -49,8 +49,8 @@ inline bool IsValid(const CrossAttentionCall& c) {
   const int widest = std::max(s.D, s.Dv), sizes[] = {s.B, s.Hq, s.Hkv, s.Nq, s.Nk, s.D, s.Dv};
   const DType last = DType::kBFloat16;
   return *std::min_element(std::begin(sizes), std::end(sizes)) > 0 && widest <= 256 &&
-         s.Hq % s.Hkv == 0 && DType::kFloat32 <= s.dtype && s.dtype <= last &&
-         AreBoth(c.start.data, c.stop.data);
+         s.Hq % s.Hkv == 0 && std::max<int64_t>(int64_t{s.Nq} * Group(s), s.Nk) <= kMostRows &&
+         DType::kFloat32 <= s.dtype && s.dtype <= last && AreBoth(c.start.data, c.stop.data);
 }
 
 // How many blocks share a loop of `steps` tiles so that the device is filled twice over. A split

@@ -283,6 +283,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.doc() = "Launchers of the CUDA kernels in csrc/.";
   m.attr("CUDA_VERSION") = CUDART_VERSION;
   m.def("driver_version", &xattn::DriverVersion);
+  m.attr("MOST_ATTENTION_ROWS") = xattn::kMostRows;
   m.attr("OLDEST_ARCH") = XATTN_OLDEST_ARCH;
   m.attr("MOST_STATIC_SHARED") = xattn::kMostStaticShared;
   m.def("check",

@@ -37,6 +37,10 @@ struct PairTensor {
   DType dtype;  // of a bias; a mask has bytes
 };
 
+// Of a key head's queries, Nq * Hq / Hkv, and of Nk: counted in int32, beyond the last by a tile
+// for each split.
+constexpr int64_t kMostRows = (int64_t{1} << 31) - (1 << 17);
+
 struct CrossAttentionShape {
   int32_t B, Hq, Hkv, Nq, Nk, D, Dv;  // from 1 on, D and Dv to 256; Hq a multiple of Hkv
   DType dtype;                        // of every HeadTensor

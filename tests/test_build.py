@@ -23,6 +23,14 @@ COMPILER = [
 ]
 
 
+def program(path: Path, cuda: str = "13.0") -> Path:
+    """That says, as nvcc does, of which CUDA it is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\necho Cuda compilation tools, release {cuda}, V{cuda}.88\n")
+    path.chmod(0o755)
+    return path
+
+
 def setup(tmp_path, *commands: str, **environment: str) -> subprocess.CompletedProcess:
     """setup.py beside no package, where PATH has no nvcc."""
     for name in ("setup.py", "build_backend.py"):
@@ -64,21 +72,12 @@ def test_settings_that_mean_nothing_are_errors(tmp_path, variables, error):
 
 @pytest.mark.parametrize("archs", ["sm_90", "75", "80,90", "80;"])
 def test_architectures_are_numbers_from_80_on(tmp_path, archs):
-    if (nvcc := shutil.which("nvcc")) is None:
-        pytest.skip("nvcc is not on PATH")
-    (tmp_path / "bin").mkdir()
-    for tool in (nvcc, shutil.which("c++") or "", shutil.which("sh")):
-        if tool:
-            (tmp_path / "bin" / Path(tool).name).symlink_to(tool)
+    program(tmp_path / "bin" / "c++")
+    toolkit = program(tmp_path / "bin" / "nvcc").parents[1]
+    (toolkit / "lib").mkdir()
+    (toolkit / "lib" / "libcudart_static.a").touch()
     done = setup(tmp_path, "build_ext", XATTN_CUDA_ARCHS=archs)
     assert done.returncode and "XATTN_CUDA_ARCHS must be like '80;90'" in done.stderr, done.stderr
-
-
-def program(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("#!/bin/sh\n")
-    path.chmod(0o755)
-    return path
 
 
 @pytest.fixture
@@ -122,6 +121,40 @@ def test_the_toolkit_of_cuda_home_is_preferred(bare, monkeypatch):
     toolkit = program(bare / "toolkit" / "bin" / "nvcc").parents[1]
     monkeypatch.setenv("CUDA_HOME", str(toolkit))
     assert build_backend.find_toolkit() == toolkit and asked() == []
+
+
+def test_an_old_toolkit_on_path_is_passed_over(bare):
+    program(bare / "bin" / "nvcc", "12.4")
+    assert build_backend.find_toolkit() is None and asked() == COMPILER
+    newer = program(bare / "site-packages/nvidia/cu13/bin/nvcc").parents[1]
+    assert build_backend.find_toolkit() == newer and asked() == []
+
+
+def test_an_old_toolkit_of_cuda_home_is_not_replaced(bare, monkeypatch):
+    program(bare / "bin" / "nvcc")
+    monkeypatch.setenv("CUDA_HOME", str(program(bare / "old/bin/nvcc", "12.4").parents[1]))
+    assert build_backend.find_toolkit() is None and asked() == []
+
+
+@pytest.mark.parametrize("wanted", ["", "1"])
+def test_what_is_missing_is_said_with_the_toolkit_that_is_there(tmp_path, wanted):
+    old = program(tmp_path / "old/bin/nvcc", "12.4")
+    text = "there is no libcudart_static.a in lib64 or lib"
+    for cuda, said in (("12.4", f"; {old} is of 12.4)"), ("12.10", text)):
+        program(old, cuda)
+        home = str(old.parents[1])
+        done = setup(tmp_path, "--version", CUDA_HOME=home, XATTN_BUILD_CUDA=wanted)
+        assert said in done.stderr
+        assert bool(done.returncode) == (wanted == "1")
+
+
+def test_the_static_runtime_lies_where_toolkits_put_it(tmp_path):
+    assert build_backend.find_cudart(tmp_path) is None
+    for place in ("targets/sbsa-linux/lib", "lib", "lib64"):
+        (tmp_path / place).mkdir(parents=True)
+        assert build_backend.find_cudart(tmp_path) != tmp_path / place
+        (tmp_path / place / "libcudart_static.a").touch()
+        assert build_backend.find_cudart(tmp_path) == tmp_path / place
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from xattn_kernels import MultiheadAttention, cross_attention, masks
+from xattn_kernels import (
+    MultiheadAttention,
+    cross_attention,
+    gated_residual_norm,
+    masks,
+    topk_attention,
+)
 
 MASKS = {"none": lambda: None, "interval": lambda: masks.window(5, 7, left=3)}
 each_mask = pytest.mark.parametrize("mask", MASKS)
@@ -37,6 +43,23 @@ def test_cross_attention(mask):
     mask = MASKS[mask]()
     inputs = [torch.randn(2, 2, n, 16, requires_grad=True) for n in (5, 7, 7)]
     assert_same(lambda q, k, v: (cross_attention(q, k, v, mask=mask),), inputs, [])
+
+
+ONE_GRAPH = {
+    "cross_attention": (cross_attention, [(2, 2, n, 16) for n in (5, 7, 7)]),
+    "topk_attention": (lambda q, k, v: topk_attention(q, k, v, 3), [(2, 2, 5, 16)] * 3),
+    "gated_residual": (lambda *t: gated_residual_norm(*t, norm="rms").normed, [(3, 8), (3, 8), ()]),
+}
+
+
+@pytest.mark.parametrize("name", ONE_GRAPH)
+def test_choosing_a_backend_breaks_no_graph(name):
+    """What the default looks at, of the CUDA extension too, can be traced."""
+    op, shapes = ONE_GRAPH[name]
+    inputs = [torch.randn(shape) for shape in shapes]
+    torch.testing.assert_close(
+        torch.compile(op, fullgraph=True, backend="aot_eager")(*inputs), op(*inputs)
+    )
 
 
 @pytest.mark.slow

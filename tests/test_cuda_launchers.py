@@ -19,7 +19,10 @@ pytestmark = pytest.mark.skipif(
 )
 _cuda = launch.extension()
 SIZES = dict(B=2, Hq=4, Hkv=2, Nq=5, Nk=70, D=16, Dv=16)
-WRONG_SIZES = [dict(Nq=0), dict(Nk=0), dict(B=0), dict(D=257), dict(Dv=0), dict(Hkv=3)]
+WRONG_SIZES = [
+    *(dict(Nq=0), dict(Nk=0), dict(B=0), dict(D=257), dict(Dv=0), dict(Hkv=3)),
+    *(dict(Nq=2**30), dict(Nk=2**31 - 2**16)),
+]
 
 
 def call(start=64, stop=64, bias=0, **sizes):
@@ -135,14 +138,35 @@ def test_static_shared_memory_is_within_what_a_launch_allows_for():
     assert 0 < most <= _cuda.MOST_STATIC_SHARED
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            ImportError("libm.so.6: version `GLIBC_2.99' not found"),
+            "do not load: libm.so.6: version",
+        ),
+        (ModuleNotFoundError("none", name="xattn_kernels._cuda"), "has no CUDA kernels"),
+    ],
+    ids=["does_not_load", "not_built"],
+)
+def test_an_extension_that_is_not_there_is_a_reason(monkeypatch, error, said):
+    """And breaks no import of the package, of which the rest serves."""
+    monkeypatch.setattr(launch, "import_module", Mock(side_effect=error))
+    module, missing = launch.load()
+    assert module is None and len(missing) == 1 and said in missing[0]
+    monkeypatch.setattr(launch, "MISSING_EXTENSION", missing)
+    assert launch.device_reasons(torch.device("cuda")) == missing
+    on_cpu = launch.device_reasons(torch.device("cpu"))
+    assert on_cpu == ["tensors are on cpu, CUDA kernels need a GPU"]
+
+
 def test_a_device_older_than_the_build_is_a_reason(monkeypatch):
     built = Mock(OLDEST_ARCH=_cuda.OLDEST_ARCH, CUDA_VERSION=13000)
-    built.driver_version.return_value = 13010
     monkeypatch.setattr(launch, "extension", lambda: built)
-    reasons = launch.build_reasons.__wrapped__
+    monkeypatch.setattr(launch, "driver_version", lambda: 13010)
     oldest = divmod(_cuda.OLDEST_ARCH, 10)
-    assert reasons(oldest) == reasons((oldest[0] + 3, 0)) == []
-    assert reasons((7, 5)) == [
+    assert launch.build_reasons(*oldest) == launch.build_reasons(oldest[0] + 3, 0) == []
+    assert launch.build_reasons(7, 5) == [
         "compute capability 7.5 < {}.{}, the oldest of this build (XATTN_CUDA_ARCHS)".format(
             *oldest
         )
@@ -152,14 +176,15 @@ def test_a_device_older_than_the_build_is_a_reason(monkeypatch):
 @pytest.mark.parametrize(("driver", "said"), [(12080, 1), (13000, 0), (14000, 0)])
 def test_a_driver_older_than_the_build_is_a_reason(driver, said, monkeypatch):
     built = Mock(OLDEST_ARCH=80, CUDA_VERSION=13020)
-    built.driver_version.return_value = driver
     monkeypatch.setattr(launch, "extension", lambda: built)
+    monkeypatch.setattr(launch, "driver_version", lambda: driver)
     text = ["the driver is for CUDA 12.8, this build for 13.2"]
-    assert launch.build_reasons.__wrapped__((9, 0)) == text * said
+    assert launch.build_reasons(9, 0) == text * said
 
 
 @pytest.mark.parametrize("tall", ["q", "k"])
-def test_more_rows_than_the_kernels_count_are_a_reason(tall):
+def test_more_rows_than_the_kernels_count_are_a_reason(tall, monkeypatch):
+    monkeypatch.setenv("XATTN_CUDA_ON_CPU", "1")
     n = 2**31 - 2**16
     one = torch.zeros(1, 1, 1, 16)
     q, k = (one.expand(1, 1, n if tall == name else 1, 16) for name in "qk")

@@ -29,7 +29,7 @@ def masked(leaves: list[Tensor], backend: str) -> list[Tensor]:
     start = torch.arange(100, dtype=torch.int32, device=device)
     out, lse, *_ = cross_attention(
         *leaves, mask=KeyInterval(start, start + 60), dropout_p=0.1, return_lse=True,
-        seed=torch.tensor([5], device=device), backend=backend,
+        seed=torch.full((1,), 5, dtype=torch.int64, device=device), backend=backend,
     )  # fmt: skip
     return with_gradients((out, lse), leaves)
 

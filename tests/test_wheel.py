@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import sys
 import sysconfig
@@ -25,6 +26,7 @@ PIP = ["-m", "pip", "--disable-pip-version-check", "wheel", "-q", "--no-build-is
 PIP += ["--no-deps", "--no-index", "-w"]
 # What the compilers made when the package was installed, which took minutes, as their every output.
 COMPILER = """#!/bin/sh
+test "$1" = --version && echo release 13.0 && exit
 while [ "$1" != -o ]; do shift; done
 cp '{}' "$2"
 """
@@ -52,7 +54,8 @@ def pure(source, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def release(source, tmp_path_factory) -> Path:
-    """Made of the source distribution, for which there is no compiler, and tagged by auditwheel."""
+    """Made of the source distribution, for which there is no compiler, and tagged by auditwheel;
+    in folders whose names have spaces."""
     for name in ("auditwheel", "ninja", "pip", "pybind11"):
         pytest.importorskip(name)
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
@@ -64,13 +67,16 @@ def release(source, tmp_path_factory) -> Path:
     code = f"import build_backend, os; os.chdir({str(source)!r}); "
     code += f"build_backend.build_sdist({str(folder)!r})"
     run_python("-c", code, PYTHONPATH=str(source), PATH="", XATTN_BUILD_CUDA="1")
-    compiler = folder / "toolkit" / "bin" / "nvcc"
-    for made in (compiler.parent, folder / "toolkit" / "lib"):
+    home, temporary = folder / "a toolkit", folder / "$a place"
+    compiler = home / "bin" / "nvcc"
+    for made in (compiler.parent, home / "lib", temporary):
         made.mkdir(parents=True)
     compiler.write_text(COMPILER.format(installed()))
     compiler.chmod(0o755)
-    toolkit = dict(CUDA_HOME=str(folder / "toolkit"), CXX=str(compiler), XATTN_BUILD_CUDA="1")
-    run_python(*PIP, str(folder), str(next(folder.glob("*.tar.gz"))), **toolkit)
+    (home / "lib" / "libcudart_static.a").touch()
+    toolkit = dict(CUDA_HOME=str(home), CXX=shlex.quote(str(compiler)), XATTN_BUILD_CUDA="1")
+    archive = str(next(folder.glob("*.tar.gz")))
+    run_python(*PIP, str(folder), archive, TMPDIR=str(temporary), **toolkit)
     repair = ["-m", "auditwheel", "repair", "--wheel-dir", str(folder / "repaired")]
     run_python(*repair, str(next(folder.glob("*.whl"))), PATH=path)
     return next((folder / "repaired").glob("*.whl"))

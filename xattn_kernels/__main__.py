@@ -50,7 +50,7 @@ def versions() -> list[str]:
 
 def cuda_kernels() -> str:
     if (_cuda := launch.extension()) is None:
-        return "not in this build"
+        return "; ".join(launch.MISSING_EXTENSION)
     major, minor = divmod(_cuda.CUDA_VERSION // 10, 100)
     oldest = "{}.{}".format(*divmod(_cuda.OLDEST_ARCH, 10))
     return f"of CUDA {major}.{minor}, for compute capability {oldest} and later"

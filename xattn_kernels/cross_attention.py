@@ -19,8 +19,6 @@ from .dispatch import TRITON_DTYPES, Backend, allow_tf32, run, triton_device_rea
 from .inputs import CrossAttentionInputs, CrossAttentionResult, check_inputs
 from .triton_kernels.tensors import empty_rows
 
-MOST_CUDA_ROWS = 2**31 - 2**17  # counted in int32, beyond the last by a tile for each split
-
 
 def cross_attention(
     q: Tensor,
@@ -46,7 +44,9 @@ def cross_attention(
 
     Inputs are not cast, under autocast neither; only in a backward that itself runs under autocast,
     against PyTorch's advice, PyTorch casts the products of the eager backend. float32 products are
-    IEEE's unless torch's setting for matmul allows TF32. Second derivatives need backend="eager".
+    IEEE's unless torch's setting for matmul allows TF32; the cuda backend always takes three TF32
+    products, which leave out what is below 2**-22 of a term. Second derivatives need
+    backend="eager".
     PyTorch's own kernels, the `sdpa` backend, have no softcap, dropout by seed, lse or statistics;
     some of them read NaN in a query as an output of 0.
     A query without any allowed key gets out = 0, lse = -inf and zero gradients on every backend.
@@ -131,9 +131,10 @@ def triton_reasons(x: CrossAttentionInputs) -> list[str]:
 def cuda_reasons(x: CrossAttentionInputs) -> list[str]:
     """Why the CUDA kernels cannot run this call."""
     found = cuda.device_reasons(x.q.device) + kernel_reasons(x)
-    if (rows := max(x.Nq * x.Hq // max(x.Hkv, 1), x.Nk)) > MOST_CUDA_ROWS:
-        found.append(f"{rows} queries of a key head, or keys, are more than {MOST_CUDA_ROWS}")
-    return found
+    if found or torch.compiler.is_compiling():  # a trace would be held to fewer rows
+        return found
+    rows, most = max(x.Nq * x.Hq // max(x.Hkv, 1), x.Nk), cuda.extension().MOST_ATTENTION_ROWS
+    return [f"{rows} queries of a key head, or keys, are more than {most}"] if rows > most else []
 
 
 def triton_run(x: CrossAttentionInputs) -> CrossAttentionResult:

@@ -215,12 +215,16 @@ def kernel_reasons(x: GatedResidualInputs) -> list[str]:
     for name, t in {"x": x.x, "h": x.h, "gate": x.gate, "weight": x.weight, "bias": x.bias}.items():
         if t is not None and t.dtype not in TRITON_DTYPES:
             found.append(f"the dtype of {name}, {t.dtype}, is not float32, float16 or bfloat16")
-    if x.x.numel() // x.x.shape[-1] > MOST_ROWS:
-        found.append(f"x has more than {MOST_ROWS} rows")
+    if not torch.compiler.is_compiling():  # or a trace would be held to fewer rows
+        found += row_reasons(x.x)
     for name, t in {"x": x.x, "h": x.h}.items():
         if t.shape[-1] > 1 and t.stride(-1) != 1:
             found.append(f"the last dimension of {name} is not contiguous")
     return found
+
+
+def row_reasons(x: Tensor) -> list[str]:
+    return [f"x has more than {MOST_ROWS} rows"] if x[..., 0].numel() > MOST_ROWS else []
 
 
 def width_reasons(x: GatedResidualInputs, widest: int) -> list[str]:
@@ -325,6 +329,8 @@ def launch_forward(
     backend: str = "triton",
 ) -> tuple[Tensor, Tensor]:
     """(y, normed); normed has no elements when norm is empty."""
+    if found := row_reasons(x):
+        raise RuntimeError(f"gated_residual: {found[0]}")
     return kernels_of(backend).forward(x, h, gate, weight, bias, row_mask, norm, eps)
 
 

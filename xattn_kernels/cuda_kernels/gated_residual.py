@@ -39,14 +39,21 @@ def dimensions(*tensors: Tensor | None) -> int:
 
 
 def widest_norm(x: Tensor, *others: Tensor) -> int:
+    """The widest row that a block can hold."""
+    return widest_row(x.dtype, all(aligned(t, x.dtype) for t in (x, *others)))
+
+
+@torch.compiler.assume_constant_result  # it is a function of the build
+def widest_row(x_dtype: torch.dtype, is_aligned: bool) -> int:
     """The widest row that a block can hold, see `csrc/gated_residual.h`."""
-    together = all(aligned(t, x.dtype) for t in (x, *others))
-    return extension().widest_normed_row(getattr(extension().DType, DTYPES[x.dtype]), together)
+    return extension().widest_normed_row(getattr(extension().DType, DTYPES[x_dtype]), is_aligned)
 
 
 def aligned(t: Tensor, x_dtype: torch.dtype) -> bool:
-    """Whether each row begins and ends at a multiple of what 16 bytes of x hold."""
-    starts = (*t.stride()[:-1], t.storage_offset(), t.shape[-1])
+    """Whether each row begins and ends at a multiple of what 16 bytes of x hold; a trace knows no
+    offset, and what it takes for aligned and is not a launch refuses."""
+    offset = 0 if torch.compiler.is_compiling() else t.storage_offset()
+    starts = (*t.stride()[:-1], offset, t.shape[-1])
     return all(n * x_dtype.itemsize % 16 == 0 for n in starts)
 
 
@@ -102,7 +109,7 @@ def write_gradients(grads, dy, dnormed, h, y, gate, weight, row_mask, norm, eps)
     if dimensions(*walked, None if row_mask is None else row_mask[..., None]) > _cuda.MAX_ROW_DIMS:
         # of what backward may be given, only gradients have strides that `reasons` cannot know
         dy, dnormed = (None if t is None else t.contiguous() for t in (dy, dnormed))
-    if norm and y.shape[-1] > _cuda.widest_normed_row(getattr(_cuda.DType, DTYPES[y.dtype]), False):
+    if norm and y.shape[-1] > widest_row(y.dtype, False):
         # as x and h are, or `reasons` would have said that the row is too wide
         dy, dnormed = (t if t is None or aligned(t, y.dtype) else fresh(t) for t in (dy, dnormed))
     walked[2:4] = dy, dnormed

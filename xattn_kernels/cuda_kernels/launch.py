@@ -15,43 +15,53 @@ from torch import Tensor
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
-@cache
-def extension() -> ModuleType | None:
-    """`xattn_kernels._cuda`, or None where the package was built without it."""
+def load() -> tuple[ModuleType | None, list[str]]:
+    """`xattn_kernels._cuda`, and why there is none."""
     try:
-        return import_module("xattn_kernels._cuda")
-    except ModuleNotFoundError as error:
-        if error.name != "xattn_kernels._cuda":
-            raise
-        return None
+        return import_module("xattn_kernels._cuda"), []
+    except ImportError as error:  # of a file that is there it is the loader's message
+        if isinstance(error, ModuleNotFoundError) and error.name == "xattn_kernels._cuda":
+            return None, ["this build of xattn-kernels has no CUDA kernels (see XATTN_BUILD_CUDA)"]
+        return None, [f"the CUDA kernels of this build do not load: {error}"]
+
+
+EXTENSION, MISSING_EXTENSION = load()  # once: a trace of torch.compile cannot look
+
+
+def extension() -> ModuleType | None:
+    return EXTENSION
 
 
 def device_reasons(device: torch.device) -> list[str]:
     """Why the CUDA kernels cannot run on tensors of `device`."""
-    if extension() is None:
-        return ["this build of xattn-kernels has no CUDA kernels (see XATTN_BUILD_CUDA)"]
-    if device.type == "cuda":
-        if torch.version.hip is not None:
-            return ["this is a ROCm build of torch"]
-        return build_reasons(torch.cuda.get_device_capability(device))
-    if device.type == "cpu" and os.environ.get("XATTN_CUDA_ON_CPU") == "1":
-        return []
-    return [f"tensors are on {device.type}, CUDA kernels need a GPU"]
+    on_cpu = device.type == "cpu" and os.environ.get("XATTN_CUDA_ON_CPU") == "1"
+    if device.type != "cuda" and not on_cpu:
+        return [f"tensors are on {device.type}, CUDA kernels need a GPU"]
+    if torch.version.hip is not None:
+        return ["this is a ROCm build of torch"]
+    if MISSING_EXTENSION or on_cpu:
+        return list(MISSING_EXTENSION)
+    return build_reasons(*torch.cuda.get_device_capability(device))
 
 
-@cache
-def build_reasons(capability: tuple[int, int]) -> list[str]:
+@torch.compiler.assume_constant_result  # of this machine
+def build_reasons(major: int, minor: int) -> list[str]:
     """Why what was built has nothing for a device of this capability, or for its driver."""
     found, _cuda = [], extension()
     oldest = divmod(_cuda.OLDEST_ARCH, 10)
-    if capability < oldest:
+    if (major, minor) < oldest:
         text = "compute capability {}.{} < {}.{}, the oldest of this build (XATTN_CUDA_ARCHS)"
-        found.append(text.format(*capability, *oldest))
-    driver, built = _cuda.driver_version(), _cuda.CUDA_VERSION
+        found.append(text.format(major, minor, *oldest))
+    driver, built = driver_version(), _cuda.CUDA_VERSION
     if driver // 1000 < built // 1000:
         versions = (driver // 1000, driver % 1000 // 10, built // 1000, built % 1000 // 10)
         found.append("the driver is for CUDA {}.{}, this build for {}.{}".format(*versions))
     return found
+
+
+@cache
+def driver_version() -> int:
+    return extension().driver_version()
 
 
 def pointer(t: Tensor | None) -> int:
