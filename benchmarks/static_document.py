@@ -101,8 +101,9 @@ CUDA = """\
 
 The same counting for the kernels of `csrc/`, nvcc {nvcc}, beside Triton's: bfloat16, head width 64,
 key intervals. One binary is for all of them and for any call, so a warp has 16 rows of each product
-everywhere and loads a fragment of the other operand for those alone: shared memory is what bounds
-it. Where Triton has wgmma or tcgen05 (sm_90, sm_100) these kernels have mma.sync. A pair of
+everywhere and loads a fragment of the other operand for those alone: where tensor cores are fast,
+on sm_80, sm_90 and sm_100, shared memory is what bounds it. Where Triton has wgmma or tcgen05
+(sm_90, sm_100) these kernels have mma.sync. A pair of
 topk_selection is a score that a sweep looks at, by a part of its bits; behind the slash is what
 counts them, in shared memory.
 """

@@ -246,15 +246,10 @@ def test_layout_of_the_results(mode):
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda t: str(t)[6:])
 @pytest.mark.parametrize("D", [64, 128, 256])
 def test_no_bank_conflicts(mode, D, dtype):
-    """Of the tiles' copies and fragments; what a row has in shared memory is read word by word."""
+    """In any kernel of the forward and the backward."""
     case = Case("conflicts", B=1, Hq=1, Hkv=1, Nq=70, Nk=130, D=D, returns="lse")
     run(build(case, dtype, mode.device), "cuda")
-    kernels = [
-        (name, stats)
-        for name, stats in mode.session.launched
-        if "tion_forward" in name or "dq_" in name
-    ]
-    assert len(kernels) == 2
-    for name, stats in kernels:
+    assert len(mode.session.launched) >= 4
+    for name, stats in mode.session.launched:
         loads, ideal_loads, stores, ideal_stores = stats.shared_wavefronts
         assert (loads, stores) == (ideal_loads, ideal_stores), name

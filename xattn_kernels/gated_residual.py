@@ -70,8 +70,9 @@ def gated_residual(
     A gate of 0 gives exactly x, for any finite h.
 
     Args:
-        x: [..., dim], the residual stream; any leading dimensions and strides, on the triton
-            backend with a contiguous last dimension.
+        x: [..., dim], the residual stream; any leading dimensions and strides, for the kernels
+            with a contiguous last dimension, for those of cuda in at most four walks (dimensions
+            that one stride walks count as one).
         h: like x, of the same or a narrower dtype (float32 stream, bfloat16 branch).
         gate: a scalar, [1] or [dim], floating-point; its gradient is reduced in float32 in a
             fixed order, the same bits in every run.
@@ -112,7 +113,8 @@ def gated_residual_norm(
 
     Args:
         x, h, gate, row_mask, backend: as in `gated_residual`; on the triton backend dim is at most
-            8192, in float32 or with a vector gate 4096, and 2048 where it is no multiple of 16: a
+            8192, in float32 or with a vector gate 4096, and 2048 where it is no multiple of 16; on
+            cuda 8192, in float32 or where a row begins or ends at no multiple of 16 bytes 4096: a
             row and its sums are kept in registers.
         weight, bias: [dim] or None, floating-point.
         norm: "layer" (mean and variance) or "rms" (root mean square), in float32.

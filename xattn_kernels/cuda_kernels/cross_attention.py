@@ -61,11 +61,11 @@ def as_float32(scale_tensor: Tensor | None) -> Tensor | None:
 
 def forward(
     q, k, v, bias, scale_tensor, start, stop, mask, seed, scale, softcap, dropout_p, statistics,
-    allow_tf32=False, n_splits=None,
+    allow_tf32=False,
 ):  # fmt: skip
     """(out, lse, lse_low, entropy, max_probability): what was not asked for has no elements.
 
-    As `forward` of the Triton kernels; float32 products are IEEE's, also where TF32 is allowed.
+    As `forward` of the Triton kernels; float32 takes three products of TF32, also where one may do.
     """
     scale_tensor = as_float32(scale_tensor)
     out = empty_rows(q, v.shape[3])
@@ -80,7 +80,7 @@ def forward(
         call = call_of(
             q, k, v, bias, scale_tensor, start, stop, mask, seed, scale, softcap, dropout_p
         )
-        n_splits = n_splits or launch.splits(_cuda.cross_attention_forward_splits, call, q.device)
+        n_splits = launch.splits(_cuda.cross_attention_forward_splits, call, q.device)
         params = _cuda.CrossAttentionForwardParams(
             heads(out), [*map(launch.pointer, rows)], call, n_splits
         )
@@ -96,7 +96,7 @@ def new_parts(n: int, like: Tensor) -> Tensor | None:
 
 def backward(
     dout, dlse, dentropy, q, k, v, bias, scale_tensor, start, stop, mask, seed, out, lse, lse_low,
-    entropy, scale, softcap, dropout_p, allow_tf32, needs, n_splits=None,
+    entropy, scale, softcap, dropout_p, allow_tf32, needs,
 ):  # fmt: skip
     """(dq, dk, dv, dbias, dscale); those that are not in the five `needs` have no elements. As
     `backward` of the Triton kernels."""
@@ -122,8 +122,6 @@ def backward(
         (1,) * 4 if bias is None else tuple(bias.shape),
     )  # fmt: skip
     launch.splits(_cuda.cross_attention_backward_splits, params, q.device)
-    if n_splits:
-        params.dq_splits = params.dkdv_splits = params.dbias_splits = n_splits
     dbias, dscale = dbias_and_dscale(params, q, bias, needs)
     parts = new_parts(_cuda.cross_attention_backward_parts(params), q)
     params.parts = launch.pointer(parts)
