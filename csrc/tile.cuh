@@ -105,7 +105,8 @@ struct SplitTf32 {
 };
 
 // c += a b of one fragment each. float32 takes three products of TF32, which leave out what is
-// below 2^-22 of a term; infinities take part in one, as inf times a small part of 0 is NaN.
+// below 2^-22 of a term; infinities take part in one, as inf times a small part of 0 is NaN. They
+// are added to c outside of the tensor cores, which cut off what they add to a large sum.
 template <class T>
 __device__ __forceinline__ void Accumulate(float (&c)[4], const uint32_t (&a)[4],
                                            const uint32_t (&b)[2]) {
@@ -114,12 +115,15 @@ __device__ __forceinline__ void Accumulate(float (&c)[4], const uint32_t (&a)[4]
   } else {
     const SplitTf32 as[4] = {SplitTf32(a[0]), SplitTf32(a[1]), SplitTf32(a[2]), SplitTf32(a[3])};
     const SplitTf32 bs[2] = {SplitTf32(b[0]), SplitTf32(b[1])};
-    ptx::MmaTf32(c, {as[0].small, as[1].small, as[2].small, as[3].small},
+    float sum[4] = {};
+    ptx::MmaTf32(sum, {as[0].small, as[1].small, as[2].small, as[3].small},
                  {bs[0].finite, bs[1].finite});
-    ptx::MmaTf32(c, {as[0].finite, as[1].finite, as[2].finite, as[3].finite},
+    ptx::MmaTf32(sum, {as[0].finite, as[1].finite, as[2].finite, as[3].finite},
                  {bs[0].small, bs[1].small});
-    ptx::MmaTf32(c, {as[0].large, as[1].large, as[2].large, as[3].large},
+    ptx::MmaTf32(sum, {as[0].large, as[1].large, as[2].large, as[3].large},
                  {bs[0].large, bs[1].large});
+#pragma unroll
+    for (int i = 0; i < 4; ++i) c[i] += sum[i];
   }
 }
 

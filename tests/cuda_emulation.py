@@ -24,6 +24,12 @@ launch_pointer = launch.pointer
 KERNELS: dict[tuple[str, str], Any] = {}  # (arch, name) -> ptxsim's kernel
 
 
+def reach(t: Tensor) -> int:
+    """Bytes from the first element to the end of the last."""
+    last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+    return (last + 1) * t.element_size()
+
+
 class Session:
     """Stands in for `launch.pointer` and `launch.submit`."""
 
@@ -35,7 +41,9 @@ class Session:
     def pointer(self, t: Tensor | None) -> int:
         address = launch_pointer(t)
         if address:  # without elements there is none, as there is for None
-            self.tensors[address] = t
+            before = self.tensors.setdefault(address, t)
+            if reach(t) > reach(before):  # one may be a part of the other
+                self.tensors[address] = t
         return address
 
     def submit(self, op: str, params: Any, device) -> None:

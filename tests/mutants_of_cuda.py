@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from mutation import mutants
 
-CROSS, TOP_K = "cross_attention_cuda::", "topk_attention_cuda::"
+CROSS, TOP_K, GATED = "cross_attention_cuda::", "topk_attention_cuda::", "gated_residual_cuda::"
 
 
 def dtypes(flags: str, dtype: str) -> str:
@@ -25,6 +25,15 @@ CONFLICTS = f"{CROSS}no_bank_conflicts[64-float16-cuda_sm_80]"
 TIES = f"{TOP_K}lower_keys_win_ties[8-float16-cuda_sm_80]"
 RANGE = f"{TOP_K}top_k_of_the_whole_range[cuda_sm_80]"
 NOT_FINITE = f"{TOP_K}what_is_not_finite[nan-cuda_sm_80]"
+
+GATED_PLAIN = f"{GATED}float16[plain_one_masked-cuda_sm_80]"
+GATED_LAYER = f"{GATED}float16[layer_vector_masked-cuda_sm_80]"
+GATED_RMS = f"{GATED}float16[rms_one_ragged-cuda_sm_80]"
+GATED_NAN = f"{GATED}nan_stays_out_of_rows_that_do_not_count[cuda_sm_80]"
+GATED_ROWS = f"{GATED}cuda[many_rows-bfloat16-cuda_sm_80]"
+WIDEST = f"{GATED}the_widest_row[layer-cuda_sm_80]"
+SPLIT = f"{CROSS}splits[plain-3-cuda_sm_80]"
+FEW = f"{TOP_K}every_output_is_written[few_of_many_keys-cuda_sm_80]"
 
 FORWARD = [
     *mutants("cross_attention", "Add",
@@ -95,6 +104,18 @@ BACKWARD = [
         ("cuda-dkdv-scale", "found.ds * of.scale", "found.ds", "dk without the scale", FLAGS),
         ("cuda-dkdv-factor", "dv, c.keep_scale, shape.Dv", "dv, 1.f, shape.Dv",
          "dv without 1 / (1 - dropout_p)", FLAGS),
+    ),
+    *mutants("cross_attention_backward", "tile_bounds_kernel",
+        ("cuda-bounds-rows", "row < ROWS;", "row < 16;", "bounds of a tile's first rows",
+         PLAIN),
+        ("cuda-bounds-batch", "b = n / n_tiles", "b = 0", "bounds of the first batch element",
+         f"{CROSS}cuda[cuda_sm_80-mask_media_last_long-float32]"),
+    ),
+    *mutants("cross_attention_backward", "sum_splits_kernel",
+        ("cuda-splits-last", "n < call.n_splits", "n + 1 < call.n_splits",
+         "the last split is left out", SPLIT),
+        ("cuda-splits-head", "h = row / call.N % call.H", "h = row / call.N / call.H",
+         "gradients of the wrong head", f"{CROSS}splits[heads-3-cuda_sm_80]"),
     ),
     *mutants("bias_gradient", "dbias_kernel",
         ("cuda-dbias-over", "size[3] == shape.Nk ? 1 : kKeys", "1",
@@ -174,8 +195,110 @@ SELECTION = [
 ]  # fmt: skip
 
 
+INDICES = [
+    *mutants("topk_attention", "topk_indices_kernel",
+        ("cuda-index-place", "__popc(word & (own - 1))", "__popc(word & own) - 1",
+         "keys of a word in one place", TIES),
+        ("cuda-index-none", "n = at + lane; n < p.top_k", "n = at + lane + 1; n < p.top_k",
+         "the first index that is none is not written",
+         f"{TOP_K}every_output_is_written[mask_padding-cuda_sm_80]"),
+        ("cuda-bits-first", "j >= 0)", "j > 0)", "key 0 is never a bit",
+         f"{TOP_K}the_first_and_the_last_key_are_kept_as_indices[cuda_sm_80]"),
+        ("cuda-bits-zero", "bits[w] = 0;", ";", "bits that are not cleared", FEW),
+    ),
+]  # fmt: skip
+
+GATES = [
+    *mutants("gated_residual", "RowIndex(const RowSizes& rows, int r)",
+        ("cuda-gated-row", "r /= rows.sizes[d];", "", "rows of the wrong outer index",
+         f"{GATED}dimensions_that_cannot_be_walked_as_one[cuda_sm_80]"),
+    ),
+    *mutants("gated_residual", "TeamSum",
+        ("cuda-gated-team", "if (blockDim.x == kWarpSize) return x;", "return x;",
+         "each warp of a row has its own sum", WIDEST),
+        ("cuda-gated-barrier", ": 0.f);\n  __syncthreads();", ": 0.f);",
+         "a sum is overwritten while others read it", WIDEST),
+    ),
+    *mutants("gated_residual", "Normalise",
+        ("cuda-gated-mean", "y[n][i] -= mean", "y[n][i] -= 0.f", "no mean is taken off",
+         GATED_LAYER),
+        ("cuda-gated-eps", "columns.dim + eps)", "columns.dim)", "no eps",
+         f"{GATED}cuda[large_eps-bfloat16-cuda_sm_80]"),
+    ),
+    *mutants("gated_residual", "gated_forward_kernel",
+        ("cuda-gated-mask", "if (gated) {", "if (true) {", "the row mask is not read",
+         GATED_PLAIN),
+        ("cuda-gated-rounded", "ToFloat(FromFloat<T>(values[n][i]))", "values[n][i]",
+         "the norm of a y that is not rounded",
+         f"{GATED}the_norm_is_of_the_y_that_is_returned[cuda_sm_80]"),
+        ("cuda-gated-weight", "if (p.bias.data != nullptr) values[n][i] += p.bias.Load(c + i);",
+         "", "no bias", GATED_LAYER),
+    ),
+    *mutants("gated_residual", "gated_backward_kernel",
+        ("cuda-gated-along", "normed[n][i] * along + mean", "mean",
+         "the gradient along the row is kept", GATED_RMS),
+        ("cuda-gated-mean-gradient", "normed[n][i] * along + mean", "normed[n][i] * along",
+         "the gradient of the mean", GATED_LAYER),
+        ("cuda-gated-dgate-mask", "p.gate_parts != nullptr && gated", "p.gate_parts != nullptr",
+         "rows that do not count reach the gate", GATED_PLAIN),
+        ("cuda-gated-dh-mask", "gated ? gate.At(c + i) * dy[n][i] : 0.f",
+         "gate.At(c + i) * dy[n][i]", "dh of rows that do not count", GATED_PLAIN),
+        ("cuda-gated-teams", "r += teams)", "r += teams + 1)", "rows that nobody walks",
+         f"{GATED}cuda[many_rows_plain-float32-cuda_sm_80]"),
+    ),
+    *mutants("gated_residual", "StoreColumnSums",
+        ("cuda-gated-columns", "team == 0 ? sums[n][i] : total + sums[n][i]", "sums[n][i]",
+         "the sums of a block's last team", GATED_LAYER),
+    ),
+    *mutants("gated_residual", "SumOfParts",
+        ("cuda-gated-groups", "group < p.groups", "group < 1", "the sums of the first block",
+         GATED_ROWS),
+    ),
+    *mutants("gated_residual", "gated_sums_kernel",
+        ("cuda-gated-tanh-vector", "SumOfParts(p.gate_parts, c, p) * (1.f - t * t)",
+         "SumOfParts(p.gate_parts, c, p)", "the derivative of a vector gate", GATED_LAYER),
+        ("cuda-gated-tanh", "sum * (1.f - t * t)", "sum * (1.f - t)", "that of one gate",
+         GATED_PLAIN),
+        ("cuda-gated-tiles", "p.groups * p.column_tiles", "p.groups",
+         "parts of the first columns", f"{GATED}cuda[plain_one_wide-bfloat16-cuda_sm_80]"),
+    ),
+]  # fmt: skip
+
+LAUNCHERS = [
+    *mutants("cross_attention", "backward",
+        ("cuda-launch-dbias", "dbias.sum(0)", "dbias[0]", "dbias of the first split", MANY_ROWS),
+        ("cuda-launch-entropy", "rows[4] = None", "pass\n    rows[4] = None",
+         "no entropy beside its gradient", STATISTICS),
+        ("cuda-launch-contiguous", "dout.stride(3) != 1", "False", "dout read as if it were rows",
+         f"{CROSS}a_gradient_may_have_any_strides[cuda_sm_80]"),
+    ),
+    *mutants("cross_attention", "call_of",
+        ("cuda-launch-threshold", "round(dropout_p * 2**32)", "int(dropout_p * 2**31)",
+         "half of the drops", DROPOUT),
+        ("cuda-launch-scales", "scale_tensor.stride(0) if per_head else 0", "0",
+         "every head has the first one's scale", f"{CROSS}splits[heads-2-cuda_sm_80]"),
+    ),
+    *mutants("topk_attention", "backward",
+        ("cuda-launch-indices", "convert(selected, bits, Nk, True)",
+         "convert(selected, bits.zero_(), Nk, False)", "no bits from indices", FEW),
+    ),
+    *mutants("gated_residual", "write_gradients",
+        ("cuda-launch-aligned", "if t is None or aligned(t, y.dtype) else fresh(t)", "",
+         "wide rows at odd places",
+         f"{GATED}gradients_of_the_widest_row_may_lie_anywhere[cuda_sm_80]"),
+        ("cuda-launch-walks", "> _cuda.MAX_ROW_DIMS", "> 99", "more walks than there are places",
+         f"{GATED}dimensions_that_cannot_be_walked_as_one[cuda_sm_80]"),
+    ),
+]  # fmt: skip
+
+
+def of_launchers(table: list) -> list:
+    return [replace(m, folder="xattn_kernels/cuda_kernels", mode="emulated") for m in table]
+
+
 def of_csrc(table: list) -> list:
     return [replace(m, folder="csrc", mode="emulated") for m in table]
 
 
-CUDA = of_csrc([*FORWARD, *BACKWARD, *WALKS, *SELECTION])
+CUDA = of_csrc([*FORWARD, *BACKWARD, *WALKS, *SELECTION, *INDICES, *GATES])
+CUDA += of_launchers(LAUNCHERS)

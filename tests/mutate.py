@@ -161,7 +161,7 @@ def table(results: list[Result]) -> str:
         proof = f"equivalent: {m.equivalent}" if m.equivalent else "**nothing**"
         killed_by = r.killed_by.replace("|", r"\|")  # would end a column
         fate = f"`{killed_by}`" if r.killed_by else proof
-        lines.append(f"| {m.name} | `{m.file}.{m.function}` | {m.breaks} | {fate} |")
+        lines.append(f"| {m.name} | `{m.place}` | {m.breaks} | {fate} |")
     return "\n".join(lines) + "\n"
 
 

@@ -64,6 +64,12 @@ class Mutant:
         return ROOT / self.folder / f"{self.file}{'.cuh' if self.in_cpp else '.py'}"
 
     @property
+    def place(self) -> str:
+        """For people; a folder where a file's name is not enough."""
+        inside = "" if self.folder == "triton_kernels" else f"{self.folder}/"
+        return f"{inside}{self.file}.{self.function}"
+
+    @property
     def in_cpp(self) -> bool:
         return self.folder == "csrc"
 

@@ -75,6 +75,7 @@ SPLITS = {
     "far_below": dict(Nq=5, bias="B11K", values="bias_lowest_keys"),
     "low": dict(Nq=6, bias="QK", values="bias_minus_1e9"),
     "many_rows": dict(Nq=300, Nk=70, bias="B1Q1", scale=(0.3,)),
+    "heads": dict(B=2, Hq=4, Hkv=2, Nq=5, Nk=150, scale=(0.3, 0.2, -0.1, 0.4)),
 }
 
 
@@ -240,6 +241,19 @@ def test_layout_of_the_results(mode):
         found["dq"].transpose(1, 2).is_contiguous() and found["dk"].transpose(1, 2).is_contiguous()
     )
     assert_agrees(found, case, torch.float16, mode.device)
+
+
+@emulated
+def test_a_gradient_may_have_any_strides(mode):
+    """That of a sum is one number, expanded; columns may lie apart."""
+    q, k, v = (torch.randn(2, 2, n, 16, device=mode.device).half() for n in (5, 40, 40))
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    out = cross_attention(*leaves, backend="cuda")
+    apart = torch.randn(2, 2, 16, 5, device=mode.device).half().mT
+    for dout in (torch.ones_like(out[0, 0, 0, 0]).expand_as(out), apart):
+        found = torch.autograd.grad(out, leaves, dout, retain_graph=True)
+        written = torch.autograd.grad(out, leaves, dout.contiguous(), retain_graph=True)
+        assert all(torch.equal(a, b) for a, b in zip(found, written, strict=True))
 
 
 @pytest.mark.parametrize("mode", modes("cuda_sm_80"), indirect=True)

@@ -79,6 +79,16 @@ def test_a_closed_gate_is_the_identity(mode):
 
 
 @any_mode
+def test_the_norm_is_of_the_y_that_is_returned(mode):
+    """Rounded: beside 1000 float16 keeps halves, of which a norm of the sum knows nothing."""
+    x = torch.full((3, 64), 1000.0, device=mode.device).half()
+    h = torch.randn(3, 64, device=mode.device).half()
+    y, normed = gated_residual_norm(x, h, torch.ones(1, device=mode.device), backend="cuda")
+    expected = torch.nn.functional.layer_norm(y.double(), (64,))
+    torch.testing.assert_close(normed.double(), expected, rtol=1e-3, atol=1e-3)
+
+
+@any_mode
 def test_nan_stays_out_of_rows_that_do_not_count(mode):
     case = replace(BY_NAME["plain_one_masked"], gate=float("nan"))
     call = build(case, torch.float32, mode.device)

@@ -87,6 +87,20 @@ def test_what_is_not_finite(mode, bad):
 
 
 @emulated
+def test_the_first_and_the_last_key_are_kept_as_indices(mode):
+    """Few of many keys, which the backward turns into bits again."""
+    q, k, v = (torch.ones(1, 1, n, 16, device=mode.device).half() for n in (2, 300, 300))
+    k[0, 0, 1:-1] = 0
+    v.requires_grad_()
+    found = topk_attention(q, k, v, 2, return_indices=True, backend="cuda")
+    assert found.indices.tolist() == [[[[0, 299]] * 2]]
+    found.out.sum().backward()
+    expected = torch.zeros_like(v)
+    expected[0, 0, [0, -1]] = 1.0
+    assert torch.equal(v.grad, expected)
+
+
+@emulated
 def test_top_k_of_the_whole_range(mode):
     """Scores of every exponent and both signs: each of the four steps decides some row."""
     g = torch.Generator().manual_seed(1)
