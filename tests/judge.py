@@ -23,7 +23,7 @@ from fuzz import Drawn
 from fuzz_gated import DrawnGated
 from fuzz_module import ModuleCase
 from fuzz_topk import DrawnBlocks, DrawnTopK
-from xattn_kernels import KeyInterval
+from xattn_kernels import KeyInterval, cross_attention, reference
 from xattn_kernels.cuda_kernels import launch as cuda_launch
 
 CALLS_PER_ROUND = 50
@@ -110,7 +110,23 @@ def check(
             assert_batch_is_independent(found, prepare(call), drawn.backend)
     # PyTorch's kernels round to 16 bits more often than once: weights, each head's dk and dv
     floors = 2.0 if drawn.backend == "sdpa" else 1.0
-    assert_as_expected(found, compute_expected(call), c, dtype, floors)
+    expected = compute_expected(call)
+    if drawn.backend == "cuda" and "infinite" in c.values:
+        settle_empty_rows(call, found, *expected[:2])
+    assert_as_expected(found, expected, c, dtype, floors)
+
+
+def settle_empty_rows(call: Call, *results: Tensors) -> None:
+    """A row all of whose scores are -inf, by infinite keys, is to the CUDA kernels one without
+    keys, whose gradient is 0; in eager and in the other kernels it is 0 times such a key."""
+    if call.op is not cross_attention:
+        return
+    x = replace(call.in_double().inputs(), return_lse=True)
+    empty = reference.cross_attention(x).lse == -torch.inf
+    for found in results if empty.any() else ():
+        found.pop("dscale", None)  # a sum over these rows too
+        if "dq" in found:
+            found["dq"] = found["dq"].masked_fill(empty[..., None], 0.0)
 
 
 def first_seed(wanted: str | None) -> int:

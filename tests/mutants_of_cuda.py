@@ -2,9 +2,10 @@
 
 from dataclasses import replace
 
+from mutants_of_cuda_gates import GATED, GATES
 from mutation import mutants
 
-CROSS, TOP_K, GATED = "cross_attention_cuda::", "topk_attention_cuda::", "gated_residual_cuda::"
+CROSS, TOP_K = "cross_attention_cuda::", "topk_attention_cuda::"
 
 
 def dtypes(flags: str, dtype: str) -> str:
@@ -13,10 +14,7 @@ def dtypes(flags: str, dtype: str) -> str:
 
 PLAIN, FLAGS = dtypes("plain", "float16"), dtypes("flags", "float16")
 PLAIN32, FLAGS32 = dtypes("plain", "float32"), dtypes("flags", "float32")
-EMPTY = f"{CROSS}empty_rows_and_unseen_keys[empty_rows-cuda_sm_80]"
-UNSORTED = f"{CROSS}empty_rows_and_unseen_keys[unsorted-cuda_sm_80]"
 PADDING = f"{CROSS}what_padding_holds[padding-statistics-cuda_sm_80]"
-BEFORE = f"{CROSS}what_padding_holds[padding_left-out-cuda_sm_80]"
 STATISTICS = f"{CROSS}splits[statistics-2-cuda_sm_80]"
 FAR_BELOW = f"{CROSS}splits[far_below-3-cuda_sm_80]"
 MANY_ROWS = f"{CROSS}splits[many_rows-3-cuda_sm_80]"
@@ -24,14 +22,7 @@ DROPOUT = f"{CROSS}dropout_has_the_bits_of_the_reference[cuda_sm_80]"
 CONFLICTS = f"{CROSS}no_bank_conflicts[64-float16-cuda_sm_80]"
 TIES = f"{TOP_K}lower_keys_win_ties[8-float16-cuda_sm_80]"
 RANGE = f"{TOP_K}top_k_of_the_whole_range[cuda_sm_80]"
-NOT_FINITE = f"{TOP_K}what_is_not_finite[nan-cuda_sm_80]"
 
-GATED_PLAIN = f"{GATED}float16[plain_one_masked-cuda_sm_80]"
-GATED_LAYER = f"{GATED}float16[layer_vector_masked-cuda_sm_80]"
-GATED_RMS = f"{GATED}float16[rms_one_ragged-cuda_sm_80]"
-GATED_NAN = f"{GATED}nan_stays_out_of_rows_that_do_not_count[cuda_sm_80]"
-GATED_ROWS = f"{GATED}cuda[many_rows-bfloat16-cuda_sm_80]"
-WIDEST = f"{GATED}the_widest_row[layer-cuda_sm_80]"
 SPLIT = f"{CROSS}splits[plain-3-cuda_sm_80]"
 FEW = f"{TOP_K}every_output_is_written[few_of_many_keys-cuda_sm_80]"
 
@@ -205,62 +196,6 @@ INDICES = [
         ("cuda-bits-first", "j >= 0)", "j > 0)", "key 0 is never a bit",
          f"{TOP_K}the_first_and_the_last_key_are_kept_as_indices[cuda_sm_80]"),
         ("cuda-bits-zero", "bits[w] = 0;", ";", "bits that are not cleared", FEW),
-    ),
-]  # fmt: skip
-
-GATES = [
-    *mutants("gated_residual", "RowIndex(const RowSizes& rows, int r)",
-        ("cuda-gated-row", "r /= rows.sizes[d];", "", "rows of the wrong outer index",
-         f"{GATED}dimensions_that_cannot_be_walked_as_one[cuda_sm_80]"),
-    ),
-    *mutants("gated_residual", "TeamSum",
-        ("cuda-gated-team", "if (blockDim.x == kWarpSize) return x;", "return x;",
-         "each warp of a row has its own sum", WIDEST),
-        ("cuda-gated-barrier", ": 0.f);\n  __syncthreads();", ": 0.f);",
-         "a sum is overwritten while others read it", WIDEST),
-    ),
-    *mutants("gated_residual", "Normalise",
-        ("cuda-gated-mean", "y[n][i] -= mean", "y[n][i] -= 0.f", "no mean is taken off",
-         GATED_LAYER),
-        ("cuda-gated-eps", "columns.dim + eps)", "columns.dim)", "no eps",
-         f"{GATED}cuda[large_eps-bfloat16-cuda_sm_80]"),
-    ),
-    *mutants("gated_residual", "gated_forward_kernel",
-        ("cuda-gated-mask", "if (gated) {", "if (true) {", "the row mask is not read",
-         GATED_PLAIN),
-        ("cuda-gated-rounded", "ToFloat(FromFloat<T>(values[n][i]))", "values[n][i]",
-         "the norm of a y that is not rounded",
-         f"{GATED}the_norm_is_of_the_y_that_is_returned[cuda_sm_80]"),
-        ("cuda-gated-weight", "if (p.bias.data != nullptr) values[n][i] += p.bias.Load(c + i);",
-         "", "no bias", GATED_LAYER),
-    ),
-    *mutants("gated_residual", "gated_backward_kernel",
-        ("cuda-gated-along", "normed[n][i] * along + mean", "mean",
-         "the gradient along the row is kept", GATED_RMS),
-        ("cuda-gated-mean-gradient", "normed[n][i] * along + mean", "normed[n][i] * along",
-         "the gradient of the mean", GATED_LAYER),
-        ("cuda-gated-dgate-mask", "p.gate_parts != nullptr && gated", "p.gate_parts != nullptr",
-         "rows that do not count reach the gate", GATED_PLAIN),
-        ("cuda-gated-dh-mask", "gated ? gate.At(c + i) * dy[n][i] : 0.f",
-         "gate.At(c + i) * dy[n][i]", "dh of rows that do not count", GATED_PLAIN),
-        ("cuda-gated-teams", "r += teams)", "r += teams + 1)", "rows that nobody walks",
-         f"{GATED}cuda[many_rows_plain-float32-cuda_sm_80]"),
-    ),
-    *mutants("gated_residual", "StoreColumnSums",
-        ("cuda-gated-columns", "team == 0 ? sums[n][i] : total + sums[n][i]", "sums[n][i]",
-         "the sums of a block's last team", GATED_LAYER),
-    ),
-    *mutants("gated_residual", "SumOfParts",
-        ("cuda-gated-groups", "group < p.groups", "group < 1", "the sums of the first block",
-         GATED_ROWS),
-    ),
-    *mutants("gated_residual", "gated_sums_kernel",
-        ("cuda-gated-tanh-vector", "SumOfParts(p.gate_parts, c, p) * (1.f - t * t)",
-         "SumOfParts(p.gate_parts, c, p)", "the derivative of a vector gate", GATED_LAYER),
-        ("cuda-gated-tanh", "sum * (1.f - t * t)", "sum * (1.f - t)", "that of one gate",
-         GATED_PLAIN),
-        ("cuda-gated-tiles", "p.groups * p.column_tiles", "p.groups",
-         "parts of the first columns", f"{GATED}cuda[plain_one_wide-bfloat16-cuda_sm_80]"),
     ),
 ]  # fmt: skip
 
