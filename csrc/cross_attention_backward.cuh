@@ -281,6 +281,10 @@ __global__ void __launch_bounds__(AttentionBlock<T, WIDTH>::kThreads, 1)
     terms.Load(stage, call, b, hkv, t * kRows);
   };
 
+  // applied to the sum: before, 16 bits would lose what a small scale leaves of ds
+  const bool one_scale = PLAIN || c.scale_stride == 0 || shape.Hq == shape.Hkv;
+  const float scale = ScaleOf(c, hkv * (shape.Hq / shape.Hkv));
+
   // [16, WIDTH] of a warp
   float dk[DK ? WIDTH / 8 : 1][4] = {}, dv[DV ? WIDTH / 8 : 1][4] = {};
   int stage = 0, t = meeting.Next();
@@ -319,7 +323,7 @@ __global__ void __launch_bounds__(AttentionBlock<T, WIDTH>::kThreads, 1)
             const bool kept = of.Keeps(c, j);
             const PairGradient found(c, row, of.Sees(c, j, score), score, tanh, dp[n][i], kept);
             s[n][i] = kept ? found.p : 0.f;
-            dp[n][i] = found.ds * of.scale;
+            dp[n][i] = one_scale ? found.ds : found.ds * of.scale;
           }
         }
       }
@@ -344,7 +348,7 @@ __global__ void __launch_bounds__(AttentionBlock<T, WIDTH>::kThreads, 1)
     constexpr int kHalf = decltype(half)::value;
     const int j = k0 + row0 + lane / 4 + 8 * kHalf;
     if constexpr (DK)
-      StoreKeyGradient<T, kHalf>(call, place, j, p.dk, call.parts.dk, dk, PLAIN ? c.scale : 1.f,
+      StoreKeyGradient<T, kHalf>(call, place, j, p.dk, call.parts.dk, dk, one_scale ? scale : 1.f,
                                  shape.D);
     if constexpr (DV)
       StoreKeyGradient<T, kHalf>(call, place, j, p.dv, call.parts.dv, dv, c.keep_scale, shape.Dv);

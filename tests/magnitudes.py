@@ -30,7 +30,7 @@ def magnitudes(call: Call, dtype: torch.dtype) -> dict[str, float]:
     # padding may hold NaN, which 0 does not undo
     v, k = (t.nan_to_num(0, 0, 0).repeat_interleave(x.Hq // x.Hkv, 1) for t in (x.v, x.k))
     scale = x.scale.view(1, -1, 1, 1) if isinstance(x.scale, Tensor) else x.scale
-    rounding = score_rounding(scale * x.q, k, dtype)
+    rounding = score_rounding(scale * x.q, k, dtype).nan_to_num(0, 0, 0)
     kept = reference.drop(p * (1 + rounding), x)
     if "weights" in call.upstream:
         dp, dout = call.upstream["weights"].abs(), torch.zeros_like(x.q)

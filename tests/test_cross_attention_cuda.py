@@ -244,6 +244,22 @@ def test_layout_of_the_results(mode):
 
 
 @emulated
+@pytest.mark.parametrize("flags", [{}, dict(dropout_p=0.3, softcap=30.0)], ids=["plain", "flags"])
+def test_a_small_scale_costs_no_precision(mode, flags):
+    """It is applied to sums: ds times 2^-15 is too small for float16, dk of large q is not. By
+    powers of two, so that nothing else differs."""
+    case = Case("small_scale", B=1, Hq=2, Hkv=2, Nq=20, Nk=40, D=24, **flags)
+    found = []
+    for factor in (1.0, 1024.0):
+        call = build(replace(case, scale=2.0**-5 / factor), torch.float16, mode.device)
+        with torch.no_grad():
+            call.leaves["q"] *= factor
+        found.append(run(call, "cuda"))
+    for name in ("out", "dk", "dv"):
+        assert torch.equal(found[0][name], found[1][name]), name
+
+
+@emulated
 def test_a_gradient_may_have_any_strides(mode):
     """That of a sum is one number, expanded; columns may lie apart."""
     q, k, v = (torch.randn(2, 2, n, 16, device=mode.device).half() for n in (5, 40, 40))
