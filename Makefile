@@ -75,7 +75,7 @@ bench: $(INSTALLED)
 gpu: export XATTN_CUDA_ARCHS = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader \
 	2>/dev/null | tr -d . | sort -u | paste -sd ';')
 # a machine with nvcc is to try the CUDA kernels too, and says what it lacks for them
-gpu: export XATTN_BUILD_CUDA = $(if $(CUDA_HOME)$(shell command -v nvcc),1)
+gpu: export XATTN_BUILD_CUDA ?= $(if $(CUDA_HOME)$(shell command -v nvcc),1)
 gpu:
 	$(PYTHON) -m pip --disable-pip-version-check --no-input install --no-build-isolation --no-deps -e .
 	$(PYTHON) -m benchmarks gpu
