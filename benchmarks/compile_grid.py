@@ -52,8 +52,8 @@ class Case:
     Nk: int = 4096
     group: int = 1
     interval: bool = True
-    # any of: mask bias scale softcap dropout statistics; weights with some of them; topk or blocks
-    # with mask and scale; or gated with any of: layer or rms, vector, mask
+    # any of: mask bias scale softcap dropout statistics; weights or mass with some of them; topk or
+    # blocks with mask and scale; or gated with any of: layer or rms, vector, mask
     flags: str = ""
     tf32: bool = False
 
@@ -113,7 +113,20 @@ def cases() -> list[Case]:
     found.append(Case("many2048-gqa-D64-scale", 64, 64, "bfloat16", 2048, group=4, flags="scale"))
     found.append(Case("decode-gqa-D128", 128, 128, "bfloat16", 1, group=4))
     found.append(Case("prefill-gqa-D128", 128, 128, "bfloat16", 512, group=4))
-    return found + topk_cases() + block_cases() + gated_cases()
+    return found + mass_cases() + topk_cases() + block_cases() + gated_cases()
+
+
+def mass_cases() -> list[Case]:
+    """The received mass of few rows and many, widths of one and two chunks, with flags."""
+    flagged = "mass mask bias scale softcap"
+    found = []
+    for D, rows in itertools.product((64, 96, 128, 160, 256), (1, 2048)):
+        found.append(Case(f"mass{rows}-D{D}", D, D, "bfloat16", rows, flags="mass"))
+    for D, dtype in itertools.product((64, 160, 256), ("bfloat16", "float32")):
+        found.append(Case(f"mass-flags-D{D}-{dtype}", D, D, dtype, 2048, flags=flagged))
+    found.append(Case("mass-gqa-D128", 128, 128, "bfloat16", 512, group=4, flags="mass"))
+    found.append(Case("mass-dense-D64", 64, 64, "bfloat16", 2048, interval=False, flags="mass"))
+    return [*found, Case("mass-D128-tf32", 128, 128, "float32", 2048, flags="mass", tf32=True)]
 
 
 def topk_cases() -> list[Case]:
@@ -281,6 +294,7 @@ def launch(case: Case) -> None:
         attention_weights,
         cross_attention,
         cross_attention_backward,
+        received_mass,
     )
 
     dtype = getattr(torch, case.dtype)
@@ -306,6 +320,13 @@ def launch(case: Case) -> None:
         if flag in flags:
             return launch_it(q, k, v, operands[4], *operands[5:8], case.tf32)
     options = (0.125, 30.0 if "softcap" in flags else 0.0, 0.1 if "dropout" in flags else 0.0)
+    if "mass" in flags:
+        lse = empty(B, Hq, case.rows, dtype=torch.float32)
+        rows = (lse, lse if "bias" in flags else None)
+        weight = empty(B, case.rows, dtype=torch.float32)
+        seen = operands[5:8]
+        received_mass.forward(q, k, *operands[3:5], *rows, *seen, weight, *options[:2], case.tf32)
+        return
     if "weights" in flags:
         lse = empty(B, Hq, case.rows, dtype=torch.float32)
         needs = [True, True, *(t is not None for t in operands[3:5]), False]
@@ -378,7 +399,8 @@ def wants_tensor_cores(row: Row) -> bool:
     from xattn_kernels.triton_kernels.configs import tf32_fits
 
     with_products = {
-        f"{name}_kernel" for name in ("forward", "dq", "dkdv", "dbias", "select", "gather_dkdv")
+        f"{name}_kernel"
+        for name in ("forward", "dq", "dkdv", "dbias", "mass", "select", "gather_dkdv")
     }
     if row.kernel not in with_products:
         return False

@@ -33,6 +33,7 @@ KERNELS = {
     "bounds_kernel": "bounds of row tiles",
     "dbias_kernel": "dbias",
     "weights_kernel": "attention weights",
+    "mass_kernel": "received mass",
     "select_kernel": "choice of the top keys",
     "candidates_kernel": "choice among the top keys of parts",
     "indices_kernel": "indices of its bits",

@@ -45,6 +45,7 @@ PRODUCTS = {
     "fused": (3, 2),
     "dkdv": (2, 2),
     "weights": (1, 0),
+    "mass": (1, 0),
     "dbias": (1, 1),
     "select": (1, 0),
     "gather_dkdv": (2, 2),

@@ -278,7 +278,7 @@ def test_explain_and_errors(capsys):
         r"lse must be \[B, Hq, Nq\] = \[2, 2, 19\]": {"lse": torch.zeros(B, HQ, NQ + 1)},
         "bias must broadcast": {"bias": torch.zeros(NK, NQ)},
         "dropout_p must be in": {"dropout_p": 1.0},
-        "a mask tensor must be bool": {"mask": torch.zeros(NQ, NK)},
+        "mask as a tensor must be bool": {"mask": torch.zeros(NQ, NK)},
         "unknown backend 'cudnn'": {"backend": "cudnn"},
     }.items():
         with pytest.raises((TypeError, ValueError), match=message):

@@ -40,6 +40,8 @@ def test_no_spills_and_tensor_cores(arch: int, case: Case):
     expected = {"forward_kernel", "dq_kernel"}
     if "weights" in case.flags:
         expected = {"weights_kernel", "dq_kernel"}
+    elif "mass" in case.flags:
+        expected = {"mass_kernel"}
     elif "topk" in case.flags:
         expected = {"select_kernel"}
     elif "blocks" in case.flags:

@@ -142,7 +142,7 @@ BAD = {
     "mask_dtype": (
         dict(mask=torch.zeros(NQ, NK)),
         TypeError,
-        "mask tensor must be bool .* got torch.float32; pass additive .* bias",
+        "mask as a tensor must be bool .* got torch.float32; pass additive .* bias",
     ),
     "mask_shape": (
         dict(mask=torch.ones(NQ, NK + 1, dtype=torch.bool)),

@@ -189,6 +189,16 @@ TABLE = {
         *_rows(ALL, HALF, False, None, (128, 16, (16, 64, 4, 1)), (256, ANY, (64, 32, 8, 1))),
         *_rows(ALL, FLOAT32, None, None, (128, ANY, (16, 32, 8, 1)), (256, ANY, (16, 16, 8, 1))),
     ],
+    # one tile of keys walks the rows that reach it and keeps what each score adds
+    "mass": [
+        *_rows(ALL, HALF, True, None, (64, ANY, (64, 128, 8, 2))),
+        *_rows(HOPPER, HALF, True, None, (128, ANY, (64, 64, 4, 2))),
+        *_rows(BLACKWELL, HALF, True, None, (128, ANY, (64, 64, 8, 2, *BOUND))),
+        *_rows(MMA, HALF, True, None, (128, ANY, (64, 64, 4, 2, *BOUND))),
+        *_rows(ALL, HALF, True, None, (256, ANY, (32, 64, 4, 2, *BOUND))),
+        *_rows(ALL, HALF, False, None, (128, ANY, (32, 64, 4, 1)), (256, ANY, (32, 32, 8, 1))),
+        *_rows(ALL, FLOAT32, None, None, (128, ANY, (16, 32, 8, 1)), (256, ANY, (16, 16, 8, 1))),
+    ],
     # one tile of the bias walks what is summed into it
     "dbias": [
         *_rows(ALL, HALF, None, None, (128, ANY, (64, 32, 8, 1)), (256, ANY, (32, 16, 8, 1))),

@@ -16,24 +16,25 @@ def apart(*tensors: Tensor | None) -> list[Tensor | None]:
     return found
 
 
-def refuse_double_backward(op: str, grads: tuple, sources: tuple) -> tuple:
+def refuse_double_backward(
+    op: str, grads: tuple, sources: tuple, instead: str = "use backend='eager'"
+) -> tuple:
     """The gradients; differentiating them again, by way of `sources`, is an error that says so."""
     if not torch.is_grad_enabled():
         return grads
-    return RefuseDoubleBackward.apply(op, len(grads), *grads, *sources)
+    return RefuseDoubleBackward.apply(op, instead, len(grads), *grads, *sources)
 
 
 class RefuseDoubleBackward(torch.autograd.Function):
     """Identity on the first n of the tensors, without a derivative."""
 
     @staticmethod
-    def forward(ctx, op, n, *tensors):
-        ctx.op = op
+    def forward(ctx, op, instead, n, *tensors):
+        ctx.op, ctx.instead = op, instead
         return tuple(None if g is None else g.view_as(g) for g in tensors[:n])
 
     @staticmethod
     def backward(ctx, *_):
         raise RuntimeError(
-            f"{ctx.op}: the kernels have no double backward; use backend='eager' for second "
-            "derivatives"
+            f"{ctx.op}: the kernels have no double backward; {ctx.instead} for second derivatives"
         )

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
 from importlib import metadata
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -65,8 +66,26 @@ def choose(op: str, backends: Sequence[Backend], inputs: Any, name: str | None) 
 def run(op: str, backends: Sequence[Backend], inputs: Any, name: str | None) -> Any:
     """What the chosen backend makes of `inputs`, in the dtypes that they have."""
     backend = choose(op, backends, inputs, name)
+    tell(op, inputs, backend.name)
     with without_autocast(inputs.device):
         return backend.run(inputs)
+
+
+Observer = Callable[[str, Any, str], None]
+OBSERVERS: ContextVar[tuple[Observer, ...]] = ContextVar("xattn_kernels_observers", default=())
+
+
+def tell(op: str, inputs: Any, backend: str) -> None:
+    """Each of OBSERVERS is called with this, before the op runs; who chooses a backend without
+    `run` says so here. What an observer calls is told to nobody, nor what torch.compile traces."""
+    if torch.compiler.is_compiling() or not (observers := OBSERVERS.get()):
+        return
+    token = OBSERVERS.set(())
+    try:
+        for observer in observers:
+            observer(op, inputs, backend)
+    finally:
+        OBSERVERS.reset(token)
 
 
 def autocasts(device: torch.device) -> bool:

@@ -227,12 +227,13 @@ class GatheredAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout, dlse, dentropy, *_):
+        saved = ctx.saved_tensors  # once: a checkpoint gives them once
         with torch.no_grad():
-            grads = gradients(dout, dlse, dentropy, *ctx.saved_tensors)
+            grads = gradients(dout, dlse, dentropy, *saved)
         grads = tuple(
             g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[:4], strict=True)
         )
-        grads = refuse_double_backward("topk_attention", grads, (dout, *ctx.saved_tensors[:4]))
+        grads = refuse_double_backward("topk_attention", grads, (dout, *saved[:4]))
         return *grads, *[None] * 4
 
 

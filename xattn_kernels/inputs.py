@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import NamedTuple
 
@@ -77,6 +77,21 @@ class CrossAttentionInputs:
         """(start, stop) as [B, Nq] views by stride, or (None, None) without an interval."""
         return self.interval.expand(self.B, self.Nq) if self.interval else (None, None)
 
+    def part(self, batch: slice, rows: slice) -> CrossAttentionInputs:
+        """The call of these batch elements and queries alone."""
+
+        def cut(t: Tensor | None) -> Tensor | None:
+            if t is None:
+                return None
+            t = t[batch] if t.shape[0] > 1 else t
+            return t[:, :, rows] if t.shape[2] > 1 else t
+
+        interval = self.interval
+        if interval is not None:
+            interval = KeyInterval(*(bound[batch, rows] for bound in self.bounds()))
+        keys = dict(k=self.k[batch], v=self.v[batch], mask=cut(self.mask), bias=cut(self.bias))
+        return replace(self, q=self.q[batch, :, rows], interval=interval, **keys)
+
 
 @dataclass(frozen=True)
 class TopKAttentionInputs(CrossAttentionInputs):
@@ -148,7 +163,7 @@ def view_4d(name: str, t: Tensor, q: Tensor, k: Tensor) -> Tensor:
 
 
 def check_mask(
-    mask, q: Tensor, k: Tensor, validate: bool
+    mask, q: Tensor, k: Tensor, validate: bool = False, name: str = "mask"
 ) -> tuple[KeyInterval | None, Tensor | None]:
     """Sorts `mask` into (interval, bool mask). The range check reads values, so a GPU waits."""
     if mask is None:
@@ -156,7 +171,7 @@ def check_mask(
     if isinstance(mask, KeyInterval):
         if mask.start.device != q.device:
             raise ValueError(
-                f"mask must be on the device of q, {q.device}, got {mask.start.device}"
+                f"{name} must be on the device of q, {q.device}, got {mask.start.device}"
             )
         mask.expand(q.shape[0], q.shape[2])
         if validate or (q.device.type == "cpu" and not torch.compiler.is_compiling()):
@@ -164,14 +179,14 @@ def check_mask(
         return mask, None
     if not isinstance(mask, Tensor):
         raise TypeError(
-            f"mask must be a KeyInterval, a bool tensor or None, got {type(mask).__name__}"
+            f"{name} must be a KeyInterval, a bool tensor or None, got {type(mask).__name__}"
         )
     if mask.dtype != torch.bool:
         raise TypeError(
-            f"a mask tensor must be bool (True = attend), got {mask.dtype}; "
+            f"{name} as a tensor must be bool (True = attend), got {mask.dtype}; "
             + ("pass additive values as bias" if mask.is_floating_point() else "call .bool() on it")
         )
-    return None, view_4d("mask", mask, q, k)
+    return None, view_4d(name, mask, q, k)
 
 
 def check_bias(bias, q: Tensor, k: Tensor) -> Tensor | None:
