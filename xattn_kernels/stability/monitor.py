@@ -1,0 +1,166 @@
+"""`StabilityMonitor`: what cross-attention does in training, seen every so many steps."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable
+
+from torch import Tensor, nn
+
+from ..modules.masked_cross_attention import check_sizes
+from .layers import check_module
+from .measures import AttentionLook, gradient_norms, without_rows
+from .parameters import Match, xattn_parameters
+from .pending import Pending
+from .report import StabilityReport, Thresholds
+
+LOGGER = logging.getLogger("xattn_kernels.stability")
+
+
+class StabilityMonitor:
+    """Watches the cross-attention of a model in training, without a matrix of weights.
+
+        monitor = StabilityMonitor(model, every=100)
+        for batch in loader:
+            loss = model(batch)
+            loss.backward()  # with a GradScaler, scaler.unscale_(optimizer) after it
+            monitor.step(loss)  # before gradients are clipped
+            ...
+
+    Every `every` steps, the first included: per layer that attends (found by its calls of the
+    package's ops) the mean entropy, the mean and the largest of the rows' largest probabilities,
+    the largest score, the feature norms of both sides and their ratio; the gates; the norms of all
+    gradients and of those of cross-attention; and whether loss, gradients and trained parameters
+    are finite, which `nan_every` checks more often, parameters apart. Nothing else changes: entropy
+    comes from a pass of its own, without gradients and values. Between these steps the model has
+    no hooks, and nothing waits for the device; results of a GPU are read when they have come,
+    with a later step. A call of a layer without gradients (validation) does not count, nor does
+    what torch.compile made: there only gates, gradients and loss are seen.
+
+    Attributes:
+        history: {name: deque of (step, value)}, the last 1,000.
+        last: the last `StabilityReport`, or None.
+
+    Args:
+        model: any module, with ops or modules of this package in it.
+        every: steps from one look to the next.
+        nan_every: steps from one check of loss and gradients to the next; None: none of its own.
+        thresholds: beyond what values there are warnings.
+        callbacks: each is called with every `StabilityReport`: writers, or any function.
+        logger: gets the warnings, values at level INFO. None: "xattn_kernels.stability".
+        layers: (name, module) -> whether a layer counts. None: all whose queries and keys do not
+            come from one argument.
+        match: (name, parameter) -> whether it is one of cross-attention, see `xattn_parameters`.
+
+    Raises:
+        TypeError, ValueError: an argument is not among those named here.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        every: int = 100,
+        nan_every: int | None = 10,
+        thresholds: Thresholds | None = None,
+        callbacks: Iterable[Callable[[StabilityReport], None]] = (),
+        logger: logging.Logger | None = None,
+        layers: Callable[[str, nn.Module], bool] | None = None,
+        match: Match | None = None,
+    ) -> None:
+        check_module("model", model)
+        check_sizes(every=every, nan_every=every if nan_every is None else nan_every)
+        self.callbacks = tuple(callbacks)
+        check_receivers(self.callbacks, thresholds)
+        self.model, self.every, self.nan_every = model, every, nan_every
+        self.thresholds = thresholds or Thresholds()
+        self.logger, self.match = logger or LOGGER, match
+        self.history: dict[str, deque] = defaultdict(lambda: deque(maxlen=1000))
+        self.last: StabilityReport | None = None
+        self.steps, self.pending, self.ours = 0, deque(), set()
+        self.attention = AttentionLook(model, layers)
+        self.attention.start()
+
+    def step(self, loss: Tensor | None = None) -> StabilityReport | None:
+        """After a backward: counts the step, looks where it is one to look at, passes on what has
+        come of earlier ones, and returns the report of this step where it is there already.
+
+        Args:
+            loss: of this step, a tensor of one value; its being finite is checked.
+
+        Raises:
+            TypeError: loss is no such tensor.
+        """
+        check_loss(loss)
+        now, self.steps = self.steps, self.steps + 1
+        looks = now % self.every == 0
+        if looks or self.nan_every is not None and now % self.nan_every == 0:
+            self.pending.append(self._look(now, loss, whole=looks))
+        if looks:
+            self.attention.stop()
+        if self.steps % self.every == 0:
+            self.attention.start()
+        self.flush(wait=False)
+        return self.last if self.last is not None and self.last.step == now else None
+
+    def flush(self, *, wait: bool = True) -> None:
+        """Passes on what has come, and waits for what is still on its way."""
+        while self.pending and (wait or self.pending[0].arrived()):
+            self.last = self._report(self.pending.popleft())
+            log(self.logger, self.last, self.model)
+            for callback in self.callbacks:
+                callback(self.last)
+
+    def close(self) -> None:
+        """Takes the hooks off the model, after `flush`."""
+        self.flush()
+        self.attention.stop()
+
+    def __enter__(self) -> StabilityMonitor:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+    def _look(self, step: int, loss: Tensor | None, whole: bool) -> Pending:
+        """All numbers of one step, still on the device."""
+        found: dict[str, Tensor] = {} if loss is None else {"loss": loss.detach().reshape(())}
+        if whole:
+            self.ours = {id(p) for p in xattn_parameters(self.model, self.match).values()}
+        found |= gradient_norms(self.model, self.ours)
+        return Pending(step, *self.attention.values(found) if whole else (found, {}))
+
+    def _report(self, pending: Pending) -> StabilityReport:
+        values = without_rows(pending.values(), pending.most_keys)
+        for name, value in values.items():
+            self.history[name].append((pending.step, value))
+        warnings = self.thresholds.warnings(pending.step, values, pending.most_keys)
+        return StabilityReport(pending.step, values, warnings)
+
+
+def check_receivers(callbacks: tuple, thresholds: Thresholds | None) -> None:
+    if not all(map(callable, callbacks)):
+        raise TypeError(f"callbacks must be functions of a report, got {callbacks}")
+    if thresholds is not None and not isinstance(thresholds, Thresholds):
+        raise TypeError(f"thresholds must be Thresholds, got {type(thresholds).__name__}")
+
+
+def check_loss(loss: Tensor | None) -> None:
+    if loss is not None and (not isinstance(loss, Tensor) or loss.numel() != 1):
+        got = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise TypeError(f"loss must be a tensor of one value or None, got {got}")
+
+
+def log(logger: logging.Logger, report: StabilityReport, model: nn.Module) -> None:
+    text = ", ".join(f"{name} {value:.4g}" for name, value in report.values.items())
+    logger.info("step %d: %s", report.step, text)
+    for warning in report.warnings:
+        worst = warning.statistic in ("gradient_norm", "finite")
+        level = logging.ERROR if worst else logging.WARNING
+        logger.log(level, "step %d: %s", report.step, warning.message)
+    if not math.isfinite(report.values.get("grad_norm/total", 0.0)):
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        names = [n for n, g in grads.items() if not g.isfinite().all()]
+        logger.error("step %d: gradients not finite now: %s", report.step, names[:10])

@@ -1,0 +1,248 @@
+"""Training of whole systems: several data sets in one step, BLIP-2's two stages, and whether a
+model looks at its images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..inputs import check_number
+from .layers import check_module
+from .parameters import Frozen, freeze
+
+VISION = (
+    "pixel_values", "image", "images", "media", "vision", "vision_x", "visual_features",
+    "vision_features", "image_embeds",
+)  # fmt: skip
+
+
+class DatasetMixture:
+    """One batch of each data set in every update, their gradients added up with weights.
+
+        g = sum_d weight_d grad loss_d
+
+    Each loss is differentiated before the next is computed, so that one graph at a time is in
+    memory. A data set that ends begins again, on its own; the others go on.
+
+    Args:
+        loaders: {name: iterable of batches}, each of which can be iterated again.
+        weights: {name: positive number}, the same names.
+
+    Raises:
+        TypeError, ValueError: an argument is not among those named here.
+
+    Source: Alayrac et al., "Flamingo" (2022), section 2.4.
+    """
+
+    def __init__(self, loaders: Mapping[str, Iterable], weights: Mapping[str, float]) -> None:
+        if not loaders or set(loaders) != set(weights):
+            raise ValueError(
+                f"weights must have the names of loaders, {list(loaders)}, got {list(weights)}"
+            )
+        for name, weight in weights.items():
+            if not 0.0 < check_number(f"weights[{name!r}]", weight, "a number") < math.inf:
+                raise ValueError(f"weights[{name!r}] must be a positive number, got {weight}")
+        self.loaders, self.weights = dict(loaders), dict(weights)
+        self.running: dict[str, Iterator] = {}
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """{name: batch} without end; iterating again goes on where it was left."""
+        while True:
+            yield {name: self._next(name) for name in self.loaders}
+
+    def _next(self, name: str) -> Any:
+        for _ in range(2):
+            if name not in self.running:
+                self.running[name] = iter(self.loaders[name])
+            try:
+                return next(self.running[name])
+            except StopIteration:
+                del self.running[name]
+        raise ValueError(f"loaders[{name!r}] must have a batch, and be iterable again")
+
+    def backward(
+        self,
+        batches: Mapping[str, Any],
+        loss_of: Callable[[str, Any], Tensor],
+        *,
+        model: nn.Module | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> dict[str, Tensor]:
+        """Adds weight * gradient of every loss to the parameters' gradients.
+
+        Args:
+            batches: one element of iterating.
+            loss_of: (name, batch) -> its loss, a scalar.
+            model: in `DistributedDataParallel`, whose gradients are then sent once.
+            scaler: scales the losses, with float16.
+
+        Returns:
+            {name: loss}, detached and without its weight.
+
+        Raises:
+            TypeError, ValueError: a loss is no scalar, or batches are not of these data sets.
+        """
+        if set(batches) != set(self.loaders):
+            raise ValueError(
+                f"batches must be of {list(self.loaders)}, got those of {list(batches)}"
+            )
+        losses, last = {}, list(batches)[-1]
+        for name, batch in batches.items():
+            waits = name != last and hasattr(model, "no_sync")
+            with model.no_sync() if waits else nullcontext():
+                loss = loss_of(name, batch)
+                if not isinstance(loss, Tensor) or loss.numel() != 1:
+                    raise TypeError(f"loss_of({name!r}, ...) must be a tensor of one value")
+                weighted = self.weights[name] * loss
+                (weighted if scaler is None else scaler.scale(weighted)).backward()
+            losses[name] = loss.detach()
+        return losses
+
+
+class Stage(NamedTuple):
+    """A stage of a training: what is frozen, what trains, its parameters by name, and which of
+    these required grad before."""
+
+    frozen: tuple[Frozen, ...]
+    trained: tuple[nn.Module, ...]
+    trainable: dict[str, nn.Parameter]
+    required: dict[str, bool]
+
+    def train(self) -> None:
+        """Training mode for what trains, evaluation for what is frozen."""
+        for part in (*self.frozen, *self.trained):
+            part.train()
+
+    def undo(self) -> None:
+        """Everything requires grad as before; what was frozen is in its modes of before."""
+        for name, p in self.trainable.items():
+            p.requires_grad_(self.required[name])
+        for part in reversed(self.frozen):
+            part.undo()
+
+
+def alignment_stage(*, vision_encoder: nn.Module, qformer: nn.Module) -> Stage:
+    """BLIP-2's first stage: the Q-Former learns from frozen images, by `stage_one_losses`.
+
+    Heads (projections of ITC and ITM) that are not in `qformer` are the caller's to train.
+
+    Raises TypeError: an argument is no module.
+
+    Source: Li et al., "BLIP-2" (2023), section 3.2; 250k steps there.
+    """
+    return stage({"vision_encoder": vision_encoder}, {"qformer": qformer})
+
+
+def generation_stage(
+    *,
+    vision_encoder: nn.Module,
+    qformer: nn.Module,
+    projection: nn.Module,
+    language_model: nn.Module,
+    train_qformer: bool = False,
+) -> Stage:
+    """BLIP-2's second stage: a projection joins Q-Former and a frozen language model, whose
+    `lm_loss(..., n_prefix=number of queries)` it learns from.
+
+    Args:
+        train_qformer: it learns too, as in the published code; False: the projection alone does.
+
+    Raises TypeError: an argument is no module, or train_qformer no bool.
+
+    Source: Li et al., "BLIP-2" (2023), section 3.3; 80k steps there.
+    """
+    if not isinstance(train_qformer, bool):
+        raise TypeError(f"train_qformer must be a bool, got {type(train_qformer).__name__}")
+    frozen = {"vision_encoder": vision_encoder, "language_model": language_model}
+    trained = {"projection": projection}
+    (trained if train_qformer else frozen)["qformer"] = qformer
+    return stage(frozen, trained)
+
+
+def stage(frozen: dict[str, nn.Module], trained: dict[str, nn.Module]) -> Stage:
+    """Freezes the one and wakes the other; a parameter of both trains."""
+    for name, module in (frozen | trained).items():
+        check_module(name, module)
+    trainable = {f"{n}.{k}": p for n, m in trained.items() for k, p in m.named_parameters()}
+    required = {name: p.requires_grad for name, p in trainable.items()}
+    done = tuple(freeze(m) for m in frozen.values())
+    for p in trainable.values():
+        p.requires_grad_(True)
+    return Stage(done, tuple(trained.values()), trainable, required)
+
+
+class BlindBaseline(NamedTuple):
+    """Losses with the images and without; `gap` is blind_loss - loss, and `ignored` says that
+    there is hardly any."""
+
+    loss: float
+    blind_loss: float
+    gap: float
+    ignored: bool
+
+
+@torch.no_grad()
+def blind_baseline(
+    model: Callable[..., Any],
+    batch: Mapping[str, Any],
+    *,
+    vision: str | Sequence[str] | None = None,
+    blank: float | str | Callable[[Tensor], Tensor] = 0.0,
+    threshold: float = 0.1,
+) -> BlindBaseline:
+    """Whether the model ignores its images: its loss on a batch, and on the same one without them.
+
+    Args:
+        model: `model(**batch)` gives the loss, or something with a `loss`. A module is in
+            evaluation for both, and in the modes it had afterwards.
+        batch: keyword arguments of the model.
+        vision: which of them are the images; None: those of the usual names that are there.
+        blank: what takes their place: a number (0 is the mean image where pixels are normalised),
+            "other" for the image of the next element of the batch, which looks like an image, or a
+            function of the tensor.
+        threshold: vision counts as ignored if the two losses differ by less.
+
+    Raises:
+        TypeError, ValueError: an argument is not among those named here.
+    """
+    names = [vision] if isinstance(vision, str) else vision
+    names = [n for n in VISION if n in batch] if names is None else list(names)
+    missing = [n for n in names if not isinstance(batch.get(n), Tensor)]
+    if not names or missing:
+        raise ValueError(
+            f"vision must name tensors of the batch, {list(batch)}, got {missing or 'none known'}"
+        )
+    if not 0.0 <= check_number("threshold", threshold, "a number"):
+        raise ValueError(f"threshold must be at least 0, got {threshold}")
+    blind = {**batch, **{n: blanked(batch[n], blank) for n in names}}
+    modes = [(m, m.training) for m in model.modules()] if isinstance(model, nn.Module) else []
+    try:
+        for module, _ in modes:
+            module.training = False
+        loss, without = (loss_in(model(**b)) for b in (batch, blind))
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    return BlindBaseline(loss, without, without - loss, abs(without - loss) < threshold)
+
+
+def blanked(images: Tensor, blank) -> Tensor:
+    if callable(blank):
+        return blank(images)
+    if blank == "other":
+        if len(images) < 2:
+            raise ValueError(f"blank='other' needs a batch of at least 2, got {len(images)}")
+        return images.roll(1, 0)
+    return torch.full_like(images, check_number("blank", blank, "a number, 'other' or a function"))
+
+
+def loss_in(result) -> float:
+    loss = result["loss"] if isinstance(result, Mapping) else getattr(result, "loss", result)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise TypeError(f"model must give a loss of one value, got {type(loss).__name__}")
+    return loss.item()
