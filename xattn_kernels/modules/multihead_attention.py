@@ -13,7 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from .. import by_head, sdpa
 from ..attention_weights import AttentionWeightsInputs, attention_weights
 from ..cross_attention import attend, cross_attention, cuda_reasons
-from ..dispatch import choice, choose, without_autocast
+from ..dispatch import choice, choose, tell, without_autocast
 from ..inputs import CrossAttentionInputs, check_inputs
 from ..masks import KeyInterval
 
@@ -172,6 +172,7 @@ class MultiheadAttention(nn.Module):
     def _attend(self, x: CrossAttentionInputs, average: bool | None):
         """(out, weights); no weights if `average` is None."""
         backend = choose("MultiheadAttention", BACKENDS, x, self.backend)
+        tell("cross_attention", x, backend.name)
         if backend.name == "sdpa" and sdpa.reasons(x):
             return by_head.attend(replace(x, seed=None), out=True, average_heads=average)
         if backend.name in ("triton", "cuda"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..dispatch import choice, choose
+from ..dispatch import choice, choose, tell
 from ..inputs import CrossAttentionInputs, TopKAttentionInputs
 from ..masks import KeyInterval
 from ..topk_attention import check_chosen, topk_attention
@@ -125,6 +125,7 @@ class SparseCrossAttention(MultiheadAttention):
             return super()._attend(x, average)
         y = self._sparse_inputs(x)
         backend = choose("SparseCrossAttention", topk_attention.backends, y, self.backend)
+        tell("topk_attention", y, backend.name)
         return backend.run(y).out, None
 
     def explain(self, *args, need_weights: bool = False, **kwargs) -> None:

@@ -1,0 +1,183 @@
+"""`NormalizedCrossAttention` and `StableCrossAttention`: what keeps its training from collapse."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..cross_attention import cross_attention
+from ..dispatch import run
+from ..gated_residual import gated_residual
+from ..inputs import check_inputs, check_number
+from .masked_cross_attention import (
+    NORMS,
+    check_bools,
+    check_choice,
+    check_positive,
+    check_sizes,
+    check_tensor,
+    merge_heads,
+    split_heads,
+)
+
+# dropout and statistics, which PyTorch's kernels lack, are eager's where there are no others
+WITH_DROPOUT = tuple(b._replace(by_name=False) for b in cross_attention.backends)
+
+
+class NormalizedCrossAttention(nn.Module):
+    """Cross-attention with a norm on both sides and a learnable temperature for each head.
+
+        q = to_q(query_norm(x))     k, v = to_k(m), to_v(m)     with m = key_norm(media)
+        p = softmax(key_scale / temperature_h q k^T / sqrt(dim_head))    out = to_out(dropout(p) v)
+
+    The norms make the logits independent of how large the features of an encoder are. What learns
+    is `log_temperature` [heads], so that a temperature stays positive, and `key_scale` [1]; both
+    meet the logits as the scale of the op. There are no biases: a row that sees no key gets 0.
+
+    Args:
+        dim, dim_visual: widths of text and media; dim_visual=None is dim.
+        heads, dim_head: number and width of the heads; dim_head=None is dim / heads.
+        dropout: probability that an attention weight is dropped in training.
+        temperature: that of every head at the start; above 1 flattens the attention.
+        zero_output: `to_out` starts at 0; the other projections, and else this one, as Xavier's.
+        norm, norm_eps: "layer" or "rms", of both sides.
+        backend: "triton", "cuda", "sdpa" or "eager" for every call; None chooses for each: on a CPU
+            "sdpa", or "eager" with dropout or statistics, of which PyTorch's own kernels have none.
+
+    Raises:
+        TypeError, ValueError: an argument is not among those named here.
+
+    Source: Xiong et al., "On layer normalization in the transformer architecture" (2020); Henry et
+    al., "Query-key normalization for transformers" (2020), for a scale that is learned.
+    """
+
+    def __init__(
+        self, *, dim, dim_visual=None, heads=8, dim_head=None, dropout=0.0, temperature=1.0,
+        zero_output=False, norm="layer", norm_eps=1e-5, backend=None, device=None, dtype=None,
+    ) -> None:  # fmt: skip
+        dim_visual = dim if dim_visual is None else dim_visual
+        check_sizes(dim=dim, dim_visual=dim_visual, heads=heads)
+        if dim_head is None and dim % heads:
+            raise ValueError(f"heads must divide dim = {dim} without a dim_head, got {heads}")
+        dim_head = dim // heads if dim_head is None else dim_head
+        check_sizes(dim_head=dim_head)
+        check_dropout(dropout)
+        check_positive("temperature", temperature)
+        check_bools(zero_output=zero_output)
+        check_choice("norm", norm, *NORMS)
+        check_positive("norm_eps", norm_eps)
+        check_choice("backend", backend, None, *(b.name for b in WITH_DROPOUT))
+        super().__init__()
+        self.dim, self.dim_visual, self.dim_head = dim, dim_visual, dim_head
+        self.dropout, self.backend = dropout, backend
+        made, inner = dict(device=device, dtype=dtype), heads * dim_head
+        self.query_norm = NORMS[norm](dim, eps=norm_eps, **made)
+        self.key_norm = NORMS[norm](dim_visual, eps=norm_eps, **made)
+        self.to_q = nn.Linear(dim, inner, bias=False, **made)
+        self.to_k = nn.Linear(dim_visual, inner, bias=False, **made)
+        self.to_v = nn.Linear(dim_visual, inner, bias=False, **made)
+        self.to_out = nn.Linear(inner, dim, bias=False, **made)
+        for linear in (self.to_q, self.to_k, self.to_v, self.to_out):
+            nn.init.xavier_uniform_(linear.weight)
+        if zero_output:
+            nn.init.zeros_(self.to_out.weight)
+        self.log_temperature = nn.Parameter(torch.full((heads,), math.log(temperature), **made))
+        self.key_scale = nn.Parameter(torch.ones(1, **made))
+
+    def forward(self, x: Tensor, media: Tensor, *, mask=None, return_statistics: bool = False):
+        """x [B, N, dim], media [B, Nk, dim_visual] -> [B, N, dim], without gate and residual.
+
+        Args:
+            mask: as in `cross_attention`; None: every row sees all of media.
+            return_statistics: also return the `CrossAttentionResult` of the heads, whose lse and
+                entropy [B, heads, N] are differentiable, as (out, statistics).
+        """
+        check_call(self, x, media)
+        check_bools(return_statistics=return_statistics)
+        media = self.key_norm(media)
+        projected = self.to_q(self.query_norm(x)), self.to_k(media), self.to_v(media)
+        q, k, v = (split_heads(t, self.dim_head) for t in projected)
+        options = dict(mask=mask, scale=self.scale(), return_statistics=return_statistics)
+        options |= dict(dropout_p=self.dropout if self.training else 0.0)
+        found = run(
+            type(self).__name__, WITH_DROPOUT, check_inputs(q, k, v, **options), self.backend
+        )
+        out = self.to_out(merge_heads(found.out))
+        return (out, found) if return_statistics else out
+
+    def scale(self) -> Tensor:
+        """[heads]: what a product of query and key is multiplied with."""
+        return self.key_scale * torch.exp(-self.log_temperature) * self.dim_head**-0.5
+
+    def temperature(self) -> Tensor:
+        """[heads], detached."""
+        return self.log_temperature.detach().exp()
+
+    def extra_repr(self) -> str:
+        return f"dropout={self.dropout}"
+
+
+class StableCrossAttention(nn.Module):
+    """`NormalizedCrossAttention` added to the stream through a tanh gate, without effect at first.
+
+        y = x + tanh(gate) * attn(x, media)
+
+    At the start the output projection is 0 and the gate is small but open, or with
+    `zero_output=False` the gate may be 0. Both at 0 would stay so for ever, since each one's
+    gradient has the other as a factor; that is refused. A row that sees no key is x.
+
+    Args:
+        gate_init: of `gate` [1].
+        zero_output: the output projection starts at 0.
+        backend: as in `NormalizedCrossAttention`; with "sdpa" the residual is plain PyTorch.
+        The others are those of `NormalizedCrossAttention`.
+
+    Raises:
+        TypeError, ValueError: an argument is not among those named here.
+
+    Source: as `NormalizedCrossAttention`; Alayrac et al., "Flamingo: a visual language model for
+    few-shot learning" (2022), for the gate; Zhang et al., "Fixup initialization" (2019), for an
+    output projection of 0.
+    """
+
+    def __init__(
+        self, *, dim, dim_visual=None, heads=8, dim_head=None, dropout=0.1, temperature=1.0,
+        gate_init=0.1, zero_output=True, norm="layer", norm_eps=1e-5, backend=None, device=None,
+        dtype=None,
+    ) -> None:  # fmt: skip
+        check_bools(zero_output=zero_output)
+        if not math.isfinite(check_number("gate_init", gate_init, "a number")):
+            raise ValueError(f"gate_init must be finite, got {gate_init}")
+        if zero_output and gate_init == 0:
+            raise ValueError(
+                "gate_init must not be 0 with zero_output=True: neither would ever get a gradient"
+            )
+        super().__init__()
+        self.attn = NormalizedCrossAttention(
+            dim=dim, dim_visual=dim_visual, heads=heads, dim_head=dim_head, dropout=dropout,
+            temperature=temperature, zero_output=zero_output, norm=norm, norm_eps=norm_eps,
+            backend=backend, device=device, dtype=dtype,
+        )  # fmt: skip
+        self.gate = nn.Parameter(torch.full((1,), float(gate_init), device=device, dtype=dtype))
+
+    def forward(self, x: Tensor, media: Tensor, *, mask=None, return_statistics: bool = False):
+        """y [B, N, dim] in the dtype of x, or (y, statistics); see `NormalizedCrossAttention`."""
+        found = self.attn(x, media, mask=mask, return_statistics=return_statistics)
+        h, *statistics = found if return_statistics else (found,)
+        backend = "eager" if self.attn.backend == "sdpa" else self.attn.backend
+        y = gated_residual(x, h, self.gate, backend=backend)
+        return (y, *statistics) if return_statistics else y
+
+
+def check_dropout(dropout: float) -> None:
+    if not 0.0 <= check_number("dropout", dropout, "a number") < 1.0:
+        raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
+
+
+def check_call(module: NormalizedCrossAttention, x, media) -> None:
+    check_tensor("x", x, "[B, N, dim]", module.dim, module.to_q.weight)
+    check_tensor("media", media, "[B, Nk, dim_visual]", module.dim_visual, module.to_k.weight)
+    if x.shape[0] != media.shape[0]:
+        raise ValueError(f"the batch of x, {x.shape[0]}, must be that of media, {media.shape[0]}")
