@@ -6,6 +6,7 @@ from mutants_of_gates import GATES
 from mutants_of_helpers import HELPERS
 from mutants_of_modules import MODULES
 from mutants_of_topk import TOP_K
+from mutants_of_training import TRAIN
 from mutation import (
     EMPTY_ROWS,
     FLAG,
@@ -252,4 +253,5 @@ WEIGHT = [
     ),
 ]  # fmt: skip
 
-MUTANTS = [*FORWARD, *DQ, *DKDV, *DBIAS, *WEIGHT, *HELPERS, *GATES, *TOP_K, *BLOCK, *MODULES, *CUDA]
+KERNELS = [*FORWARD, *DQ, *DKDV, *DBIAS, *WEIGHT, *HELPERS, *GATES, *TOP_K, *BLOCK]
+MUTANTS = [*KERNELS, *MODULES, *TRAIN, *CUDA]

@@ -101,7 +101,7 @@ def tests_killing(tree: Path, m: Mutant, arguments: list[str], timeout: float) -
     if hangs or code < 0:
         return f"{started[-1]} ({'does not end' if hangs else 'crash'})"
     if code == FAILED:
-        return re.findall(r"^tests/(test_\w+\.py::\S+) (?:FAILED|ERROR)", output, re.MULTILINE)[0]
+        return re.findall(r"^tests/(test_\w+\.py::.+?) (?:FAILED|ERROR)", output, re.MULTILINE)[0]
     if code == PASSED and re.search(r"\d+ passed", output):
         return ""
     raise RuntimeError(f"{m.name}: pytest ended with {code}\n{output[-3000:]}")
