@@ -134,7 +134,7 @@ def padding(key_lengths: Tensor, *, side: str = "right", Nk: int | None = None) 
     """
     _one_of("side", side, "right", "left")
     Nk = Nk if Nk is None else _size("Nk", Nk)
-    lengths = _lengths("key_lengths", key_lengths, most=Nk)[:, None]
+    lengths = check_lengths("key_lengths", key_lengths, most=Nk)[:, None]
     if side == "right":
         return KeyInterval(lengths.new_zeros(()), lengths)
     if Nk is None:
@@ -289,7 +289,7 @@ def qformer(
     _one_of("objective", objective, "itc", "itm", "itg")
     Q, T = _size("num_queries", num_queries), _size("text_length", text_length)
     if text_lengths is not None:
-        real = _lengths("text_lengths", text_lengths, most=T)
+        real = check_lengths("text_lengths", text_lengths, most=T)
         device = real.device if device is None else device
     row = torch.arange(Q + T, dtype=torch.int32, device=device)
     text = (row >= Q).int()
@@ -320,7 +320,7 @@ def _size(name: str, value: int, most: int | None = MOST) -> int:
     return value
 
 
-def _lengths(name: str, value: Tensor, most: int | None = None) -> Tensor:
+def check_lengths(name: str, value: Tensor, most: int | None = None) -> Tensor:
     if not isinstance(value, Tensor) or value.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be an int32 or int64 tensor, not {_kind(value)}")
     if value.dim() != 1:
@@ -335,7 +335,7 @@ def _lengths(name: str, value: Tensor, most: int | None = None) -> Tensor:
 
 
 def _cumulative(name: str, value: Tensor) -> Tensor:
-    value = _lengths(name, value).contiguous()
+    value = check_lengths(name, value).contiguous()
     if not len(value) or _readable(value) and (value[0] != 0 or (value.diff() < 0).any()):
         raise ValueError(f"{name} must begin with 0 and never decrease, not {value.tolist()}")
     return value
