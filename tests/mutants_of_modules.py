@@ -23,7 +23,7 @@ BEFORE, AFTER = (
     recorded("more_images_than_media|immediate"),
 )
 EARLIER = recorded("text_before_image|all_previous")
-EARLY_TWIN = "early_fusion::early_fusion_equals_its_twin"
+EARLY_TWIN = "early_fusion::early_fusion_equals_its_twin_with_every_gradient"
 SRAU = "visualgpt::srau_by_its_equation"
 BY_DEFINITION = "flamingo_modules::flavours_by_definition"
 
@@ -175,19 +175,19 @@ MODULES = [
     ),
     *mutants("fusion", "pooled",
         ("fusion-mean", "lengths.clamp(min=1)[:, None].to(x.dtype)", "N", "the mean over padding",
-         "late_fusion::late_fusion_equals_its_twin"),
+         "late_fusion::late_fusion_equals_its_twin_with_every_gradient"),
         ("fusion-nan", "x.masked_fill(~real[..., None], 0.0)", "(x * real[..., None])",
-         "0 times what padding holds", "late_fusion::mean_does_not_read_padding"),
+         "0 times what padding holds", "late_fusion::the_mean_does_not_read_padding"),
         folder="xattn_kernels/modules",
     ),
     *mutants("fusion", "MidFusion",
         ("fusion-block", "n = i // self.every", "n = 0", "the first block before every layer",
-         "late_fusion::mid_fusion_equals_its_twin"),
+         "late_fusion::mid_fusion_equals_its_twin_with_every_gradient"),
         folder="xattn_kernels/modules",
     ),
     *mutants("attention_map", "attention_map",
         ("map-first", "weights[..., first_key : first_key + h * w]", "weights[..., : h * w]",
-         "the class token is a patch", "attention_map::holds_the_share_of_its_image"),
+         "the class token is a patch", "attention_map::a_map_holds_the_share_of_its_image"),
         folder="xattn_kernels",
     ),
     *mutants("attention_map", "of_rows",
