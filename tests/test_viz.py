@@ -122,6 +122,9 @@ def test_a_history_has_a_line_for_each_layer_and_the_threshold(monitor):
 def test_histories_of_two_runs_and_of_a_mapping(monitor):
     (axes,) = viz.history({"before": monitor, "after": monitor}, "entropy").axes
     assert {"before: one.attn", "after: two.attn", "threshold 1.5"} < lines(axes).keys()
+    later = {"attention/a/entropy": [(5, 1.0)]}
+    (axes,) = viz.history({"before": monitor, "after": later}, "entropy").axes
+    assert lines(axes)["after: a"].tolist() == [[5, 1]]
     (axes,) = viz.history({"loss": [(0, 3.0), (10, 2.0)]}, "loss").axes
     assert np.allclose(lines(axes)["loss"], [[0, 3], [10, 2]])
     ratios = {"features/a/scale_ratio": [(0, 3.0)]}
@@ -212,6 +215,9 @@ WRONG = {
         {"loss": [(0, 1.0)]}, "entropy"
     ),
     "seen must be a StabilityMonitor or a mapping, got list": lambda: viz.history([]),
+    r"seen\['b'\] must be a monitor or a history, got float": lambda: viz.history(
+        {"a": {}, "b": 1.0}
+    ),
     r"seen\['loss'\] must be \(x, y\) pairs": lambda: viz.history({"loss": []}, "loss"),
     "thresholds must be Thresholds or None, got float": lambda: viz.history(
         {"loss": [(0, 1.0)]}, "loss", thresholds=0.5

@@ -35,6 +35,7 @@ except ImportError as error:
 __all__ = ["attention_heatmap", "attention_overlay", "history", "mask_picture", "sparsity_error"]
 
 HEAT = "inferno"
+STYLES = ("-", "--", ":", "-.")
 MOST_LABELS = 40  # along one side of a picture; of more only some are written
 GREY = (0.299, 0.587, 0.114)  # luma of red, green and blue, ITU-R BT.601
 
@@ -111,7 +112,7 @@ def attention_heatmap(
 
 
 def history(
-    seen: StabilityMonitor | History | Mapping[str, StabilityMonitor],
+    seen: StabilityMonitor | History | Mapping[str, StabilityMonitor | History],
     statistics: str | Sequence[str] = ("entropy", "gates"),
     *,
     thresholds: Thresholds | None = None,
@@ -119,7 +120,7 @@ def history(
     """What a monitor saw: a panel for each statistic, a line for each layer or gate in it.
 
     Args:
-        seen: a monitor; the `history` of one, {name: (step, value) pairs}; or several monitors by
+        seen: a monitor; the `history` of one, {name: (step, value) pairs}; or several of either by
             name, whose lines are drawn together.
         statistics: of layers (`entropy`, `max_probability`, `max_score`, `scale_ratio`,
             `query_norm`, ...), `gates`, `grad_norm`, or any whole name of the history.
@@ -130,25 +131,23 @@ def history(
         TypeError, ValueError: an argument is not among those named here, or nothing was seen of
             a statistic.
     """
-    lines, found = of_monitors(seen)
+    lines, found = of_runs(seen)
     thresholds = thresholds or found
     if not isinstance(thresholds, Thresholds | None):
         raise TypeError(f"thresholds must be Thresholds or None, got {kind(thresholds)}")
     statistics = [statistics] if isinstance(statistics, str) else list(statistics)
-    figure, panels = new_figure(1, max(len(statistics), 1), (5.5 * len(statistics), 3.6))
+    figure, panels = new_figure(1, max(len(statistics), 1), (7 * len(statistics), 4))
     for axes, statistic in zip(panels, statistics, strict=True):
         chosen = {n: t for n, t in lines.items() if statistic in groups_of(n[1])}
         if not chosen:
             names = sorted({group for _, name in lines for group in groups_of(name)})
             raise ValueError(f"statistics must be among {names}, got {statistic!r}")
-        for (run, name), points in chosen.items():
-            label = ": ".join(part for part in (run, short(name, statistic)) if part)
-            axes.plot(*points.T, "o-" if len(points) < 30 else "-", ms=3, lw=1.2, label=label)
+        draw_runs(axes, statistic, chosen)
         for limit in limits_of(thresholds, statistic):
             axes.axhline(limit, color="black", ls="--", lw=1, label=f"threshold {limit:g}")
         axes.set(title=statistic, xlabel="step", yscale="log" if is_ratio(statistic) else "linear")
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.legend(fontsize="small", ncols=1 + len(chosen) // 12)
+        axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1.0))
     return figure
 
 
@@ -239,22 +238,23 @@ def write_names(set_ticks, names: Sequence[str] | None, **style) -> None:
         set_ticks(places, [names[i] for i in places], **style)
 
 
-def of_monitors(seen) -> tuple[dict[tuple[str, str], np.ndarray], Thresholds | None]:
-    """{(monitor, name): [n, 2] of steps and values}, and the thresholds of the first monitor."""
-    if isinstance(seen, StabilityMonitor):
-        seen = {"": seen}
-    if not isinstance(seen, Mapping):
+def of_runs(seen) -> tuple[dict[tuple[str, str], np.ndarray], Thresholds | None]:
+    """{(run, name): [n, 2] of steps and values}, and the thresholds of the first monitor."""
+    if not isinstance(seen, StabilityMonitor | Mapping):
         raise TypeError(f"seen must be a StabilityMonitor or a mapping, got {kind(seen)}")
-    monitors = [m for m in seen.values() if isinstance(m, StabilityMonitor)]
-    if len(monitors) not in (0, len(seen)):
-        raise TypeError("seen must map names to monitors or to (step, value) pairs, not to both")
-    histories = {run: m.history for run, m in seen.items()} if monitors else {"": seen}
-    lines = {
-        (run, name): check_points(f"seen[{name!r}]", pairs)
-        for run, of_run in histories.items()
-        for name, pairs in of_run.items()
-    }
-    return lines, monitors[0].thresholds if monitors else None
+    several = isinstance(seen, Mapping) and any(
+        isinstance(run, StabilityMonitor | Mapping) for run in seen.values()
+    )
+    runs = seen if several else {"": seen}
+    lines, thresholds = {}, None
+    for run, of_run in runs.items():
+        if isinstance(of_run, StabilityMonitor):
+            thresholds, of_run = thresholds or of_run.thresholds, of_run.history
+        if not isinstance(of_run, Mapping):
+            raise TypeError(f"seen[{run!r}] must be a monitor or a history, got {kind(of_run)}")
+        for name, pairs in of_run.items():
+            lines[run, name] = check_points(f"seen[{name!r}]", pairs)
+    return lines, thresholds
 
 
 def groups_of(name: str) -> set[str]:
@@ -262,6 +262,20 @@ def groups_of(name: str) -> set[str]:
     kind_of_name = name.partition("/")[0]
     own = {place_of(name)[1]} if kind_of_name in ("attention", "features") else {kind_of_name}
     return {name, *own}
+
+
+def draw_runs(axes: Axes, statistic: str, lines: Mapping[tuple[str, str], np.ndarray]) -> None:
+    """A colour for each run and a style for each of its lines; of one run, colours alone."""
+    runs = list(dict.fromkeys(run for run, _ in lines))
+    names = list(dict.fromkeys(name for _, name in lines))
+    for (run, name), points in lines.items():
+        n = names.index(name)
+        colour, style = (runs.index(run), STYLES[n % len(STYLES)]) if len(runs) > 1 else (n, "-")
+        marker = "o" if len(points) < 30 else ""
+        axes.plot(
+            *points.T, color=f"C{colour}", ls=style, marker=marker, ms=3, lw=1.2,
+            label=": ".join(part for part in (run, short(name, statistic)) if part),
+        )  # fmt: skip
 
 
 def is_ratio(statistic: str) -> bool:

@@ -1,40 +1,25 @@
-"""The examples: they run as users run them, and their checks notice what they should."""
+"""`examples/flamingo_blocks.py`: it runs, and its checks notice what they should."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-FILE = Path(__file__).resolve().parents[1] / "examples" / "flamingo_blocks.py"
+import example_programs
 
 
 @pytest.fixture(autouse=True)
 def as_users_run_them(monkeypatch):
     """With the backends of a CPU, not through Triton's interpreter."""
-    for name in ("TRITON_INTERPRET", "XATTN_TRITON_ON_CPU"):
+    for name in example_programs.CHOICES:
         monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(scope="module")
-def needs() -> None:
-    for name in ("sklearn", "PIL", "matplotlib"):
-        pytest.importorskip(name, reason=f"the example needs {name}")
-
-
-@pytest.fixture(scope="module")
-def example(needs):
-    """The example as a module."""
-    spec = importlib.util.spec_from_file_location("flamingo_blocks", FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def example():
+    return example_programs.load("flamingo_blocks")
 
 
 @pytest.fixture(scope="module")
@@ -53,17 +38,10 @@ def seeing(example, album):
 
 
 @pytest.mark.slow
-def test_a_short_run_opens_the_gates_and_lowers_the_loss(needs, tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(FILE), "--steps", "40", "--out", str(tmp_path / "new")],
-        env=os.environ | {"PYTHONPATH": str(FILE.parents[1])},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
+def test_a_short_run_opens_the_gates_and_lowers_the_loss(example, tmp_path):
+    log = example_programs.run(
+        "flamingo_blocks", "--steps", "40", "--out", str(tmp_path / "new"), folder=tmp_path
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    log = done.stdout
     assert log.count("bit for bit") == 3
     steps = re.findall(r"^step +(\d+) .* held out (\S+)  gates (.*)$", log, re.MULTILINE)
     gates = [[float(gate) for gate in found.split()] for _, _, found in steps]
@@ -73,7 +51,7 @@ def test_a_short_run_opens_the_gates_and_lowers_the_loss(needs, tmp_path):
     first, last = float(steps[0][1]), float(steps[-1][1])
     assert first == alone and last < 0.95 * alone
     assert log.count("  written <image> ") == 3
-    assert (tmp_path / "new" / "flamingo_blocks.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    example_programs.assert_picture(tmp_path / "new" / "flamingo_blocks.png")
 
 
 def test_the_checks_pass_before_training(example, seeing):
