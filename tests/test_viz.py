@@ -206,6 +206,7 @@ WRONG = {
     "maps must be a tensor or an array": lambda: OVERLAY(IMAGE, "maps", WORDS),
     "words must be as many as the maps, 3, got 1": lambda: OVERLAY(IMAGE, MAPS, ["a"]),
     "words must be a sequence of strings, got str": lambda: OVERLAY(IMAGE, MAPS, "abc"),
+    "width must be a positive number, got 0": lambda: OVERLAY(IMAGE, MAPS, WORDS, width=0),
     "columns must be an int of": lambda: OVERLAY(IMAGE, MAPS, WORDS, columns=0),
     "weights must be finite and at least 0": lambda: viz.attention_heatmap(-torch.ones(2, 3)),
     "keys must be as many as the columns of weights, 3": lambda: viz.attention_heatmap(

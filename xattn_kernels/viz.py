@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .masks import KeyInterval
+from .modules.masked_cross_attention import check_positive
 from .stability import StabilityMonitor, Thresholds
 from .stability.report import place_of
 
@@ -43,7 +44,13 @@ History = Mapping[str, Iterable[tuple[int, float]]]
 
 
 def attention_overlay(
-    image, maps, words: Sequence[str], *, columns: int = 4, shared_scale: bool = False
+    image,
+    maps,
+    words: Sequence[str],
+    *,
+    columns: int = 4,
+    shared_scale: bool = False,
+    width: float = 2.6,
 ) -> Figure:
     """The image, and for each word its grey values under the word's map.
 
@@ -54,6 +61,7 @@ def attention_overlay(
         columns: pictures side by side.
         shared_scale: one scale of colours for all maps, which shows who looks most, and not for
             each its own, which shows where. The largest weight is in every title.
+        width: of each picture, in inches.
 
     Raises:
         TypeError, ValueError: an argument is not among those named here.
@@ -63,20 +71,22 @@ def attention_overlay(
     check_at_least_one("columns", columns)
     columns = min(columns, len(maps) + 1)
     rows = math.ceil((len(maps) + 1) / columns)
-    height, width = pixels.shape[:2]
-    size = 2.6 * columns, rows * (2.6 * min(height / width, 2) + 0.6)
+    check_positive("width", width)
+    h, w = pixels.shape[:2]
+    size = width * columns, rows * (width * min(h / w, 2) + 0.6)
     figure, panels = new_figure(rows, columns, size)
-    panels[0].imshow(pixels, extent=(0, width, height, 0), cmap="gray", vmin=0, vmax=1)
+    over_image = dict(extent=(0, w, h, 0))
+    panels[0].imshow(pixels, cmap="gray", vmin=0, vmax=1, **over_image)
     panels[0].set_title("image")
     grey = pixels @ np.array(GREY) if pixels.ndim == 3 else pixels
     largest = max(maps.max(initial=0.0), np.finfo(float).tiny)
     for axes, word, weights in zip(panels[1:], words, maps, strict=False):
-        axes.imshow(grey, extent=(0, width, height, 0), cmap="gray", vmin=0, vmax=1)
+        axes.imshow(grey, cmap="gray", vmin=0, vmax=1, **over_image)
         top = largest if shared_scale else max(weights.max(initial=0.0), np.finfo(float).tiny)
         # what gets no weight shows the image; patches are drawn as they are, not smoothed
         drawn = axes.imshow(
-            weights, extent=(0, width, height, 0), cmap=HEAT, vmin=0, vmax=top,
-            alpha=0.15 + 0.65 * np.clip(weights / top, 0, 1), interpolation="nearest",
+            weights, cmap=HEAT, vmin=0, vmax=top, interpolation="nearest", **over_image,
+            alpha=0.15 + 0.65 * np.clip(weights / top, 0, 1),
         )  # fmt: skip
         axes.set_title(f"{word}\nmax {weights.max(initial=0.0):.2g}")
     for axes in panels:
