@@ -19,6 +19,8 @@ def load(name: str) -> ModuleType:
     """An example as a module; skips where what it needs is not installed."""
     for package in ("sklearn", "PIL", "matplotlib"):
         pytest.importorskip(package, reason=f"the example needs {package}")
+    if str(FOLDER) not in sys.path:  # as Python does for a program
+        sys.path.append(str(FOLDER))
     spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # where its named tuples look for their types
