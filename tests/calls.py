@@ -16,18 +16,24 @@ from magnitudes import magnitudes
 from mask_kinds import make_mask, shape_of
 from numerics import FLOOR, assert_as_accurate
 from values import LAYOUTS, VALUES, Tensors, need_memory
-from xattn_kernels import KeyInterval, attention_weights, cross_attention, reference
+from xattn_kernels import (
+    KeyInterval,
+    attention_weights,
+    cross_attention,
+    received_mass,
+    reference,
+)
 from xattn_kernels.inputs import CrossAttentionInputs
 
 
 @dataclass(frozen=True)
 class Call:
-    """`leaves` are the arguments that may require grad: q, k, v and, where there are, bias, scale
-    and the lse of `attention_weights`."""
+    """`leaves` are the arguments that may require grad: q, k, v and, where there are, bias, scale,
+    the lse of `attention_weights` and the row_weight of `received_mass`."""
 
     leaves: Tensors
     options: dict[str, Any]
-    upstream: Tensors  # the gradients of out, lse, entropy as far as asked for, or of the weights
+    upstream: Tensors  # the gradients of out, lse, entropy as far as asked for, or of `FIRST`
     op: Callable = cross_attention
 
     def inputs(self) -> CrossAttentionInputs:
@@ -46,7 +52,7 @@ class Call:
         return replace(self, leaves=leaves, upstream=upstream)
 
 
-OPS = {"cross_attention": cross_attention, "attention_weights": attention_weights}
+FIRST = {attention_weights: "weights", received_mass: "mass"}  # of the others "out"
 # (eager in a dtype, eager in float64, magnitudes)
 Expected = tuple[Tensors, Tensors, dict[str, float]]
 UPSTREAM = {"out": ["out"], "lse": ["out", "lse"], "statistics": ["out", "lse", "entropy"]}
@@ -99,6 +105,8 @@ def build(c: Case, dtype: torch.dtype, device: str = "cpu") -> Call:
     call = Call({n: t.detach() for n, t in leaves.items()}, options, upstream)
     if c.op == "attention_weights":
         call = weights_call(call, c, normal)
+    if c.op == "received_mass":
+        call = mass_call(call, c, normal)
     for name, t in call.leaves.items():
         t.requires_grad_(c.needs is None or name in c.needs.split())
     return call
@@ -119,6 +127,19 @@ def weights_call(call: Call, c: Case, normal) -> Call:
     return Call(leaves, options | {"average_heads": c.average_heads}, upstream, attention_weights)
 
 
+def mass_call(call: Call, c: Case, normal) -> Call:
+    """The same scores for `received_mass`."""
+    q, dtype = call.leaves["q"], torch.promote_types(call.leaves["q"].dtype, torch.float32)
+    leaves = {n: t for n, t in call.leaves.items() if n != "v"}
+    left_out = ("return_lse", "return_statistics", "dropout_p", "seed")
+    options = {n: t for n, t in call.options.items() if n not in left_out}
+    if c.weighted:
+        leaves["row_weight"] = normal(c.B, c.Nq).to(q.device, dtype)
+    shape = (c.B, c.Nk) if c.average_heads else (c.B, c.Hkv, c.Nk)
+    upstream = {"mass": normal(*shape).to(q.device, dtype)}
+    return Call(leaves, options | {"average_heads": c.average_heads}, upstream, received_mass)
+
+
 def written_out(call: Call) -> Call:
     """With an interval's bounds as full [B, Nq] tensors, for which there is one compiled kernel."""
     mask = call.options.get("mask")
@@ -133,10 +154,10 @@ def written_out(call: Call) -> Call:
 
 
 def run(call: Call, backend: str) -> Tensors:
-    """out, lse, entropy, max_probability as far as asked for, or the weights; then "d" + name for
-    each leaf that requires grad."""
+    """out, lse, entropy, max_probability as far as asked for, or the weights, or the mass; then
+    "d" + name for each leaf that requires grad."""
     result = call.op(**call.leaves, **call.options, backend=backend)
-    first = "weights" if call.op is attention_weights else "out"
+    first = FIRST.get(call.op, "out")
     found = {first: result} if isinstance(result, Tensor) else result._asdict()
     found = {name: t for name, t in found.items() if t is not None}
     if "max_probability" in found:

@@ -38,9 +38,10 @@ class Case:
     used: str | None = None  # the outputs that get a gradient, such as "out lse"; all
     needs: str | None = None  # the inputs that require one, such as "q bias"; all
     values: str = "normal"
-    op: str = "cross_attention"  # or "attention_weights", with the following
+    op: str = "cross_attention"  # or "attention_weights", "received_mass", with the following
     average_heads: bool = True
-    given_lse: bool = False
+    given_lse: bool = False  # of attention_weights
+    weighted: bool = False  # of received_mass: it is given a row_weight
 
     def __str__(self) -> str:
         return self.name

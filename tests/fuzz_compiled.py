@@ -47,6 +47,7 @@ FAMILIES = {
     "weights_lse": Family(
         dict(D=24, op="attention_weights", given_lse=True, average_heads=False, dropout_p=0.5)
     ),
+    "mass": Family(dict(D=32, op="received_mass", weighted=True, average_heads=False), group=2),
 }
 DTYPES = (torch.bfloat16, torch.float16)
 

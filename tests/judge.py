@@ -68,7 +68,8 @@ def flipped(call: Call) -> Call:
     def flip(t: Tensor, dims: int) -> Tensor:
         return t.detach().flip(0).requires_grad_(t.requires_grad) if t.dim() == dims else t
 
-    leaves = {n: flip(t, 3 if n == "lse" else 4) for n, t in call.leaves.items()}
+    dims = {"lse": 3, "row_weight": 2}
+    leaves = {n: flip(t, dims.get(n, 4)) for n, t in call.leaves.items()}
     mask = call.options.get("mask")
     if isinstance(mask, KeyInterval):
         mask = KeyInterval(flip(mask.start, 2), flip(mask.stop, 2))

@@ -35,6 +35,12 @@ def magnitudes(call: Call, dtype: torch.dtype) -> dict[str, float]:
     if "weights" in call.upstream:
         dp, dout = call.upstream["weights"].abs(), torch.zeros_like(x.q)
         dp = dp[:, None] / x.Hq if x.average_heads else dp
+    elif "mass" in call.upstream:
+        dmass, dout = call.upstream["mass"].abs(), torch.zeros_like(x.q)
+        dmass = dmass[:, None].expand(-1, x.Hkv, -1) / x.Hkv if x.average_heads else dmass
+        dp = dmass.repeat_interleave(x.Hq // x.Hkv, 1)[:, :, None] * x.Hkv / x.Hq
+        if x.row_weight is not None:
+            kept = kept * x.row_weight.abs()[:, None, :, None]
     else:
         dout = call.upstream.get("out", x.q.new_zeros(*x.q.shape[:3], x.Dv))
         # below its smallest normal number a dtype rounds by a fixed amount, here each number of out
@@ -49,7 +55,10 @@ def magnitudes(call: Call, dtype: torch.dtype) -> dict[str, float]:
         if name in call.upstream:
             rows = rows + (row * call.upstream[name].abs()[..., None]).nan_to_num(0, 0, 0)
     terms = kept * dp + p * (1 + rounding) * rows
-    return sizes(x, scale, terms, kept, dout, k) | {"dlse": largest(sums)}
+    found = sizes(x, scale, terms, kept, dout, k) | {"dlse": largest(sums)}
+    if "mass" in call.upstream:  # sums over rows, in which weights of both signs may cancel
+        found |= {"mass": largest(kept.sum(2)), "drow_weight": largest((p * dp).sum((1, 3)))}
+    return found
 
 
 def score_rounding(q: Tensor, k: Tensor, dtype: torch.dtype) -> Tensor:

@@ -36,6 +36,7 @@ def anything(reach: Reach) -> SearchStrategy[Judged]:
     kinds = [calls(reach)] * 4 + [topk_calls(reach)] * 2
     if reach.backend != "cuda":
         kinds += [calls(reach, "attention_weights")] * 2 + [module_calls(reach)]
+        kinds += [calls(reach, "received_mass")]
     if reach.backend != "sdpa":
         kinds += [gated_calls(reach)] * 2
     return st.sampled_from(kinds).flatmap(lambda kind: kind)
