@@ -16,7 +16,8 @@ AssertionError where it does not hold:
     padding         whatever it holds, no bit of an output changes
     batches         a clip alone, without padding, gives what it gives in a batch, to rounding
 
-A picture shows where some latents look in a clip, frame by frame.
+Three pictures show where some latents look in a clip, how much of each frame all of them take, and
+which tokens are real in a batch.
 
     python examples/video_resampler.py --out plots
 
@@ -35,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xattn_kernels import PerceiverResampler, attention_map
+from xattn_kernels import KeyInterval, PerceiverResampler, attention_map
 
 try:
     from sklearn.datasets import load_digits, load_sample_images
@@ -223,8 +224,10 @@ def report(model: VideoModel, clips: Clips) -> dict[str, float]:
     return found
 
 
-def plot(model: VideoModel, clips: Clips, file: Path) -> None:
-    """Some latents over the frames of the longest clip."""
+def plot(model: VideoModel, clips: Clips, folder: Path) -> list[Path]:
+    """Latents over the frames of the longest clip, on them and as a matrix; a batch's intervals."""
+    files = [folder / f"video_resampler{part}.png" for part in ("", "_frames", "_lengths")]
+    folder.mkdir(parents=True, exist_ok=True)
     i = clips.lengths.argmax()
     length = clips.lengths[i].item()
     frames = clips.frames[i : i + 1, :length]
@@ -232,13 +235,24 @@ def plot(model: VideoModel, clips: Clips, file: Path) -> None:
     strip = ((frames[0] + 1) / 2).permute(1, 2, 0, 3).flatten(2)  # [3, SIDE, length * SIDE]
     chosen = maps.flatten(1).amax(1).argsort(descending=True)[:4]  # the sharpest
     words = [f"latent {n}" for n in chosen.tolist()]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    viz.attention_overlay(strip, maps[chosen], words, columns=1, width=9).savefig(file)
+    viz.attention_overlay(strip, maps[chosen], words, columns=1, width=9).savefig(files[0])
+
+    by_frame = maps.unflatten(2, (length, GRID)).sum((1, 3))
+    frames = [f"frame {n + 1}" for n in range(FRAMES)]
+    latents = [f"latent {n}" for n in range(len(maps))]
+    heat = viz.attention_heatmap(by_frame, queries=latents, keys=frames[:length])
+    heat.savefig(files[1])
+
+    real = (clips.lengths[:16] * GRID**2).int()
+    names = [f"clip {n}" for n in range(len(real))]
+    rows = KeyInterval(torch.zeros_like(real), real)  # a row for each clip
+    viz.mask_picture(rows, FRAMES * GRID**2, queries=names, blocks=frames).savefig(files[2])
+    return files
 
 
 def options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("plots"), help="folder of the picture")
+    parser.add_argument("--out", type=Path, default=Path("plots"), help="folder of the pictures")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(arguments)
@@ -256,9 +270,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     check_alone(model, Clips(*(t[:32] for t in held_out)))
     print("clips alone, without padding, have the answers that they have in a batch")
     accuracies = report(model, held_out)
-    file = chosen.out / "video_resampler.png"
-    plot(model, held_out, file)
-    print(f"picture: {file}; {time.perf_counter() - started:.0f} s")
+    files = plot(model, held_out, chosen.out)
+    print(f"pictures: {', '.join(map(str, files))}; {time.perf_counter() - started:.0f} s")
     return accuracies
 
 

@@ -43,7 +43,8 @@ def test_a_short_run_learns_time(example, tmp_path):
     assert right.keys() == set(example.ANSWERS)
     assert right["direction"] > 80 and right["frames"] > 90
     assert right["first"] > 30 and right["last"] > 30  # chance is 10
-    example_programs.assert_picture(tmp_path / "new" / "video_resampler.png")
+    for part in ("", "_frames", "_lengths"):
+        example_programs.assert_picture(tmp_path / "new" / f"video_resampler{part}.png")
 
 
 def test_clips_are_what_their_answers_say(example, clips):
