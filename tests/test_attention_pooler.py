@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +11,10 @@ from torch import nn
 
 from conftest import modes
 from numerics import assert_as_accurate
+from recordings import assert_is_original, load, recorded, results
 from xattn_kernels import AttentionPooler, CoCaCrossAttention, masks
 
-DATA = Path(__file__).parent / "data" / "conformance" / "coca_cross_attention.pt"
-CASES = torch.load(DATA, weights_only=True)
+CASES = load("coca_cross_attention")
 WIDTHS = dict(dim=24, context_dim=14, heads=3)
 FORMS = [dict(n_queries=1), dict(n_queries=7), dict(n_queries=7, one_kv_head=True, dim_head=8)]
 
@@ -29,29 +28,13 @@ def seed():
 
 
 def run(case: dict, dtype: torch.dtype, backend: str | None, device="cpu") -> dict:
-    """Output and the gradients of inputs and parameters, by name."""
     module = CoCaCrossAttention(**case["config"], backend=backend, device=device, dtype=dtype)
-    module.load_state_dict(case["state_dict"], strict=True)
-    inputs = {n: t.to(device, dtype).requires_grad_() for n, t in case["inputs"].items()}
-    out = module(**inputs)
-    (out * case["grad_output"].to(device, dtype)).sum().backward()
-    named = inputs | dict(module.named_parameters())
-    return {"output": out.detach()} | {f"d{n}": t.grad for n, t in named.items()}
-
-
-def recorded(case: dict) -> dict:
-    grads = case["grad_inputs"] | case["grad_params"]
-    return {"output": case["output"]} | {f"d{n}": t for n, t in grads.items()}
+    return results(case, module, {})
 
 
 @each_case
 def test_eager_in_float64_is_the_original(case):
-    truth, found = recorded(case), run(case, torch.float64, "eager")
-    assert found.keys() == truth.keys()
-    for name, expected in truth.items():
-        size = 1.0 if name == "output" else expected.abs().max().item()
-        error = (found[name] - expected).abs().max().item()
-        assert error <= 1e-9 * size, f"{name}: error {error:.1e} of {size:.1e}"
+    assert_is_original(case, run(case, torch.float64, "eager"))
 
 
 @pytest.mark.parametrize("mode", modes("interpreter", "sm_80", "gpu"), indirect=True)

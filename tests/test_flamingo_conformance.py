@@ -1,13 +1,6 @@
-"""The Flamingo modules against recorded outputs and gradients of the published ones.
-
-The recordings, one file per class in `data/conformance/`, are lists of cases: constructor
-arguments, state dict, inputs, output and every gradient, computed in float64 by the code that
-`source` and `commit` name.
-"""
+"""The Flamingo modules against recorded outputs and gradients of the published ones."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,10 +8,9 @@ import torch
 import xattn_kernels
 from conftest import modes
 from numerics import assert_as_accurate
+from recordings import assert_is_original, load, recorded, results
 
-DATA = Path(__file__).parent / "data" / "conformance"
-FILES = ("gated_cross_attention_block", "masked_cross_attention", "perceiver_resampler")
-CASES = [c for name in FILES for c in torch.load(DATA / f"{name}.pt", weights_only=True)]
+CASES = load("gated_cross_attention_block", "masked_cross_attention", "perceiver_resampler")
 
 
 def name(case: dict) -> str:
@@ -31,31 +23,15 @@ QUICK += ("cached_media_tq1", "2x9x20", "media3|frames2")
 
 
 def run(case: dict, dtype: torch.dtype, backend: str | None, device="cpu") -> dict:
-    """Output and the gradients of inputs and parameters, by name."""
     options = dict(backend=backend, device=device, dtype=dtype)
     module = getattr(xattn_kernels, case["cls"])(**case["config"], **options)
-    module.load_state_dict(case["state_dict"], strict=True)
-    inputs = {n: t.to(device, dtype).requires_grad_() for n, t in case["inputs"].items()}
     other = {n: t.to(device) if hasattr(t, "to") else t for n, t in case["other"].items()}
-    out = module(**inputs, **other)
-    (out * case["grad_output"].to(device, dtype)).sum().backward()
-    named = inputs | dict(module.named_parameters())
-    return {"output": out.detach()} | {f"d{n}": t.grad for n, t in named.items()}
-
-
-def recorded(case: dict) -> dict:
-    grads = case["grad_inputs"] | case["grad_params"]
-    return {"output": case["output"]} | {f"d{n}": t for n, t in grads.items()}
+    return results(case, module, other)
 
 
 @each_case
 def test_eager_in_float64_is_the_original(case):
-    truth, found = recorded(case), run(case, torch.float64, "eager")
-    assert found.keys() == truth.keys()
-    for name, expected in truth.items():
-        size = 1.0 if name == "output" else expected.abs().max().item()
-        error = (found[name] - expected).abs().max().item()
-        assert error <= 1e-9 * size, f"{name}: error {error:.1e} of {size:.1e}"
+    assert_is_original(case, run(case, torch.float64, "eager"))
 
 
 @each_case

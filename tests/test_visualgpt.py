@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
 
 from conftest import modes
 from numerics import assert_as_accurate
+from recordings import assert_is_original, load, recorded, results
 from xattn_kernels import SRAU, VisualGPTBlock, masks
 
-DATA = Path(__file__).parent / "data" / "conformance" / "visualgpt_block.pt"
-CASES = torch.load(DATA, weights_only=True)
+CASES = load("visualgpt_block")
 DIM = 24
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
@@ -29,38 +28,20 @@ def block(backend=None, **options) -> VisualGPTBlock:
 
 
 def run(case: dict, dtype: torch.dtype, backend: str | None, device="cpu") -> dict:
-    """Output and the gradients of inputs and parameters, by name."""
     options = dict(backend=backend, device=device, dtype=dtype)
-    module = block(tau=case["config"]["tau"], **options)
-    state = {name.removeprefix("block."): t for name, t in case["state_dict"].items()}
-    module.load_state_dict(state, strict=True)
-    inputs = {n: t.to(device, dtype).requires_grad_() for n, t in case["inputs"].items()}
     forbidden, rows = case["other"]["mask_encoder"], case["other"]["mask_queries"]
-    out = module(
-        **inputs,
+    other = dict(
         media_mask=masks.padding((~forbidden).sum(-1).flatten()).to(device),
         row_mask=rows[..., 0].bool().to(device),
     )
-    (out * case["grad_output"].to(device, dtype)).sum().backward()
-    named = inputs | {f"block.{n}": p for n, p in module.named_parameters()}
-    return {"output": out.detach()} | {f"d{n}": t.grad for n, t in named.items()}
-
-
-def recorded(case: dict) -> dict:
-    grads = case["grad_inputs"] | case["grad_params"]
-    return {"output": case["output"]} | {f"d{n}": t for n, t in grads.items()}
+    return results(case, block(tau=case["config"]["tau"], **options), other, prefix="block.")
 
 
 @each_case
 def test_eager_in_float64_is_the_original(case):
-    truth, found = recorded(case), run(case, torch.float64, "eager")
-    assert found.keys() == truth.keys()
-    for name, expected in truth.items():
-        # the same for all keys of a row, so its gradient is 0
-        shift = name == "dblock.enc_dec_attn.fc_k.bias"
-        size = 1.0 if name == "output" or shift else expected.abs().max().item()
-        error = (found[name] - expected).abs().max().item()
-        assert error <= 1e-9 * size, f"{name}: error {error:.1e} of {size:.1e}"
+    # the same for all keys of a row, so its gradient is 0
+    shift = "dblock.enc_dec_attn.fc_k.bias"
+    assert_is_original(case, run(case, torch.float64, "eager"), zero=[shift])
 
 
 @pytest.mark.parametrize("mode", modes("interpreter", "sm_80", "gpu"), indirect=True)
