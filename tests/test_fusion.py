@@ -104,6 +104,7 @@ WRONG = {
     "text_lengths must be an int32 or int64 tensor": lambda: late()(V, T, text_lengths=[1, 2, 3]),
     r"layers must be modules, at least one, got \[\]": lambda: MidFusion([], dim=8),
     r"layers must be modules, at least one, got \['str'\]": lambda: MidFusion(["a"], dim=8),
+    "layers must be a list of modules, got Linear": lambda: MidFusion(nn.Linear(8, 8), dim=8),
     "every must be at least 1, got 0": lambda: middle(every=0),
     "kv_heads": lambda: middle(kv_heads=2),
     "media must be one cache for each of 2 blocks, got 0": lambda: middle()(X, []),

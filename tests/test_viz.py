@@ -14,6 +14,7 @@ pytest.importorskip("matplotlib", reason="pictures need matplotlib")
 
 import numpy as np
 from matplotlib.collections import PolyCollection
+from PIL import Image
 
 from xattn_kernels import (
     GatedCrossAttentionBlock,
@@ -25,6 +26,7 @@ from xattn_kernels import (
 )
 
 IMAGE, WORDS = torch.rand(3, 8, 12), ["a", "red", "roof"]
+PICTURE = Image.fromarray((IMAGE.permute(1, 2, 0) * 255).to(torch.uint8).numpy())
 MAPS = torch.arange(3 * 2 * 3.0).view(3, 2, 3) / 20
 
 
@@ -59,7 +61,8 @@ def test_one_scale_of_colours_for_all_words():
 
 
 @pytest.mark.parametrize(
-    "image", [IMAGE[0], IMAGE.permute(1, 2, 0), (IMAGE * 255).to(torch.uint8), IMAGE.numpy()]
+    "image",
+    [IMAGE[0], IMAGE.permute(1, 2, 0), (IMAGE * 255).to(torch.uint8), IMAGE.numpy(), PICTURE],
 )
 def test_images_of_every_layout(image):
     seen = drawn(viz.attention_overlay(image, MAPS, WORDS).axes[0])
@@ -226,6 +229,10 @@ WRONG = {
     "mask must be a KeyInterval, got Tensor": lambda: viz.mask_picture(MASK.dense(6), 6),
     "Nk must be an int of at least 1, got 0": lambda: viz.mask_picture(MASK, 0),
     "batch must be from 0 to 0, got 1": lambda: viz.mask_picture(MASK, 6, batch=1),
+    "statistics must be of something seen, which is nothing": lambda: viz.history({}, "entropy"),
+    "statistics must name one at least": lambda: viz.history({"loss": [(0, 1.0)]}, []),
+    r"curves\['a'\] must be \(x, y\) pairs": lambda: viz.sparsity_error({"a": [(1.0, 0.1), (1,)]}),
+    r"curves\['a'\] must have errors of": lambda: viz.sparsity_error({"a": [(0.5, -0.1)]}),
     "curves must map methods to pairs": lambda: viz.sparsity_error([(1, 2)]),
     r"curves\['a'\] must have shares over 0": lambda: viz.sparsity_error({"a": [(2.0, 0.1)]}),
 }  # fmt: skip

@@ -55,7 +55,8 @@ def attention_overlay(
     """The image, and for each word its grey values under the word's map.
 
     Args:
-        image: tensor or array [H, W], [H, W, 3] or [3, H, W]; bytes, or numbers from 0 to 1.
+        image: tensor, array or PIL image [H, W], [H, W, 3] or [3, H, W]; bytes, or numbers from 0
+            to 1.
         maps: tensor or array [R, h, w] of weights, as one batch element of `attention_map`.
         words: R titles, of the queries that the maps belong to.
         columns: pictures side by side.
@@ -146,12 +147,15 @@ def history(
     if not isinstance(thresholds, Thresholds | None):
         raise TypeError(f"thresholds must be Thresholds or None, got {kind(thresholds)}")
     statistics = [statistics] if isinstance(statistics, str) else list(statistics)
-    figure, panels = new_figure(1, max(len(statistics), 1), (7 * len(statistics), 4))
+    if not statistics:
+        raise ValueError("statistics must name one at least, got none")
+    figure, panels = new_figure(1, len(statistics), (7 * len(statistics), 4))
     for axes, statistic in zip(panels, statistics, strict=True):
         chosen = {n: t for n, t in lines.items() if statistic in groups_of(n[1])}
         if not chosen:
             names = sorted({group for _, name in lines for group in groups_of(name)})
-            raise ValueError(f"statistics must be among {names}, got {statistic!r}")
+            of_what = f"among {names}" if names else "of something seen, which is nothing"
+            raise ValueError(f"statistics must be {of_what}, got {statistic!r}")
         draw_runs(axes, statistic, chosen)
         for limit in limits_of(thresholds, statistic):
             axes.axhline(limit, color="black", ls="--", lw=1, label=f"threshold {limit:g}")
@@ -196,7 +200,7 @@ def mask_picture(
     ]
     figure, (axes,) = new_figure(1, 1, (7, min(1.5 + 0.22 * shape[1], 10)))
     axes.add_collection(PolyCollection(bars, facecolors="#2a6f97"))
-    axes.set(xlim=(0, Nk), ylim=(shape[1] - 0.5, -0.5), xlabel="key", ylabel="query")
+    axes.set(xlim=(0, Nk), ylim=(max(shape[1], 1) - 0.5, -0.5), xlabel="key", ylabel="query")
     write_names(axes.set_yticks, queries)
     for n, name in enumerate(blocks):
         width = Nk / len(blocks)
@@ -227,6 +231,8 @@ def sparsity_error(
         points = check_points(f"curves[{method!r}]", pairs)
         if ((points[:, 0] <= 0) | (points[:, 0] > 1)).any():
             raise ValueError(f"curves[{method!r}] must have shares over 0 and at most 1")
+        if (points[:, 1] < 0).any():
+            raise ValueError(f"curves[{method!r}] must have errors of at least 0")
         points = points[points[:, 1] > 0]
         axes.plot(*points[points[:, 0].argsort()].T, "o-", label=method)
     axes.set(xscale="log", yscale="log", xlabel="share of keys kept", ylabel=ylabel)
@@ -317,7 +323,8 @@ def check_array(name: str, given, shape: str) -> np.ndarray:
 
 def check_image(image) -> np.ndarray:
     """[H, W] or [H, W, 3] in 0 to 1."""
-    is_bytes = str(getattr(image, "dtype", "")).endswith("uint8")
+    image = image if isinstance(image, Tensor) else np.asarray(image)
+    is_bytes = str(image.dtype).endswith("uint8")
     found = as_array("image", image)
     if found.ndim == 3 and found.shape[0] == 3 != found.shape[2]:
         found = found.transpose(1, 2, 0)
@@ -333,8 +340,9 @@ def check_image(image) -> np.ndarray:
 
 def check_points(name: str, pairs) -> np.ndarray:
     """[n, 2] of (x, y) pairs."""
-    found = np.array([tuple(pair) for pair in pairs], dtype=float)
-    if found.ndim != 2 or found.shape[1] != 2:
+    pairs = [tuple(pair) for pair in pairs]
+    found = np.array(pairs, dtype=float) if {len(pair) for pair in pairs} == {2} else None
+    if found is None:
         raise ValueError(f"{name} must be (x, y) pairs, at least one")
     return found
 

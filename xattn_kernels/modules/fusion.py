@@ -185,10 +185,8 @@ class MidFusion(nn.Module):
         every: int = 1,
         **block_options,
     ) -> None:
-        layers = list(layers) if isinstance(layers, Iterable) else [layers]
         check_sizes(every=every)
-        if not layers or not all(isinstance(layer, nn.Module) for layer in layers):
-            raise TypeError(f"layers must be modules, at least one, got {[*map(kind, layers)]}")
+        layers = check_layers(layers)
         super().__init__()
         self.layers, self.every = nn.ModuleList(layers), every
         options = dict(dim=dim, dim_visual=dim_visual) | block_options
@@ -304,6 +302,15 @@ class LateFusion(nn.Module):
         if self.merge == "concat":
             return FusedPair(a, b, torch.cat((a, b), dim=-1))
         return FusedPair(a, b, a + b if self.merge == "add" else a * b)
+
+
+def check_layers(layers) -> list[nn.Module]:
+    if not isinstance(layers, Iterable):
+        raise TypeError(f"layers must be a list of modules, got {kind(layers)}")
+    layers = list(layers)
+    if not layers or not all(isinstance(layer, nn.Module) for layer in layers):
+        raise TypeError(f"layers must be modules, at least one, got {[*map(kind, layers)]}")
+    return layers
 
 
 def behind_padding(lengths: Tensor, N: int) -> tuple[Tensor, Tensor]:
