@@ -218,7 +218,7 @@ WRONG = {
     "image must be a floating-point tensor .*, got torch.int64": lambda: itc_loss(I.long(), T),
     r"text must be \[B, dim\], got shape": lambda: itc_loss(I, I),
     "image and text must share their width, got 8 and 7": lambda: itc_loss(I, T[:, 1:]),
-    "one text for each image, got 5 and 4": lambda: itc_loss(I, T[1:]),
+    "one text for each image, similarity .* got 5 images and 4": lambda: itc_loss(I, T[1:]),
     "at least one query": lambda: itc_loss(I[:, :0], T),
     "temperature must be a positive number, got 0": lambda: itc_loss(I, T, temperature=0),
     "temperature must be a floating-point tensor of one": lambda: itc_loss(I, T, temperature=T),
@@ -229,6 +229,10 @@ WRONG = {
     r"similarity must be \[B, B\], got shape": lambda: hard_negatives(I),
     r"logits must be \[N, 2\] or \[N, n, 2\], got \[5, 8\]": lambda: itm_loss(T, IDS),
     "labels must be an int64 tensor, got torch.float32": lambda: itm_loss(T[:, :2], T[:, 0]),
+    "labels must be from 0 to 1, or ignore_index = -100, got 2": lambda: itm_loss(
+        T[:, :2], torch.tensor([0, 1, 2, -100, 1])
+    ),
+    r"one text for each image, similarity \[B, B\], got 5": lambda: hard_negatives(T[:, :4]),
     r"labels must be \[5, 2\] on cpu, got \[5\]": lambda: lm_loss(I, IDS, n_prefix=1),
     "n_prefix must be from 0 to the 3 positions": lambda: lm_loss(I, IDS, n_prefix=4),
     "n_prefix must be an int, got float": lambda: lm_loss(I, IDS, n_prefix=1.0),

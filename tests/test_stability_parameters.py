@@ -137,6 +137,8 @@ M = nn.Linear(2, 2)
 WRONG = {
     "model must be an nn.Module, got dict": lambda: xattn_parameters({}),
     "model must be an nn.Module, got list": lambda: freeze([M]),
+    "but must be a function or None, got list": lambda: freeze(M, but=[M]),
+    "match must be a function or None, got str": lambda: xattn_parameters(M, "attn"),
     "xattn_lr must be at least 0 and finite, got -1": lambda: optimizer_groups(M, xattn_lr=-1),
     "weight_decay must be a number, got str": lambda: optimizer_groups(M, weight_decay="no"),
     "head must be at least 0": lambda: optimizer_groups(M, rates={"head": float("inf")}),

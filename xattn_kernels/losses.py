@@ -238,7 +238,7 @@ def lm_loss(
     B, n = logits.shape[:2]
     if not 0 <= n_prefix <= n:
         raise ValueError(f"n_prefix must be from 0 to the {n} positions of logits, got {n_prefix}")
-    check_labels(labels, (B, n - n_prefix), logits)
+    check_labels(labels, (B, n - n_prefix), logits, ignore_index)
     labels = labels if n_prefix else labels[:, 1:]
     logits = logits[:, max(n_prefix - 1, 0) : -1].flatten(0, 1)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -296,7 +296,10 @@ def positives(similarity: Tensor, ids: Tensor | None) -> Tensor:
     """bool [B, B]: which text belongs to which image."""
     B, of_texts = similarity.shape
     if B != of_texts:
-        raise ValueError(f"there must be one text for each image, got {B} and {of_texts}")
+        raise ValueError(
+            f"there must be one text for each image, similarity [B, B], got {B} images and "
+            f"{of_texts} texts"
+        )
     own = torch.eye(B, dtype=torch.bool, device=similarity.device)
     if ids is None:
         return own
@@ -319,7 +322,18 @@ def check_features(name: str, t, ranks: tuple[int, ...] | None, dims: str = "") 
         raise ValueError(f"{name} must be {dims}, got shape {list(t.shape)}")
 
 
-def check_labels(labels, shape, logits: Tensor) -> None:
+def check_range(name: str, labels: Tensor, classes: int, ignore_index: int) -> None:
+    """On a CPU alone: reading a GPU's labels would wait for it."""
+    if labels.is_cpu and not torch.compiler.is_compiling():
+        wrong = labels[(labels != ignore_index) & ((labels < 0) | (labels >= classes))]
+        if wrong.numel():
+            raise ValueError(
+                f"{name} must be from 0 to {classes - 1}, or ignore_index = {ignore_index}, got "
+                f"{wrong[0].item()}"
+            )
+
+
+def check_labels(labels, shape, logits: Tensor, ignore_index: int = IGNORED) -> None:
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
         got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(f"labels must be an int64 tensor, got {got}")
@@ -328,6 +342,7 @@ def check_labels(labels, shape, logits: Tensor) -> None:
             f"labels must be {list(shape)} on {logits.device}, got {list(labels.shape)} on "
             f"{labels.device}"
         )
+    check_range("labels", labels, logits.shape[-1], ignore_index)
 
 
 def check_smoothing(label_smoothing: float) -> None:

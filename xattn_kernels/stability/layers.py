@@ -143,9 +143,10 @@ def attention_statistics(
         {name: result}, `out` None; of a layer that is called again the last call.
 
     Raises:
-        TypeError: model is no module.
+        TypeError: model is no module, or layers no function.
     """
     check_module("model", model)
+    check_rule("layers", layers)
     found: dict = {}
 
     def told(call: Call) -> None:
@@ -162,6 +163,11 @@ def attention_statistics(
 
 def counts(call: Call, layers: Callable[[str, nn.Module], bool] | None) -> bool:
     return not attends_to_itself(call) if layers is None else bool(layers(call.name, call.module))
+
+
+def check_rule(name: str, rule) -> None:
+    if rule is not None and not callable(rule):
+        raise TypeError(f"{name} must be a function or None, got {type(rule).__name__}")
 
 
 def check_module(name: str, module) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from torch import Tensor, nn
 
 from ..modules.masked_cross_attention import check_sizes
-from .layers import check_module
+from .layers import check_module, check_rule
 from .measures import AttentionLook, gradient_norms, without_rows
 from .parameters import Match, xattn_parameters
 from .pending import Pending
@@ -71,6 +71,8 @@ class StabilityMonitor:
         match: Match | None = None,
     ) -> None:
         check_module("model", model)
+        check_rule("layers", layers)
+        check_rule("match", match)
         check_sizes(every=every, nan_every=every if nan_every is None else nan_every)
         self.callbacks = tuple(callbacks)
         check_receivers(self.callbacks, thresholds)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from torch import nn
 
 from ..inputs import check_number
-from .layers import check_module
+from .layers import check_module, check_rule
 
 # Classes and attributes of this package, PyTorch (`multihead_attn` of its decoder layers),
 # OpenCLIP, OpenFlamingo, VisualGPT, and transformers' Mllama, Idefics, BLIP-2, BERT and
@@ -35,9 +35,10 @@ def xattn_parameters(model: nn.Module, match: Match | None = None) -> dict[str, 
         match: (name, parameter) -> whether it is one, in place of this rule.
 
     Raises:
-        TypeError: model is no module.
+        TypeError: model is no module, or match no function.
     """
     check_module("model", model)
+    check_rule("match", match)
     if match is None:
         inside = [n for n, m in model.named_modules() if CLASSES.search(type(m).__name__)]
         prefixes, gates = tuple(f"{n}." if n else "" for n in inside), gate_parameters(model)
@@ -168,9 +169,10 @@ def freeze(model: nn.Module, *, but: Match | None = None) -> Frozen:
         A `Frozen`: `.train()` in place of `model.train()`, and `.undo()`.
 
     Raises:
-        TypeError: model is no module.
+        TypeError: model is no module, or `but` no function.
     """
     check_module("model", model)
+    check_rule("but", but)
     keep = but or (lambda name, p: False)
     frozen = Frozen(model, [p for n, p in model.named_parameters() if not keep(n, p)])
     for p in frozen.parameters:
