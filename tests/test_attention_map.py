@@ -157,6 +157,7 @@ WRONG = {
     "first_key must be an int, got float": dict(first_key=0.0),
     r"mask must broadcast to \[B, Hq, Nq, Nk\]": dict(mask=torch.ones(4, 12).bool()),
     r"lse must be \[B, Hq, Nq\]": dict(lse=torch.zeros(2, 2, 2)),
+    "average_heads must be a bool, got str": dict(average_heads="no"),
     "unknown backend 'cuda'": dict(backend="cuda"),
 }
 

@@ -149,9 +149,10 @@ WRONG = {
     "statistics must be a CrossAttentionResult, .*, got NoneType": lambda: entropy_loss(None),
     "target must be a finite number, got inf": lambda: entropy_loss(T, math.inf),
     "row_mask must be a bool tensor, got torch.float32": lambda: entropy_loss(T, row_mask=T),
-    r"row_mask must broadcast to the entropy, \[5, 8\], got \[4\]": lambda: entropy_loss(
+    r"row_mask must broadcast to the entropy, \[5, 8\] on cpu, got \[4\]": lambda: entropy_loss(
         T, row_mask=T[0, :4] > 0
     ),
+    "got .* on meta": lambda: entropy_loss(T, row_mask=(T > 0).to("meta")),
     "per_row must be a bool, got int": lambda: entropy_loss(T, per_row=1),
 }  # fmt: skip
 

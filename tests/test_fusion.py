@@ -102,9 +102,11 @@ WRONG = {
     ),
     "vision_lengths must be at most 7, not 8": lambda: early()(V, T, vision_lengths=LONG),
     "text_lengths must be an int32 or int64 tensor": lambda: late()(V, T, text_lengths=[1, 2, 3]),
-    r"layers must be modules, at least one, got \[\]": lambda: MidFusion([], dim=8),
-    r"layers must be modules, at least one, got \['str'\]": lambda: MidFusion(["a"], dim=8),
-    "layers must be a list of modules, got Linear": lambda: MidFusion(nn.Linear(8, 8), dim=8),
+    "layers must have at least one, each an nn.Module": lambda: MidFusion([], dim=8),
+    r"layers\[0\] must be an nn.Module, got str": lambda: MidFusion(["a"], dim=8),
+    "layers must be a list, each an nn.Module, got Linear": lambda: MidFusion(
+        nn.Linear(8, 8), dim=8
+    ),
     "every must be at least 1, got 0": lambda: middle(every=0),
     "kv_heads": lambda: middle(kv_heads=2),
     "media must be one cache for each of 2 blocks, got 0": lambda: middle()(X, []),

@@ -20,7 +20,7 @@ from benchmarks import evidence
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE, KERNELS = ROOT / "xattn_kernels", ROOT / "triton_kernels"
 README = (ROOT / "README.md").read_text()
-FLOOR = {"dispatch", "inputs", "masks", "reference", "sdpa", "slices"}
+FLOOR = {"checks", "dispatch", "inputs", "masks", "reference", "sdpa", "slices"}
 FLOOR |= {"triton_kernels", "cuda_kernels"}
 FLOORS = {"modules": 2, "stability": 2, "distributed": 3, "integrations": 3, "viz": 3}
 FLOORS |= {"__main__": 4}

@@ -226,6 +226,8 @@ WRONG = {
     r"ids must be an integer tensor \[B\], got torch.float32": lambda: itc_loss(I, T, ids=T[:, 0]),
     r"ids must be \[B\] = \[5\] on cpu, got \[4\]": lambda: itc_loss(I, T, ids=IDS[1:]),
     "sample must be a bool, got int": lambda: hard_negatives(T @ T.T, sample=1),
+    "negatives must be HardNegatives, got tuple": lambda: matching_pairs((IDS, IDS)),
+    "match must be a function, got str": lambda: stage_one_losses(I, T, "match", I, IDS),
     r"similarity must be \[B, B\], got shape": lambda: hard_negatives(I),
     r"logits must be \[N, 2\] or \[N, n, 2\], got \[5, 8\]": lambda: itm_loss(T, IDS),
     "labels must be an int64 tensor, got torch.float32": lambda: itm_loss(T[:, :2], T[:, 0]),

@@ -163,3 +163,5 @@ def test_a_bert_of_another_size_is_refused():
     del state["encoder.layer.1.output.dense.bias"]
     with pytest.raises(ValueError, match=r"encoder.layer.1.output.dense.bias \[24\], got nothing"):
         qformer().load_bert(state)
+    with pytest.raises(TypeError, match="state_dict must be a mapping of weights by name"):
+        qformer(vocab_size=13).load_bert(nn.Linear(2, 2))

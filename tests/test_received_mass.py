@@ -233,6 +233,7 @@ Q, K = torch.zeros(2, 2, 3, 16), torch.zeros(2, 1, 5, 16)
         (dict(row_weight=torch.ones(1, 2, 3)), ValueError, r"got \[1, 2, 3\]"),
         (dict(lse=torch.zeros(2, 3)), ValueError, r"lse must be \[B, Hq, Nq\]"),
         (dict(mask=torch.ones(4, 5).bool()), ValueError, "mask"),
+        (dict(average_heads=1), TypeError, "average_heads must be a bool, got int"),
         (dict(backend="cuda"), ValueError, "unknown backend 'cuda'"),
     ],
 )

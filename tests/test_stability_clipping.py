@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from numerics import assert_as_accurate
 from xattn_kernels import AdaptiveClip, clip_gradients
@@ -25,6 +29,15 @@ def with_gradients(scale=1.0):
         if "unused" not in name:
             p.grad = scale * torch.randn_like(p)
     return model
+
+
+@contextmanager
+def one_process():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield init_device_mesh("cpu", (1,))
+    finally:
+        dist.destroy_process_group()
 
 
 def norm_of(parameters) -> torch.Tensor:
@@ -79,7 +92,18 @@ def test_what_is_not_finite_is_not_remembered():
         assert p.grad[1] == 0.0 and p.grad[0].isfinite() == math.isfinite(grad)
     assert clip.threshold.item() == 2.0
     p.grad = other.grad = None
-    assert clip().item() == 0.0
+    assert clip().item() == 0.0 and clip.threshold.item() == 2.0
+
+
+def test_sharded_gradients_are_clipped_to_the_norm_of_the_whole():
+    grad = torch.arange(4.0)
+    with one_process() as mesh:
+        p = nn.Parameter(distribute_tensor(torch.zeros(4), mesh, [Shard(0)]))
+        clip = AdaptiveClip([p], warmup_steps=0, max_norm=0.5)
+        p.grad = distribute_tensor(grad.clone(), mesh, [Shard(0)])
+        assert_as_accurate(clip(), grad.norm(), grad.norm())
+        clipped = p.grad.full_tensor()
+    assert_as_accurate(clipped, 0.5 * grad / grad.norm(), 0.5 * grad / grad.norm())
 
 
 def test_a_state_goes_on():
@@ -123,8 +147,12 @@ WRONG = {
     "model must be an nn.Module, got list": lambda: clip_gradients([P]),
     "percentile must be from 0 to 100, got 101": lambda: AdaptiveClip([P], percentile=101),
     "history must be at least 1, got 0": lambda: AdaptiveClip([P], history=0),
-    "warmup_steps must be an int of at least 0": lambda: AdaptiveClip([P], warmup_steps=-1),
-    "parameters must have at least one": lambda: AdaptiveClip([]),
+    "warmup_steps must be at least 0, got -1": lambda: AdaptiveClip([P], warmup_steps=-1),
+    "parameters must have at least one, each a parameter": lambda: AdaptiveClip([]),
+    "parameters must be a list, each a parameter, got Linear": lambda: AdaptiveClip(
+        nn.Linear(2, 2)
+    ),
+    r"parameters\[0\] must be a parameter, got tuple": lambda: AdaptiveClip([("p", P)]),
 }
 
 

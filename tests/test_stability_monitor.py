@@ -140,6 +140,18 @@ def test_it_looks_when_it_should_and_only_then(monkeypatch):
     assert [step for step, _ in monitor.history["loss"]] == [0, 5, 10, 15, 20]
 
 
+def test_a_training_that_goes_on_keeps_its_numbers():
+    model, found = Model(), {}
+    whole = trained(model, StabilityMonitor(model, every=4, nan_every=3), steps=10)
+    with StabilityMonitor(model, every=4, nan_every=3, first_step=5) as monitor:
+        for step in range(5, 10):
+            found[step] = hooks_of(model) > 0
+            (report,) = trained(model, monitor)
+            assert report == whole[step]
+    assert found == {5: False, 6: False, 7: False, 8: True, 9: False}
+    assert [step for step, _ in monitor.history["loss"]] == [6, 8, 9]
+
+
 def counted(f, calls):
     return lambda *args: calls.append(1) or f(*args)
 
@@ -250,7 +262,12 @@ WRONG = {
     "every must be at least 1, got 0": lambda: StabilityMonitor(M, every=0),
     "nan_every must be an int, got float": lambda: StabilityMonitor(M, nan_every=1.0),
     "thresholds must be Thresholds, got dict": lambda: StabilityMonitor(M, thresholds={}),
-    "callbacks must be functions of a report": lambda: StabilityMonitor(M, callbacks=[3]),
+    r"callbacks\[0\] must be a function of a report, got int": lambda: StabilityMonitor(
+        M, callbacks=[3]
+    ),
+    "callbacks must be a list of functions": lambda: StabilityMonitor(M, callbacks=print),
+    "logger must be a logging.Logger or None, got str": lambda: StabilityMonitor(M, logger="log"),
+    "first_step must be at least 0, got -1": lambda: StabilityMonitor(M, first_step=-1),
     r"loss must be a tensor of one value or None, got \[2\]": lambda: StabilityMonitor(M).step(
         torch.ones(2)
     ),

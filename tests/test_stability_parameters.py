@@ -142,6 +142,11 @@ WRONG = {
     "xattn_lr must be at least 0 and finite, got -1": lambda: optimizer_groups(M, xattn_lr=-1),
     "weight_decay must be a number, got str": lambda: optimizer_groups(M, weight_decay="no"),
     "head must be at least 0": lambda: optimizer_groups(M, rates={"head": float("inf")}),
+    "rates must be a mapping of regular": lambda: optimizer_groups(M, rates=[("head", 1.0)]),
+    "rates must be by regular expressions, got int": lambda: optimizer_groups(M, rates={1: 1.0}),
+    r"rates must be by regular expressions, got '\('": lambda: optimizer_groups(
+        M, rates={"(": 1.0}
+    ),
     "model must have a parameter that requires grad": lambda: optimizer_groups(nn.ReLU()),
 }
 

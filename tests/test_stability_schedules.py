@@ -169,7 +169,11 @@ WRONG = {
     r"layers\[1\] must be an nn.Module, got int": lambda: LayerwiseWarmup(
         [Model(), 3], warmup_steps=2
     ),
-    "layers must have at least one module": lambda: LayerwiseWarmup([], warmup_steps=2),
+    "layers must have at least one, each an nn.Module": lambda: LayerwiseWarmup([], warmup_steps=2),
+    "layers must be a list, each an nn.Module, got Linear": lambda: LayerwiseWarmup(
+        nn.Linear(2, 2), warmup_steps=2
+    ),
+    "optimizer must be a torch.optim.Optimizer, got list": lambda: warmup_cosine([O], **S),
     "order must be one of 'first', 'last', got 'up'": lambda: LayerwiseWarmup(
         [Model()], warmup_steps=2, order="up"
     ),

@@ -157,6 +157,9 @@ WRONG = {
     r"weights must have the names of loaders, \['pairs', 'video'\]": lambda: DatasetMixture(
         LOADERS, {"pairs": 1}
     ),
+    "loaders must be a mapping of iterables by name, got list": lambda: DatasetMixture([B], {}),
+    "weights must be a mapping of numbers by name, got list": lambda: DatasetMixture(LOADERS, [1]),
+    r"loaders\['x'\] must be an iterable, got int": lambda: DatasetMixture({"x": 1}, {"x": 1.0}),
     r"weights\['video'\] must be a positive number, got 0": lambda: DatasetMixture(
         LOADERS, WEIGHTS | {"video": 0}
     ),
@@ -171,6 +174,9 @@ WRONG = {
     "vision must name tensors of the batch, .*, got none known": lambda: blind_baseline(
         M, {"x": B["text"]}
     ),
+    "model must be a function, got str": lambda: blind_baseline("model", B),
+    "batch must be a mapping of arguments by name, got list": lambda: blind_baseline(M, [B]),
+    r"vision\[0\] must be a name, got int": lambda: blind_baseline(M, B, vision=[1]),
     r"got \['pixels'\]": lambda: blind_baseline(M, B, vision="pixels"),
     "blank must be a number": lambda: blind_baseline(Captioner(0), B, blank="none"),
     "threshold must be at least 0": lambda: blind_baseline(Captioner(0), B, threshold=-1),

@@ -69,6 +69,11 @@ def test_missing_packages_are_named(monkeypatch):
         Wandb()
 
 
+def test_a_run_that_is_none_is_named():
+    with pytest.raises(TypeError, match="run must be a wandb run or None, got str"):
+        Wandb("my-project")
+
+
 def test_nobody_imports_them_unasked():
     code = (
         "import sys, torch, xattn_kernels as x; m = x.StabilityMonitor(torch.nn.Linear(2, 2)); "

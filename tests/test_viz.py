@@ -210,7 +210,7 @@ WRONG = {
     "words must be as many as the maps, 3, got 1": lambda: OVERLAY(IMAGE, MAPS, ["a"]),
     "words must be a sequence of strings, got str": lambda: OVERLAY(IMAGE, MAPS, "abc"),
     "width must be a positive number, got 0": lambda: OVERLAY(IMAGE, MAPS, WORDS, width=0),
-    "columns must be an int of": lambda: OVERLAY(IMAGE, MAPS, WORDS, columns=0),
+    "columns must be at least 1, got 0": lambda: OVERLAY(IMAGE, MAPS, WORDS, columns=0),
     "weights must be finite and at least 0": lambda: viz.attention_heatmap(-torch.ones(2, 3)),
     "keys must be as many as the columns of weights, 3": lambda: viz.attention_heatmap(
         torch.ones(2, 3), keys=["a"]
@@ -226,8 +226,10 @@ WRONG = {
     "thresholds must be Thresholds or None, got float": lambda: viz.history(
         {"loss": [(0, 1.0)]}, "loss", thresholds=0.5
     ),
-    "mask must be a KeyInterval, got Tensor": lambda: viz.mask_picture(MASK.dense(6), 6),
-    "Nk must be an int of at least 1, got 0": lambda: viz.mask_picture(MASK, 0),
+    "mask must be a KeyInterval, got a torch.bool tensor": lambda: viz.mask_picture(
+        MASK.dense(6), 6
+    ),
+    "Nk must be at least 1, got 0": lambda: viz.mask_picture(MASK, 0),
     "batch must be from 0 to 0, got 1": lambda: viz.mask_picture(MASK, 6, batch=1),
     "statistics must be of something seen, which is nothing": lambda: viz.history({}, "entropy"),
     "statistics must name one at least": lambda: viz.history({"loss": [(0, 1.0)]}, []),

@@ -104,7 +104,7 @@ def check_rows(rows, x: AttentionWeightsInputs) -> Tensor:
     if not isinstance(rows, Tensor):
         if not isinstance(rows, Sequence) or not all(type(i) is int for i in rows):
             raise TypeError(f"rows must be ints or an integer tensor, got {rows!r}")
-        check_range(rows, x.Nq)
+        check_indices(rows, x.Nq)
         rows = torch.tensor([i % x.Nq for i in rows], dtype=torch.int64, device=x.device)
     if rows.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"rows must be ints or an int32 or int64 tensor, got {rows.dtype}")
@@ -114,11 +114,11 @@ def check_rows(rows, x: AttentionWeightsInputs) -> Tensor:
             f"{rows.device}"
         )
     if rows.is_cpu and not torch.compiler.is_compiling():
-        check_range(rows.flatten().tolist(), x.Nq)
+        check_indices(rows.flatten().tolist(), x.Nq)
     return torch.where(rows < 0, rows + x.Nq, rows).long().expand(x.B, -1)
 
 
-def check_range(rows: Sequence[int], Nq: int) -> None:
+def check_indices(rows: Sequence[int], Nq: int) -> None:
     for i in rows:
         if not -Nq <= i < Nq:
             raise ValueError(f"rows must be from {-Nq} to {Nq - 1}, got {i}")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import by_head, reference
 from .autograd import apart, refuse_double_backward
+from .checks import check_bools
 from .cross_attention import attend, triton_reasons
 from .dispatch import Backend, allow_tf32, run
 from .inputs import CrossAttentionInputs, check_inputs
@@ -94,6 +95,7 @@ def attention_weights(
 
 def check(q, k, *, lse=None, average_heads=True, **options) -> AttentionWeightsInputs:
     """The checked inputs of one call; raises TypeError or ValueError naming the argument."""
+    check_bools(average_heads=average_heads)
     x = check_inputs(q, k, k, **options)
     return AttentionWeightsInputs(
         **vars(x),

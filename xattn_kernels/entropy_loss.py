@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from .inputs import CrossAttentionResult, TopKAttentionResult, check_number
+from .checks import check_bools, check_number
+from .inputs import CrossAttentionResult, TopKAttentionResult
 from .losses import check_features
 
 
@@ -44,9 +45,7 @@ def entropy_loss(
     entropy, counts = rows_that_count(statistics, row_mask)
     if not math.isfinite(check_number("target", target, "a finite number")):
         raise ValueError(f"target must be a finite number, got {target}")
-    for name, flag in dict(per_row=per_row, one_sided=one_sided).items():
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name} must be a bool, got {type(flag).__name__}")
+    check_bools(per_row=per_row, one_sided=one_sided)
     missing, n = (target - entropy).masked_fill(~counts, 0.0), counts.sum().clamp(min=1)
     missing = missing if per_row else missing.sum() / n
     squares = (missing.clamp(min=0.0) if one_sided else missing).square()
@@ -76,9 +75,9 @@ def rows_that_count(statistics, row_mask: Tensor | None) -> tuple[Tensor, Tensor
     fits = row_mask.dim() <= counts.dim() and all(
         n in (1, m) for n, m in zip(reversed(row_mask.shape), reversed(counts.shape), strict=False)
     )
-    if not fits:
+    if not fits or row_mask.device != counts.device:
         raise ValueError(
-            f"row_mask must broadcast to the entropy, {list(counts.shape)}, got "
-            f"{list(row_mask.shape)}"
+            f"row_mask must broadcast to the entropy, {list(counts.shape)} on {counts.device}, got "
+            f"{list(row_mask.shape)} on {row_mask.device}"
         )
     return entropy, counts & row_mask

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from . import reference
 from .autograd import apart, refuse_double_backward
+from .checks import check_number
 from .cuda_kernels import launch as cuda
 from .dispatch import TRITON_DTYPES, Backend, run, triton_device_reasons
-from .inputs import check_number
 from .triton_kernels.tensors import empty_like
 
 NORMS = ("layer", "rms")

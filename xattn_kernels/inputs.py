@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from numbers import Integral, Real
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .checks import check_number
 from .masks import KeyInterval
 
 
@@ -196,12 +197,6 @@ def check_bias(bias, q: Tensor, k: Tensor) -> Tensor | None:
         got = bias.dtype if isinstance(bias, Tensor) else type(bias).__name__
         raise TypeError(f"bias must be a floating-point tensor, got {got}")
     return view_4d("bias", bias, q, k)
-
-
-def check_number(name: str, value, allowed: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (Real, torch.SymInt, torch.SymFloat)):
-        raise TypeError(f"{name} must be {allowed}, got {type(value).__name__} {value!r}")
-    return float(value)  # Triton and autograd know no numbers of numpy
 
 
 def check_scale(scale, q: Tensor) -> float | Tensor:

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .checks import check_bools, check_function, check_number, check_range, kind
 from .dispatch import without_autocast
-from .inputs import check_number
 
 IGNORED = -100  # torch's default ignore_index
 
@@ -144,8 +144,7 @@ def hard_negatives(
 
     Source: Li et al., "Align before fuse" (2021), and "BLIP-2" (2023), which draw.
     """
-    if not isinstance(sample, bool):
-        raise TypeError(f"sample must be a bool, got {type(sample).__name__}")
+    check_bools(sample=sample)
     check_features("similarity", similarity, (2,), "[B, B]")
     same, scaled = positives(similarity, ids), check_temperature(temperature, similarity)
     logits = (similarity / scaled).masked_fill(same, -math.inf)
@@ -167,7 +166,12 @@ def most_similar(logits: Tensor, sample: bool, generator: torch.Generator | None
 
 
 def matching_pairs(negatives: HardNegatives) -> MatchingPairs:
-    """The pairs whose ITM logits `itm_loss` takes, of the indices that `hard_negatives` found."""
+    """The pairs whose ITM logits `itm_loss` takes, of the indices that `hard_negatives` found.
+
+    Raises TypeError: negatives are none of these.
+    """
+    if not isinstance(negatives, HardNegatives):
+        raise TypeError(f"negatives must be HardNegatives, got {kind(negatives)}")
     own = torch.arange(len(negatives.texts), device=negatives.texts.device)
     there = [own >= 0, negatives.texts >= 0, negatives.images >= 0]
     images = torch.cat((own, own, torch.where(there[2], negatives.images, own)))
@@ -273,6 +277,7 @@ def stage_one_losses(
 
     Source: Li et al., "BLIP-2" (2023).
     """
+    check_function("match", match)
     options = dict(temperature=temperature, ids=ids)
     itc = itc_loss(image, text, label_smoothing=label_smoothing, **options)
     similarity = image_text_similarity(image.detach(), text.detach())
@@ -320,17 +325,6 @@ def check_features(name: str, t, ranks: tuple[int, ...] | None, dims: str = "") 
         raise TypeError(f"{name} must be a floating-point tensor {dims}, got {got}")
     if ranks is not None and t.dim() not in ranks:
         raise ValueError(f"{name} must be {dims}, got shape {list(t.shape)}")
-
-
-def check_range(name: str, labels: Tensor, classes: int, ignore_index: int) -> None:
-    """On a CPU alone: reading a GPU's labels would wait for it."""
-    if labels.is_cpu and not torch.compiler.is_compiling():
-        wrong = labels[(labels != ignore_index) & ((labels < 0) | (labels >= classes))]
-        if wrong.numel():
-            raise ValueError(
-                f"{name} must be from 0 to {classes - 1}, or ignore_index = {ignore_index}, got "
-                f"{wrong[0].item()}"
-            )
 
 
 def check_labels(labels, shape, logits: Tensor, ignore_index: int = IGNORED) -> None:

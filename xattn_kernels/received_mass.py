@@ -17,6 +17,7 @@ from torch import Tensor
 from . import by_head, reference
 from .attention_weights import check_lse
 from .autograd import apart, refuse_double_backward
+from .checks import check_bools
 from .cross_attention import attend, triton_reasons
 from .cross_attention import backward_op as attention_backward_op
 from .cross_attention import forward_op as attention_forward_op
@@ -105,6 +106,7 @@ def received_mass(
 
 def check(q, k, *, row_weight=None, lse=None, average_heads=True, **options) -> ReceivedMassInputs:
     """The checked inputs of one call; raises TypeError or ValueError naming the argument."""
+    check_bools(average_heads=average_heads)
     x = check_inputs(q, k, k, **options)
     lse = check_lse(lse, q)
     return ReceivedMassInputs(

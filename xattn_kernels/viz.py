@@ -19,8 +19,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from .checks import check_positive, check_sizes, kind
 from .masks import KeyInterval
-from .modules.masked_cross_attention import check_positive
 from .stability import StabilityMonitor, Thresholds
 from .stability.report import place_of
 
@@ -69,7 +69,7 @@ def attention_overlay(
     """
     pixels, maps = check_image(image), check_array("maps", maps, "[R, h, w]")
     check_names("words", words, len(maps), "maps")
-    check_at_least_one("columns", columns)
+    check_sizes(columns=columns)
     columns = min(columns, len(maps) + 1)
     rows = math.ceil((len(maps) + 1) / columns)
     check_positive("width", width)
@@ -187,7 +187,7 @@ def mask_picture(
     """
     if not isinstance(mask, KeyInterval):
         raise TypeError(f"mask must be a KeyInterval, got {kind(mask)}")
-    check_at_least_one("Nk", Nk)
+    check_sizes(Nk=Nk)
     shape = (1, 1, *mask.shape)[-2:]
     if type(batch) is not int or not 0 <= batch < max(shape[0], 1):
         raise ValueError(f"batch must be from 0 to {shape[0] - 1}, got {batch!r}")
@@ -356,11 +356,6 @@ def check_names(name: str, names, count: int, of_what: str) -> None:
         raise ValueError(f"{name} must be as many as the {of_what}, {count}, got {len(names)}")
 
 
-def check_at_least_one(name: str, n) -> None:
-    if type(n) is not int or n < 1:
-        raise ValueError(f"{name} must be an int of at least 1, got {n!r}")
-
-
 def as_array(name: str, given) -> np.ndarray:
     if isinstance(given, Tensor):
         given = given.detach().to("cpu", torch.float64).numpy()
@@ -368,7 +363,3 @@ def as_array(name: str, given) -> np.ndarray:
         return np.asarray(given, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name} must be a tensor or an array of numbers: {error}") from error
-
-
-def kind(given) -> str:
-    return type(given).__name__

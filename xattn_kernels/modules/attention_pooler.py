@@ -6,18 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import check_bools, check_choice, check_sizes, kind
 from ..cross_attention import cross_attention
 from ..masks import KeyInterval
-from .masked_cross_attention import (
-    BACKENDS,
-    check_bools,
-    check_choice,
-    check_sizes,
-    check_tensor,
-    kind,
-    merge_heads,
-    split_heads,
-)
+from .masked_cross_attention import BACKENDS, check_tensor, merge_heads, split_heads
 from .multihead_attention import MultiheadAttention
 
 # what lucidrains' whole model calls the parts of its pooler

@@ -10,18 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import masks
+from ..checks import check_bools, check_choice, check_positive, check_several, check_sizes
 from ..masks import KeyInterval
 from .attention_pooler import AttentionPooler
 from .gated_cross_attention import GatedCrossAttentionBlock
-from .masked_cross_attention import (
-    BACKENDS,
-    check_bools,
-    check_choice,
-    check_positive,
-    check_sizes,
-    check_tensor,
-    kind,
-)
+from .masked_cross_attention import BACKENDS, check_tensor
 from .media_cache import MediaCache
 from .multihead_attention import MultiheadAttention
 
@@ -186,7 +179,7 @@ class MidFusion(nn.Module):
         **block_options,
     ) -> None:
         check_sizes(every=every)
-        layers = check_layers(layers)
+        layers = check_several("layers", layers, nn.Module, "an nn.Module")
         super().__init__()
         self.layers, self.every = nn.ModuleList(layers), every
         options = dict(dim=dim, dim_visual=dim_visual) | block_options
@@ -302,15 +295,6 @@ class LateFusion(nn.Module):
         if self.merge == "concat":
             return FusedPair(a, b, torch.cat((a, b), dim=-1))
         return FusedPair(a, b, a + b if self.merge == "add" else a * b)
-
-
-def check_layers(layers) -> list[nn.Module]:
-    if not isinstance(layers, Iterable):
-        raise TypeError(f"layers must be a list of modules, got {kind(layers)}")
-    layers = list(layers)
-    if not layers or not all(isinstance(layer, nn.Module) for layer in layers):
-        raise TypeError(f"layers must be modules, at least one, got {[*map(kind, layers)]}")
-    return layers
 
 
 def behind_padding(lengths: Tensor, N: int) -> tuple[Tensor, Tensor]:

@@ -8,16 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import check_bools, check_choice, check_number, check_positive, check_sizes
 from ..gated_residual import gated_residual, gated_residual_norm
-from ..inputs import check_number
-from .masked_cross_attention import (
-    NORMS,
-    MaskedCrossAttention,
-    check_bools,
-    check_choice,
-    check_positive,
-    check_sizes,
-)
+from .masked_cross_attention import NORMS, MaskedCrossAttention
 from .media_cache import MediaCache
 
 

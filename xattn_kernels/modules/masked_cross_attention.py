@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import torch
@@ -10,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import masks
+from ..checks import check_bools, check_choice, check_positive, check_sizes, kind
 from ..cross_attention import cross_attention
 from ..dispatch import autocasts
-from ..inputs import check_number
 from ..masks import KeyInterval
 from .media_cache import MediaCache, Weights
 
@@ -253,31 +252,3 @@ def check_like_weights(name: str, t: Tensor, weight: Tensor) -> None:
     plain = weight.is_floating_point() and weight.element_size() > 1  # not quantised
     if plain and t.dtype != weight.dtype and not autocasts(t.device):
         raise TypeError(f"{name} must have the dtype of the weights, {weight.dtype}, got {t.dtype}")
-
-
-def check_sizes(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise TypeError(f"{name} must be an int, got {kind(size)}")
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")
-
-
-def check_bools(**flags: bool) -> None:
-    for name, flag in flags.items():
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name} must be a bool, got {kind(flag)}")
-
-
-def check_positive(name: str, value: float) -> None:
-    if not 0.0 < check_number(name, value, "a number") < math.inf:
-        raise ValueError(f"{name} must be a positive number, got {value}")
-
-
-def check_choice(name: str, value, *allowed) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-
-
-def kind(value) -> str:
-    return f"a {value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__

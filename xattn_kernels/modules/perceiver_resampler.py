@@ -6,18 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import masks
+from ..checks import check_choice, check_sizes, kind
 from ..cross_attention import cross_attention
 from ..masks import KeyInterval
 from .gated_cross_attention import feed_forward
-from .masked_cross_attention import (
-    BACKENDS,
-    check_choice,
-    check_like_weights,
-    check_sizes,
-    kind,
-    merge_heads,
-    split_heads,
-)
+from .masked_cross_attention import BACKENDS, check_like_weights, merge_heads, split_heads
 
 
 class PerceiverAttention(nn.Module):

@@ -9,19 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import masks
+from ..checks import check_choice, check_mapping, check_positive, check_range, check_sizes, kind
 from ..dispatch import run
 from ..inputs import check_inputs, check_mask
 from ..masks import KeyInterval
-from .masked_cross_attention import (
-    BACKENDS,
-    check_choice,
-    check_positive,
-    check_sizes,
-    check_tensor,
-    kind,
-    merge_heads,
-    split_heads,
-)
+from .masked_cross_attention import BACKENDS, check_tensor, merge_heads, split_heads
 from .stable_cross_attention import WITH_DROPOUT, check_dropout
 
 OBJECTIVES = ("itc", "itm", "itg")
@@ -143,6 +135,7 @@ class QFormer(nn.Module):
             The names of the parameters that stay as they were: queries and cross-attention.
 
         Raises:
+            TypeError: state_dict is no mapping.
             ValueError: a weight is missing, or has another shape.
         """
         return load_bert(self, state_dict)
@@ -225,6 +218,7 @@ def start_as_bert(module: nn.Module) -> None:
 
 @torch.no_grad()
 def load_bert(module: QFormer, state_dict: Mapping[str, Tensor]) -> list[str]:
+    check_mapping("state_dict", state_dict, "weights by name")
     found, prefix = {}, "bert." if any(n.startswith("bert.") for n in state_dict) else ""
     kept = [n for n in module.state_dict() if "crossattention" in n or n == "query_tokens"]
     for name, p in module.state_dict().items():
@@ -294,13 +288,7 @@ def check_text(module: QFormer, input_ids, text_lengths) -> None:
             f"input_ids must be on the device of the weights, {words.device}, got "
             f"{input_ids.device}"
         )
-    # on a GPU this would wait for it
-    if type(input_ids) is Tensor and input_ids.is_cpu and not torch.compiler.is_compiling():
-        outside = input_ids[(input_ids < 0) | (input_ids >= len(words))]
-        if outside.numel():
-            raise ValueError(
-                f"input_ids must be from 0 to {len(words) - 1}, got {outside[0].item()}"
-            )
+    check_range("input_ids", input_ids, len(words))
     if isinstance(text_lengths, Tensor) and list(text_lengths.shape) != [len(input_ids)]:
         raise ValueError(
             f"text_lengths must be [B] = [{len(input_ids)}], got {list(text_lengths.shape)}"

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_bools, check_choice, check_range, check_sizes, kind
 from ..chunked_cross_entropy import ChunkedCrossEntropy
 from ..dispatch import autocasts, without_autocast
-from ..losses import check_range
-from .masked_cross_attention import check_bools, check_choice, check_sizes, check_tensor, kind
+from .masked_cross_attention import check_tensor
 
 
 class SelfEnsemble(nn.Module):

@@ -7,20 +7,12 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_bools, check_choice, check_number, check_positive, check_sizes
 from ..cross_attention import cross_attention
 from ..dispatch import run
 from ..gated_residual import gated_residual
-from ..inputs import check_inputs, check_number
-from .masked_cross_attention import (
-    NORMS,
-    check_bools,
-    check_choice,
-    check_positive,
-    check_sizes,
-    check_tensor,
-    merge_heads,
-    split_heads,
-)
+from ..inputs import check_inputs
+from .masked_cross_attention import NORMS, check_tensor, merge_heads, split_heads
 
 # dropout and statistics, which PyTorch's kernels lack, are eager's where there are no others
 WITH_DROPOUT = tuple(b._replace(by_name=False) for b in cross_attention.backends)

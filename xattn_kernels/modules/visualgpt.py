@@ -9,19 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import masks
+from ..checks import check_choice, check_number, check_positive, check_sizes, kind
 from ..cross_attention import cross_attention
-from ..inputs import check_mask, check_number
+from ..inputs import check_mask
 from ..masks import KeyInterval
-from .masked_cross_attention import (
-    BACKENDS,
-    check_choice,
-    check_positive,
-    check_sizes,
-    check_tensor,
-    kind,
-    merge_heads,
-    split_heads,
-)
+from .masked_cross_attention import BACKENDS, check_tensor, merge_heads, split_heads
 
 # buffers of the published layer: its causal mask, and what it keeps between tokens
 BUFFERS = ("attn.bias", "attn.running_keys", "attn.running_values", "enc_dec_attn.bias")

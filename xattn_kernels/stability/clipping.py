@@ -11,10 +11,10 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_
 
-from ..inputs import check_number
-from ..modules.masked_cross_attention import check_positive, check_sizes
+from ..checks import check_counts, check_number, check_positive, check_several, check_sizes
+from .measures import total_norm
 from .parameters import Match, xattn_parameters
 
 
@@ -55,9 +55,9 @@ class AdaptiveClip:
 
         threshold = percentile of {||g_t||, ||g_t-1||, ...}        g *= min(1, threshold / ||g||)
 
-    The norms are those before clipping, this step's included. One that is not finite is not
-    remembered: its gradients become 0 where they are finite, and the rest stays NaN. Norms stay on
-    the device, and nothing waits for it.
+    The norms are those before clipping, this step's included; a step without any gradient has none.
+    One that is not finite is not remembered: its gradients become 0 where they are finite, and the
+    rest stays NaN. Norms stay on the device, and nothing waits for it.
 
     Args:
         parameters: whose gradients are clipped, together.
@@ -79,13 +79,11 @@ class AdaptiveClip:
         if not 0.0 <= check_number("percentile", percentile, "from 0 to 100") <= 100.0:
             raise ValueError(f"percentile must be from 0 to 100, got {percentile}")
         check_sizes(history=history)
-        if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int) or warmup_steps < 0:
-            raise ValueError(f"warmup_steps must be an int of at least 0, got {warmup_steps!r}")
+        check_counts(warmup_steps=warmup_steps)
         if max_norm is not None:
             check_positive("max_norm", max_norm)
-        self.parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-        if not self.parameters:
-            raise ValueError("parameters must have at least one parameter")
+        given = [parameters] if isinstance(parameters, Tensor) else parameters
+        self.parameters = check_several("parameters", given, Tensor, "a parameter")
         self.percentile, self.warmup_steps, self.max_norm = percentile, warmup_steps, max_norm
         self.steps = 0
         device = self.parameters[0].device
@@ -95,7 +93,9 @@ class AdaptiveClip:
     def __call__(self) -> Tensor:
         """Clips, and returns the norm before, on the device."""
         grads = [p.grad for p in self.parameters if p.grad is not None]
-        norm = get_total_norm(grads).to(self.norms.device)
+        norm = total_norm(grads).to(self.norms.device)
+        if not grads:
+            return norm
         kept = torch.where(norm.isfinite(), norm, math.nan)
         self.norms[self.steps % len(self.norms)] = kept
         self.steps += 1

@@ -13,9 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..inputs import check_number
-from ..modules.masked_cross_attention import check_positive
-from .layers import check_module
+from ..checks import check_module, check_number, check_positive
 from .parameters import gate_parameters
 
 LINEAR = {

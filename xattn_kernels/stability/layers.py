@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_module, check_rule
 from ..dispatch import OBSERVERS
 from ..inputs import CrossAttentionInputs, CrossAttentionResult, TopKAttentionResult
 from ..row_statistics import row_statistics
@@ -163,13 +164,3 @@ def attention_statistics(
 
 def counts(call: Call, layers: Callable[[str, nn.Module], bool] | None) -> bool:
     return not attends_to_itself(call) if layers is None else bool(layers(call.name, call.module))
-
-
-def check_rule(name: str, rule) -> None:
-    if rule is not None and not callable(rule):
-        raise TypeError(f"{name} must be a function or None, got {type(rule).__name__}")
-
-
-def check_module(name: str, module) -> None:
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"{name} must be an nn.Module, got {type(module).__name__}")

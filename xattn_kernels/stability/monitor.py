@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 
-from ..modules.masked_cross_attention import check_sizes
-from .layers import check_module, check_rule
+from ..checks import check_counts, check_function, check_module, check_rule, check_sizes, kind
 from .measures import AttentionLook, gradient_norms, without_rows
 from .parameters import Match, xattn_parameters
 from .pending import Pending
@@ -29,15 +28,15 @@ class StabilityMonitor:
             monitor.step(loss)  # before gradients are clipped
             ...
 
-    Every `every` steps, the first included: per layer that attends (found by its calls of the
-    package's ops) the mean entropy, the mean and the largest of the rows' largest probabilities,
-    the largest score, the feature norms of both sides and their ratio; the gates; the norms of all
-    gradients and of those of cross-attention; and whether loss, gradients and trained parameters
-    are finite, which `nan_every` checks more often, parameters apart. Nothing else changes: entropy
-    comes from a pass of its own, without gradients and values. Between these steps the model has
-    no hooks, and nothing waits for the device; results of a GPU are read when they have come,
-    with a later step. A call of a layer without gradients (validation) does not count, nor does
-    what torch.compile made: there only gates, gradients and loss are seen.
+    At step 0 and every `every` steps: per layer that attends (found by its calls of the package's
+    ops) the mean entropy, the mean and the largest of the rows' largest probabilities, the largest
+    score, the feature norms of both sides and their ratio; the gates; the norms of all gradients
+    and of those of cross-attention; and whether loss, gradients and trained parameters are finite,
+    which `nan_every` checks more often, parameters apart. Nothing else changes: entropy comes from
+    a pass of its own, without gradients and values. Between these steps the model has no hooks, and
+    nothing waits for the device; results of a GPU are read when they have come, with a later step.
+    A call of a layer without gradients (validation) does not count, nor does what torch.compile
+    made: there only gates, gradients and loss are seen.
 
     Attributes:
         history: {name: deque of (step, value)}, the last 1,000.
@@ -53,6 +52,7 @@ class StabilityMonitor:
         layers: (name, module) -> whether a layer counts. None: all whose queries and keys do not
             come from one argument.
         match: (name, parameter) -> whether it is one of cross-attention, see `xattn_parameters`.
+        first_step: number of the first step, where a training goes on.
 
     Raises:
         TypeError, ValueError: an argument is not among those named here.
@@ -69,21 +69,21 @@ class StabilityMonitor:
         logger: logging.Logger | None = None,
         layers: Callable[[str, nn.Module], bool] | None = None,
         match: Match | None = None,
+        first_step: int = 0,
     ) -> None:
-        check_module("model", model)
-        check_rule("layers", layers)
-        check_rule("match", match)
+        check_model(model, layers, match)
         check_sizes(every=every, nan_every=every if nan_every is None else nan_every)
-        self.callbacks = tuple(callbacks)
-        check_receivers(self.callbacks, thresholds)
+        check_counts(first_step=first_step)
+        self.callbacks = check_receivers(thresholds, callbacks, logger)
         self.model, self.every, self.nan_every = model, every, nan_every
         self.thresholds = thresholds or Thresholds()
         self.logger, self.match = logger or LOGGER, match
         self.history: dict[str, deque] = defaultdict(lambda: deque(maxlen=1000))
         self.last: StabilityReport | None = None
-        self.steps, self.pending, self.ours = 0, deque(), set()
+        self.steps, self.pending = first_step, deque()
+        self.ours: set[int] | None = None  # ids of the parameters of cross-attention
         self.attention = AttentionLook(model, layers)
-        self.attention.start()
+        self._hook()
 
     def step(self, loss: Tensor | None = None) -> StabilityReport | None:
         """After a backward: counts the step, looks where it is one to look at, passes on what has
@@ -102,8 +102,7 @@ class StabilityMonitor:
             self.pending.append(self._look(now, loss, whole=looks))
         if looks:
             self.attention.stop()
-        if self.steps % self.every == 0:
-            self.attention.start()
+        self._hook()
         self.flush(wait=False)
         return self.last if self.last is not None and self.last.step == now else None
 
@@ -126,10 +125,14 @@ class StabilityMonitor:
     def __exit__(self, *error) -> None:
         self.close()
 
+    def _hook(self) -> None:
+        if self.steps % self.every == 0:
+            self.attention.start()
+
     def _look(self, step: int, loss: Tensor | None, whole: bool) -> Pending:
         """All numbers of one step, still on the device."""
         found: dict[str, Tensor] = {} if loss is None else {"loss": loss.detach().reshape(())}
-        if whole:
+        if whole or self.ours is None:
             self.ours = {id(p) for p in xattn_parameters(self.model, self.match).values()}
         found |= gradient_norms(self.model, self.ours)
         return Pending(step, *self.attention.values(found) if whole else (found, {}))
@@ -142,11 +145,24 @@ class StabilityMonitor:
         return StabilityReport(pending.step, values, warnings)
 
 
-def check_receivers(callbacks: tuple, thresholds: Thresholds | None) -> None:
-    if not all(map(callable, callbacks)):
-        raise TypeError(f"callbacks must be functions of a report, got {callbacks}")
+def check_model(model, layers, match) -> None:
+    check_module("model", model)
+    check_rule("layers", layers)
+    check_rule("match", match)
+
+
+def check_receivers(thresholds, callbacks, logger) -> tuple[Callable, ...]:
+    """The callbacks."""
     if thresholds is not None and not isinstance(thresholds, Thresholds):
-        raise TypeError(f"thresholds must be Thresholds, got {type(thresholds).__name__}")
+        raise TypeError(f"thresholds must be Thresholds, got {kind(thresholds)}")
+    if logger is not None and not isinstance(logger, (logging.Logger, logging.LoggerAdapter)):
+        raise TypeError(f"logger must be a logging.Logger or None, got {kind(logger)}")
+    if not isinstance(callbacks, Iterable):
+        raise TypeError(f"callbacks must be a list of functions, got {kind(callbacks)}")
+    callbacks = tuple(callbacks)
+    for i, callback in enumerate(callbacks):
+        check_function(f"callbacks[{i}]", callback, "a function of a report")
+    return callbacks
 
 
 def check_loss(loss: Tensor | None) -> None:

@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 
-from ..inputs import check_number
-from .layers import check_module, check_rule
+from ..checks import check_mapping, check_module, check_number, check_rule, kind
 
 # Classes and attributes of this package, PyTorch (`multihead_attn` of its decoder layers),
 # OpenCLIP, OpenFlamingo, VisualGPT, and transformers' Mllama, Idefics, BLIP-2, BERT and
@@ -98,7 +97,7 @@ def optimizer_groups(
     Raises:
         TypeError, ValueError: an argument is not among those named here, or nothing is trainable.
     """
-    rates = dict(rates or {})
+    rates = check_rates(rates)
     for name, rate in {
         "lr": lr,
         "xattn_lr": xattn_lr,
@@ -121,6 +120,21 @@ def optimizer_groups(
     if not groups:
         raise ValueError("model must have a parameter that requires grad")
     return list(groups.values())
+
+
+def check_rates(rates: Mapping[str, float] | None) -> dict[str, float]:
+    if rates is None:
+        return {}
+    check_mapping("rates", rates, "regular expressions to rates")
+    for expression in rates:
+        if not isinstance(expression, str):
+            raise TypeError(f"rates must be by regular expressions, got {kind(expression)}")
+        try:
+            re.compile(expression)
+        except re.error as error:
+            text = f"rates must be by regular expressions, got {expression!r}: {error}"
+            raise ValueError(text) from error
+    return dict(rates)
 
 
 class Frozen:

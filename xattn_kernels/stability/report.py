@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
-from ..inputs import check_number
+from ..checks import check_number
 
 
 class StabilityWarning(NamedTuple):
@@ -59,7 +59,8 @@ class Thresholds:
         ratio = self.scale_ratio
         if ratio is not None:
             pair = isinstance(ratio, (tuple, list)) and len(ratio) == 2
-            if not pair or not 0 <= ratio[0] < ratio[1]:
+            numbers = pair and all(isinstance(r, (int, float)) for r in ratio)
+            if not numbers or not 0 <= ratio[0] < ratio[1]:
                 raise ValueError(f"scale_ratio must be (least, most) or None, got {ratio!r}")
 
     def warnings(

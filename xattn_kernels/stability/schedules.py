@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from functools import partial
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..inputs import check_number
-from ..modules.masked_cross_attention import check_choice, check_sizes
-from .layers import check_module
+from ..checks import check_choice, check_module, check_number, check_several, check_sizes, kind
 from .parameters import CLASSES, NAMES
 
 
@@ -46,6 +44,8 @@ def warmup_cosine(
 
     Source: Loshchilov and Hutter, "SGDR" (2017), without restarts; Vaswani et al. (2017).
     """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {kind(optimizer)}")
     check_sizes(total_steps=total_steps)
     if not 0.0 <= check_number("min_ratio", min_ratio, "a number from 0 to 1") <= 1.0:
         raise ValueError(f"min_ratio must be from 0 to 1, got {min_ratio}")
@@ -104,14 +104,11 @@ class LayerwiseWarmup:
         TypeError, ValueError: an argument is not among those named here.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], *, warmup_steps: int, order="first") -> None:
+    def __init__(self, layers: Iterable[nn.Module], *, warmup_steps: int, order="first") -> None:
         check_sizes(warmup_steps=warmup_steps)
         check_choice("order", order, "first", "last")
-        for i, layer in enumerate(layers):
-            check_module(f"layers[{i}]", layer)
-        if not layers:
-            raise ValueError("layers must have at least one module")
-        ordered = list(layers) if order == "first" else list(reversed(layers))
+        ordered = check_several("layers", layers, nn.Module, "an nn.Module")
+        ordered = ordered if order == "first" else ordered[::-1]
         self.layers = [[p for p in m.parameters() if p.requires_grad] for m in ordered]
         self.warmup_steps, self.steps = warmup_steps, 0
         self._apply()

@@ -11,8 +11,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..inputs import check_number
-from .layers import check_module
+from ..checks import (
+    check_bools,
+    check_function,
+    check_mapping,
+    check_module,
+    check_number,
+    check_several,
+    kind,
+)
 from .parameters import Frozen, freeze
 
 VISION = (
@@ -40,10 +47,15 @@ class DatasetMixture:
     """
 
     def __init__(self, loaders: Mapping[str, Iterable], weights: Mapping[str, float]) -> None:
+        check_mapping("loaders", loaders, "iterables by name")
+        check_mapping("weights", weights, "numbers by name")
         if not loaders or set(loaders) != set(weights):
             raise ValueError(
                 f"weights must have the names of loaders, {list(loaders)}, got {list(weights)}"
             )
+        for name, loader in loaders.items():
+            if not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
+                raise TypeError(f"loaders[{name!r}] must be an iterable, got {kind(loader)}")
         for name, weight in weights.items():
             if not 0.0 < check_number(f"weights[{name!r}]", weight, "a number") < math.inf:
                 raise ValueError(f"weights[{name!r}] must be a positive number, got {weight}")
@@ -156,8 +168,7 @@ def generation_stage(
 
     Source: Li et al., "BLIP-2" (2023), section 3.3; 80k steps there.
     """
-    if not isinstance(train_qformer, bool):
-        raise TypeError(f"train_qformer must be a bool, got {type(train_qformer).__name__}")
+    check_bools(train_qformer=train_qformer)
     frozen = {"vision_encoder": vision_encoder, "language_model": language_model}
     trained = {"projection": projection}
     (trained if train_qformer else frozen)["qformer"] = qformer
@@ -210,8 +221,12 @@ def blind_baseline(
     Raises:
         TypeError, ValueError: an argument is not among those named here.
     """
+    check_function("model", model)
+    check_mapping("batch", batch, "arguments by name")
     names = [vision] if isinstance(vision, str) else vision
-    names = [n for n in VISION if n in batch] if names is None else list(names)
+    if names is not None:
+        names = check_several("vision", names, str, "a name")
+    names = [n for n in VISION if n in batch] if names is None else names
     missing = [n for n in names if not isinstance(batch.get(n), Tensor)]
     if not names or missing:
         raise ValueError(

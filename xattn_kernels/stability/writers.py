@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
+from ..checks import kind
 from .report import StabilityReport
 
 
@@ -47,6 +48,7 @@ class WandbWriter:
         run: what `wandb.init` returned; None takes the run that is active, or starts one.
 
     Raises:
+        TypeError: run is no such thing.
         ImportError: wandb is not installed.
     """
 
@@ -57,6 +59,8 @@ class WandbWriter:
             except ImportError as missing:
                 raise ImportError("WandbWriter needs wandb (pip install wandb)") from missing
             run = wandb.run if wandb.run is not None else wandb.init()
+        if not hasattr(run, "define_metric"):
+            raise TypeError(f"run must be a wandb run or None, got {kind(run)}")
         self.run = run
         run.define_metric("stability/step")
         run.define_metric("stability/*", step_metric="stability/step")
