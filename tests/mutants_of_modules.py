@@ -125,7 +125,7 @@ MODULES = [
     *mutants("visualgpt", "VisualGPTBlock",
         ("visualgpt-levels", "total / math.sqrt(self.n_levels)", "total / self.n_levels",
          "the mean of the levels", "visualgpt::eager_in_float64_is_the_original"),
-        ("visualgpt-norm", 'cross["fc_q"](self.ln_1(a))', 'cross["fc_q"](a)',
+        ("visualgpt-norm", "self.enc_dec_attn(self.ln_1(a), ", "self.enc_dec_attn(a, ",
          "queries without a norm", "visualgpt::eager_in_float64_is_the_original"),
         folder="xattn_kernels/modules",
     ),

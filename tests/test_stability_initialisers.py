@@ -11,11 +11,13 @@ from torch import nn
 from xattn_kernels import (
     GatedCrossAttentionBlock,
     MultiheadAttention,
+    VisualGPTBlock,
     gates_,
     small_queries_,
     xavier_,
     zero_outputs_,
 )
+from xattn_kernels.modules.visualgpt import Conv1D
 
 DIM = 96
 
@@ -86,6 +88,31 @@ def test_xavier_has_the_fans_of_each_projection():
     packed = model.packed.in_proj_weight.detach().clone()
     nn.init.xavier_uniform_(packed, gain=0.5)
     assert packed.var() < 0.6 * model.packed.in_proj_weight.var()
+
+
+def test_gpt2_stores_its_weights_the_other_way_round():
+    block = VisualGPTBlock(dim=DIM, heads=2, n_levels=1)
+    found, touched = changed(block, xavier_)
+    linears = {"attn.c_attn.q", "attn.c_attn.k", "attn.c_attn.v", "attn.c_proj.out"}
+    linears |= {f"enc_dec_attn.{n}" for n in ("fc_q.q", "fc_k.k", "fc_v.v", "c_proj.out")}
+    assert set(found) == linears and len(found) == len(linears)
+    assert all(name.startswith(("attn", "enc_dec_attn")) for name in touched)
+    bound = math.sqrt(6 / (2 * DIM))
+    for w in (*block.attn.c_attn.weight.chunk(3, dim=1), block.attn.c_proj.weight):
+        assert 0.98 * bound < w.abs().max() <= bound
+    values = block.attn.c_attn.weight[:, DIM:].clone()
+    small_queries_(block, std=1e-3)
+    assert torch.equal(block.attn.c_attn.weight[:, DIM:], values)
+    assert block.attn.c_attn.weight[:, :DIM].abs().max() < 0.01
+    zero_outputs_(block)
+    assert not block.attn.c_proj.weight.any() and not block.enc_dec_attn.c_proj.weight.any()
+    assert block.mlp["c_proj"].weight.any()
+
+
+def test_gpt2_has_its_queries_apart_in_cross_attention():
+    sizes = dict(q_attn=DIM, c_attn=2 * DIM, c_proj=DIM)
+    attention = nn.ModuleDict({name: Conv1D(DIM, n) for name, n in sizes.items()})
+    assert xavier_(attention) == ["q_attn.q", "c_attn.k", "c_attn.v", "c_proj.out"]
 
 
 def test_small_queries_and_nothing_else():

@@ -66,16 +66,16 @@ def choose(op: str, backends: Sequence[Backend], inputs: Any, name: str | None) 
 def run(op: str, backends: Sequence[Backend], inputs: Any, name: str | None) -> Any:
     """What the chosen backend makes of `inputs`, in the dtypes that they have."""
     backend = choose(op, backends, inputs, name)
-    tell(op, inputs, backend.name)
+    tell(inputs, backend.name)
     with without_autocast(inputs.device):
         return backend.run(inputs)
 
 
-Observer = Callable[[str, Any, str], None]
+Observer = Callable[[Any, str], None]
 OBSERVERS: ContextVar[tuple[Observer, ...]] = ContextVar("xattn_kernels_observers", default=())
 
 
-def tell(op: str, inputs: Any, backend: str) -> None:
+def tell(inputs: Any, backend: str) -> None:
     """Each of OBSERVERS is called with this, before the op runs; who chooses a backend without
     `run` says so here. What an observer calls is told to nobody, nor what torch.compile traces."""
     if torch.compiler.is_compiling() or not (observers := OBSERVERS.get()):
@@ -83,7 +83,7 @@ def tell(op: str, inputs: Any, backend: str) -> None:
     token = OBSERVERS.set(())
     try:
         for observer in observers:
-            observer(op, inputs, backend)
+            observer(inputs, backend)
     finally:
         OBSERVERS.reset(token)
 

@@ -172,7 +172,7 @@ class MultiheadAttention(nn.Module):
     def _attend(self, x: CrossAttentionInputs, average: bool | None):
         """(out, weights); no weights if `average` is None."""
         backend = choose("MultiheadAttention", BACKENDS, x, self.backend)
-        tell("cross_attention", x, backend.name)
+        tell(x, backend.name)
         if backend.name == "sdpa" and sdpa.reasons(x):
             return by_head.attend(replace(x, seed=None), out=True, average_heads=average)
         if backend.name in ("triton", "cuda"):

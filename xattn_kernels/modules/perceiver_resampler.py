@@ -31,6 +31,11 @@ class PerceiverAttention(nn.Module):
         self.to_kv = nn.Linear(dim, 2 * heads * dim_head, bias=False, **made)
         self.to_out = nn.Linear(heads * dim_head, dim, bias=False, **made)
 
+    @staticmethod
+    def attention_sides(x: Tensor, latents: Tensor, *_) -> tuple[Tensor, Tensor]:
+        """(queries' side, keys' side), for those who watch the layer."""
+        return latents, x
+
     def forward(self, x: Tensor, latents: Tensor, mask: KeyInterval | None = None) -> Tensor:
         """x [B, n, dim], latents [B, m, dim] -> [B, m, dim]; `mask` is over [latents; x]."""
         x, latents = self.norm_media(x), self.norm_latents(latents)

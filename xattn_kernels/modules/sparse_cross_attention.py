@@ -125,7 +125,7 @@ class SparseCrossAttention(MultiheadAttention):
             return super()._attend(x, average)
         y = self._sparse_inputs(x)
         backend = choose("SparseCrossAttention", topk_attention.backends, y, self.backend)
-        tell("topk_attention", y, backend.name)
+        tell(y, backend.name)
         return backend.run(y).out, None
 
     def explain(self, *args, need_weights: bool = False, **kwargs) -> None:

@@ -100,14 +100,10 @@ class VisualGPTBlock(nn.Module):
         check_choice("backend", backend, None, *BACKENDS)
         super().__init__()
         self.dim, self.heads, self.n_levels, self.tau = dim, heads, n_levels, tau
-        self.backend = backend
         made = dict(device=device, dtype=dtype)
         self.ln_1, self.ln_2 = (nn.LayerNorm(dim, eps=norm_eps, **made) for _ in range(2))
-        self.attn = nn.ModuleDict(
-            dict(c_attn=Conv1D(dim, 3 * dim, **made), c_proj=Conv1D(dim, dim, **made))
-        )
-        linears = {name: nn.Linear(dim, dim, **made) for name in ("fc_q", "fc_k", "fc_v")}
-        self.enc_dec_attn = nn.ModuleDict(linears | dict(c_proj=Conv1D(dim, dim, **made)))
+        self.attn = SelfAttention(dim, heads, backend, made)
+        self.enc_dec_attn = EncoderAttention(dim, heads, backend, made)
         hidden = ff_mult * dim
         self.mlp = nn.ModuleDict(
             dict(c_fc=Conv1D(dim, hidden, **made), c_proj=Conv1D(hidden, dim, **made))
@@ -129,28 +125,59 @@ class VisualGPTBlock(nn.Module):
         check_call(self, x, encoder_output, mask, media_mask, row_mask)
         if mask is None:
             mask = masks.causal(x.shape[1], x.shape[1], device=x.device)
-        q, k, v = self.attn["c_attn"](self.ln_1(x)).chunk(3, dim=-1)
-        a = x + self.attn["c_proj"](self._attend(q, k, v, mask))
-        y = self._look(a, encoder_output, media_mask)
+        a = x + self.attn(self.ln_1(x), mask)
+        levels = self.enc_dec_attn(self.ln_1(a), self.ln_1(encoder_output), media_mask)
+        y = self._gated(a, levels)
         if row_mask is not None:
             y = y.masked_fill(~row_mask[..., None], 0.0)
         hidden = F.gelu(self.mlp["c_fc"](self.ln_2(y)), approximate="tanh")
         z = y + self.mlp["c_proj"](hidden)
         return z if row_mask is None else z.masked_fill(~row_mask[..., None], 0.0)
 
-    def _look(self, a: Tensor, encoder_output: Tensor, media_mask) -> Tensor:
-        cross = self.enc_dec_attn
-        q, media = cross["fc_q"](self.ln_1(a)), self.ln_1(encoder_output)
-        k, v = cross["fc_k"](media), cross["fc_v"](media)
+    def _gated(self, a: Tensor, levels: list[Tensor]) -> Tensor:
         total = 0.0
-        for n in range(self.n_levels):
-            e = cross["c_proj"](self._attend(q, k[:, n], v[:, n], media_mask))
-            total = total + resurrect(a, e, getattr(self, f"fc_alpha{n + 1}"), self.tau)
+        for n, e in enumerate(levels, 1):
+            total = total + resurrect(a, e, getattr(self, f"fc_alpha{n}"), self.tau)
         return total / math.sqrt(self.n_levels)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: KeyInterval | Tensor | None) -> Tensor:
-        q, k, v = (split_heads(t, self.dim // self.heads) for t in (q, k, v))
-        return merge_heads(cross_attention(q, k, v, mask=mask, backend=self.backend))
+
+class SelfAttention(nn.Module):
+    """GPT-2's: queries, keys and values of one matrix."""
+
+    def __init__(self, dim: int, heads: int, backend: str | None, made: dict) -> None:
+        super().__init__()
+        self.dim_head, self.backend = dim // heads, backend
+        self.c_attn, self.c_proj = Conv1D(dim, 3 * dim, **made), Conv1D(dim, dim, **made)
+
+    @staticmethod
+    def attention_sides(x: Tensor, *_) -> tuple[Tensor, Tensor]:
+        """(queries' side, keys' side), for those who watch the layer."""
+        return x, x
+
+    def forward(self, x: Tensor, mask: KeyInterval | Tensor | None) -> Tensor:
+        """x [B, N, dim] -> the same."""
+        return self.c_proj(attend(self, *self.c_attn(x).chunk(3, dim=-1), mask))
+
+
+class EncoderAttention(nn.Module):
+    """The same projections for every level of an encoder."""
+
+    def __init__(self, dim: int, heads: int, backend: str | None, made: dict) -> None:
+        super().__init__()
+        self.dim_head, self.backend = dim // heads, backend
+        self.fc_q, self.fc_k, self.fc_v = (nn.Linear(dim, dim, **made) for _ in range(3))
+        self.c_proj = Conv1D(dim, dim, **made)
+
+    def forward(self, x: Tensor, media: Tensor, mask: KeyInterval | Tensor | None) -> list[Tensor]:
+        """x [B, N, dim], media [B, n_levels, Nk, dim] -> what x sees of each level, [B, N, dim]."""
+        q, k, v = self.fc_q(x), self.fc_k(media), self.fc_v(media)
+        pairs = zip(k.unbind(1), v.unbind(1), strict=True)
+        return [self.c_proj(attend(self, q, *pair, mask)) for pair in pairs]
+
+
+def attend(module, q: Tensor, k: Tensor, v: Tensor, mask: KeyInterval | Tensor | None) -> Tensor:
+    q, k, v = (split_heads(t, module.dim_head) for t in (q, k, v))
+    return merge_heads(cross_attention(q, k, v, mask=mask, backend=module.backend))
 
 
 class Conv1D(nn.Module):

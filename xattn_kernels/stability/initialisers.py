@@ -1,7 +1,8 @@
 """Initialisers that know where queries, keys, values and outputs are in attention modules.
 
 A module's projections are found by name: `in_proj_weight` (torch's packed one), `q_proj_weight` and
-its kin, and linear layers called as in this package, OpenFlamingo, transformers and OpenCLIP.
+its kin, and linear layers called as in this package, OpenFlamingo, transformers and OpenCLIP, also
+GPT-2's `Conv1D`, whose weights are [in, out].
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from ..checks import check_module, check_number, check_positive
 from .parameters import gate_parameters
 
 LINEAR = {
-    "q": ("to_q", "q_proj", "query", "wq", "c_q"),
-    "k": ("to_k", "k_proj", "key", "wk"),
-    "v": ("to_v", "v_proj", "value", "wv"),
+    "q": ("to_q", "q_proj", "query", "wq", "c_q", "fc_q", "q_attn"),
+    "k": ("to_k", "k_proj", "key", "wk", "fc_k"),
+    "v": ("to_v", "v_proj", "value", "wv", "fc_v"),
     "kv": ("to_kv", "kv_proj", "c_kv"),
     "out": ("to_out", "out_proj", "o_proj", "wo", "c_proj"),
 }
+ROLES = {name: role for role, names in LINEAR.items() for name in names}
 PACKED = {"q_proj_weight": "q", "k_proj_weight": "k", "v_proj_weight": "v"}
 
 
@@ -37,14 +39,13 @@ class Projection(NamedTuple):
 
 def projections(model: nn.Module) -> Iterator[Projection]:
     """Of every attention in `model`; queries, keys and values that share a matrix come apart."""
-    roles = {name: role for role, names in LINEAR.items() for name in names}
     for path, module in model.named_modules():
         above, _, last = path.rpartition(".")
         if last in LINEAR["out"] and not attends(model.get_submodule(above)):
             continue
-        if isinstance(module, nn.Linear) and last in roles:
-            parts = ("k", "v") if roles[last] == "kv" else (roles[last],)
-            yield from cut(path, parts, module.weight, module.bias)
+        weight = weight_of(module)
+        if weight is not None:
+            yield from cut(path, parts_of(last, weight), weight, module.bias)
         elif isinstance(module, nn.Sequential) and last == "to_out":  # diffusers, with its dropout
             first = module[0]
             if isinstance(first, nn.Linear):
@@ -59,6 +60,22 @@ def projections(model: nn.Module) -> Iterator[Projection]:
                 yield Projection(path, role, own[name], bias)
 
 
+def weight_of(module: nn.Module) -> Tensor | None:
+    """[out, in] of a linear layer, whichever way round it is stored."""
+    if type(module).__name__ == "Conv1D":
+        return module.weight.mT
+    return module.weight if isinstance(module, nn.Linear) else None
+
+
+def parts_of(name: str, weight: Tensor) -> tuple[str, ...]:
+    """The roles of equal parts of a weight [out, in], by its module's name."""
+    if name == "c_attn":  # GPT-2's, which has no queries in cross-attention
+        n_parts = {3 * weight.shape[1]: 3, 2 * weight.shape[1]: 2}.get(len(weight), 0)
+        return ("q", "k", "v")[3 - n_parts :]
+    role = ROLES.get(name)
+    return () if role is None else ("k", "v") if role == "kv" else (role,)
+
+
 def attends(module: nn.Module) -> bool:
     """Whether it has queries too: a feed-forward's `c_proj` is none of attention's outputs."""
     queries = (*LINEAR["q"], "c_attn", "in_proj_weight", "q_proj_weight")
@@ -66,6 +83,8 @@ def attends(module: nn.Module) -> bool:
 
 
 def cut(path: str, roles: tuple[str, ...], weight: Tensor, bias: Tensor | None):
+    if not roles:
+        return
     n = len(roles)
     biases = [None] * n if bias is None else bias.chunk(n)
     for role, w, b in zip(roles, weight.chunk(n), biases, strict=True):

@@ -12,10 +12,15 @@ from torch import Tensor, nn
 
 from ..checks import check_module, check_rule
 from ..dispatch import OBSERVERS
-from ..inputs import CrossAttentionInputs, CrossAttentionResult, TopKAttentionResult
+from ..inputs import (
+    CrossAttentionInputs,
+    CrossAttentionResult,
+    TopKAttentionInputs,
+    TopKAttentionResult,
+)
 from ..row_statistics import row_statistics
 
-OPS = ("cross_attention", "topk_attention")
+ATTENTION = (CrossAttentionInputs, TopKAttentionInputs)  # but no op that only looks at weights
 Sides = tuple[Tensor | None, Tensor | None]
 
 
@@ -73,8 +78,8 @@ class Watch:
             if not self.stack:
                 OBSERVERS.set(self.before)
 
-    def _observe(self, op: str, inputs, backend: str) -> None:
-        if op in OPS and self.stack:
+    def _observe(self, inputs, backend: str) -> None:
+        if type(inputs) in ATTENTION and self.stack:
             self.told(Call(*self.stack[-1], inputs, backend))
 
 
@@ -101,17 +106,17 @@ def nothing(*_) -> None:
 
 
 def sides(call: Call) -> Sides:
-    """(queries' side, keys' side): the first two floating-point tensors [..., N, dim] among the
-    arguments of the layer, None for what there is not; of a `PerceiverAttention`, which takes its
-    media first, the other way round."""
+    """(queries' side, keys' side), as a method `attention_sides` of the layer finds them among its
+    arguments, else the first two floating-point tensors [..., N, dim]; None for what there is
+    not."""
+    if (own := getattr(call.module, "attention_sides", None)) is not None:
+        return own(*call.arguments)
     found = [
         t for t in call.arguments
         if isinstance(t, Tensor) and t.is_floating_point() and t.dim() > 1 and t.numel()
     ]  # fmt: skip
-    first, second = (*found, None, None)[:2]
-    return (
-        (second, first) if type(call.module).__name__ == "PerceiverAttention" else (first, second)
-    )
+    queries, keys = (*found, None, None)[:2]
+    return queries, keys
 
 
 def attends_to_itself(call: Call) -> bool:
