@@ -100,6 +100,9 @@ STABLE = [
          "the percentile from above", "stability_clipping::the_percentile_of_a_history"),
         ("clip-warmup", "self.steps <= self.warmup_steps", "self.steps < self.warmup_steps",
          "the warm-up is a step short", "stability_clipping::the_percentile_of_a_history"),
+        ("clip-without", "        if not grads:\n            return norm\n", "",
+         "a step without gradients counts as one of norm 0",
+         "stability_clipping::what_is_not_finite_is_not_remembered"),
         ("clip-infinite", "kept = torch.where(norm.isfinite(), norm, math.nan)", "kept = norm",
          "an infinite norm is remembered",
          "stability_clipping::what_is_not_finite_is_not_remembered"),
@@ -145,7 +148,16 @@ STABLE = [
          "stability_monitor::it_looks_when_it_should_and_only_then"),
         ("monitor-hooks", "        if looks:\n            self.attention.stop()\n", "",
          "hooks stay between two looks",
-         "stability_monitor::it_looks_when_it_should_and_only_then"), **STABILITY),
+         "stability_monitor::it_looks_when_it_should_and_only_then"),
+        ("monitor-resumed", " or self.ours is None", "", "the first check knows no cross-attention",
+         "stability_monitor::a_training_that_goes_on_keeps_its_numbers"), **STABILITY),
+    *mutants("layers", "Watch",
+        ("monitor-topk", "type(inputs) in ATTENTION", "type(inputs) is ATTENTION[0]",
+         "attention to top keys is not seen", "stability_modules::its_layers_are_seen"),
+        **STABILITY),
+    *mutants("initialisers", "weight_of",
+        ("conv1d-sides", "module.weight.mT", "module.weight", "[in, out] is read as [out, in]",
+         "stability_initialisers::gpt2_stores_its_weights_the_other_way_round"), **STABILITY),
 ]  # fmt: skip
 
 TRAIN = [*LOSSES, *RECEIVED, *STABLE]
