@@ -1,4 +1,4 @@
-"""The monitor sees the cross-attention of every module of the package."""
+"""The training tools know the cross-attention of every module of the package."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from xattn_kernels import (
+    AttentionDropout,
     AttentionPooler,
     CoCaCrossAttention,
     GatedCrossAttentionBlock,
@@ -24,6 +25,7 @@ from xattn_kernels import (
     VisualGPTBlock,
     attention_statistics,
 )
+from xattn_kernels.stability.initialisers import projections
 
 B, N, NK, DIM, HEADS = 2, 5, 9, 32, 2
 SIZES = dict(dim=DIM, heads=HEADS)
@@ -68,6 +70,29 @@ CASES = {
         {"vision_pool.attn": (1, NK), "text_pool.attn": (1, N)},
     ),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_its_projections_are_found(name):
+    """Of every layer that is seen: one initialiser for all of them."""
+    module, _, layers = CASES[name]
+    found = {}
+    for p in projections(module):
+        found.setdefault(p.role, set()).add(p.name)
+    assert found.keys() == {"q", "k", "v", "out"}
+    for layer in layers:
+        inside = (f"{layer}.",) if layer in dict(module.named_modules()) else ("",)
+        assert all(any(f"{n}.".startswith(inside) for n in names) for names in found.values()), (
+            layer
+        )
+
+
+def test_the_schedule_of_attention_dropout_leaves_other_dropout_alone():
+    module = QFormer(**SIZES, depth=1, num_queries=4, dropout=0.2)
+    AttentionDropout(module, total_steps=2, start=0.5)
+    for part in (layer := module.encoder["layer"][0]).attention, layer.crossattention:
+        assert (part.dropout, part.hidden_dropout) == (0.5, 0.2)
+    assert layer.hidden_dropout == module.hidden_dropout == 0.2
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -66,7 +66,7 @@ class QFormer(nn.Module):
         check_dropout(dropout)
         check_choice("backend", backend, None, *BACKENDS)
         super().__init__()
-        self.dropout = dropout
+        self.hidden_dropout = dropout
         self.dim, self.dim_visual, self.heads = dim, dim_visual, heads
         made = dict(device=device, dtype=dtype)
         self.query_tokens = nn.Parameter(torch.empty(1, num_queries, dim, **made))
@@ -148,7 +148,7 @@ class Layer(nn.Module):
         self, dim, dim_visual, vocab_size, *, heads, ff_mult, eps, dropout, backend, made
     ) -> None:
         super().__init__()
-        self.dropout = dropout
+        self.hidden_dropout = dropout
         options = dict(heads=heads, eps=eps, dropout=dropout, backend=backend, made=made)
         self.attention = Attention(dim, dim, **options)
         self.crossattention = None
@@ -182,7 +182,8 @@ class Attention(nn.Module):
 
     def __init__(self, dim, dim_keys, *, heads, eps, dropout, backend, made) -> None:
         super().__init__()
-        self.dim_head, self.dropout, self.backend = dim // heads, dropout, backend
+        self.dim_head, self.backend = dim // heads, backend
+        self.dropout = self.hidden_dropout = dropout  # of the weights, of what is added
         widths = dict(query=dim, key=dim_keys, value=dim_keys)
         linears = {name: nn.Linear(width, dim, **made) for name, width in widths.items()}
         self.attention = nn.ModuleDict(linears)
@@ -191,9 +192,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, keys: Tensor, mask: KeyInterval | Tensor | None) -> Tensor:
         seen = dict(query=x, key=keys, value=keys)
         q, k, v = (split_heads(self.attention[n](t), self.dim_head) for n, t in seen.items())
-        call = check_inputs(q, k, v, mask=mask, dropout_p=dropout_of(self))
+        call = check_inputs(q, k, v, mask=mask, dropout_p=self.dropout if self.training else 0.0)
         out = merge_heads(run("QFormer", WITH_DROPOUT, call, self.backend).out)
-        return add_and_norm(self.output, out, x, call.dropout_p)
+        return add_and_norm(self.output, out, x, dropout_of(self))
 
 
 def residual(n_in: int, dim: int, eps: float, made: dict) -> nn.ModuleDict:
@@ -206,7 +207,7 @@ def add_and_norm(modules: nn.ModuleDict, branch: Tensor, x: Tensor, dropout: flo
 
 
 def dropout_of(module: nn.Module) -> float:
-    return module.dropout if module.training else 0.0
+    return module.hidden_dropout if module.training else 0.0
 
 
 def start_as_bert(module: nn.Module) -> None:

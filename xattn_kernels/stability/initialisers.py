@@ -2,7 +2,7 @@
 
 A module's projections are found by name: `in_proj_weight` (torch's packed one), `q_proj_weight` and
 its kin, and linear layers called as in this package, OpenFlamingo, transformers and OpenCLIP, also
-GPT-2's `Conv1D`, whose weights are [in, out].
+GPT-2's `Conv1D`, whose weights are [in, out], and BERT's `output.dense` beside its attention.
 """
 
 from __future__ import annotations
@@ -44,7 +44,10 @@ def projections(model: nn.Module) -> Iterator[Projection]:
         if last in LINEAR["out"] and not attends(model.get_submodule(above)):
             continue
         weight = weight_of(module)
-        if weight is not None:
+        if weight is not None and path.endswith("output.dense"):
+            if any(map(attends, model.get_submodule(above.rpartition(".")[0]).children())):
+                yield Projection(path, "out", weight, module.bias)
+        elif weight is not None:
             yield from cut(path, parts_of(last, weight), weight, module.bias)
         elif isinstance(module, nn.Sequential) and last == "to_out":  # diffusers, with its dropout
             first = module[0]

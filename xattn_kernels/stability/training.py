@@ -24,7 +24,7 @@ from .parameters import Frozen, freeze
 
 VISION = (
     "pixel_values", "image", "images", "media", "vision", "vision_x", "visual_features",
-    "vision_features", "image_embeds",
+    "vision_features", "image_features", "image_embeds",
 )  # fmt: skip
 
 
