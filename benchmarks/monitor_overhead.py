@@ -1,18 +1,22 @@
 """What `StabilityMonitor` costs of a training: each kind of step, and the share of all steps.
 
     python -m benchmarks.monitor_overhead [--device cuda] [--seconds 60] [--dim 512] [--text 256]
+        [--out FOLDER]
 
 A step is forward, backward and AdamW of a small Flamingo: `layers` decoder layers of PyTorch, each
 before a gated block, over 4 images of 64 features. "plain" has no monitor and "look" is a step that
 the monitor looks at, 1 of 100. In 9 it checks gradients, in 90 it does nothing: these steps have no
 hooks, so what they have beyond a plain one is the call `monitor.step`, which is timed alone, as
-"finite" and "between"; the difference of two long steps would be noise.
+"finite" and "between"; the difference of two long steps would be noise. With --out the medians go
+into a file of that folder, in parts of a plain step, whose own time is beside them.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -94,6 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=60.0)
     for name, default in dict(dim=512, text=256, layers=4).items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--out", type=Path, default=None)
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     calls = steps_of(device, options.dim, options.text, options.layers)
@@ -101,10 +106,20 @@ def main(arguments: list[str] | None = None) -> int:
         call()
     found = measure(calls, device, options.seconds)
     middle = {kind: median(times) for kind, times in found.items()}
-    print(", ".join(machine.provenance(device).values()))
+    facts = machine.provenance(device)
+    print(", ".join(facts.values()))
     for kind, times in found.items():
         print(f"{kind:<8} {middle[kind]:11.4f} ms, median of {len(times)}")
     print(f"share of every={EVERY}, nan_every={NAN_EVERY}: {share(middle):.2%}")
+    if options.out is not None:
+        of_model = {name: getattr(options, name) for name in ("dim", "text", "layers")}
+        of_plain = {kind: time / middle["plain"] for kind, time in middle.items()}
+        calls = {kind: len(times) for kind, times in found.items()}
+        record = facts | dict(model=of_model, plain_ms=middle["plain"], of_plain=of_plain)
+        record |= dict(calls=calls, every=EVERY, nan_every=NAN_EVERY, share=share(middle))
+        options.out.mkdir(parents=True, exist_ok=True)
+        path = options.out / f"monitor-overhead-dim{options.dim}.json"
+        path.write_text(json.dumps(record, indent=1) + "\n")
     return 0
 
 

@@ -3,6 +3,7 @@ it looks once in 100. Times are printed by `python -m benchmarks.monitor_overhea
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 
 import pytest
@@ -99,9 +100,13 @@ def test_share_is_of_all_steps():
     assert sum(overhead.STEPS.values()) == overhead.EVERY
 
 
-def test_the_benchmark_prints_times(capsys):
-    assert overhead.main(["--seconds", "0.1", "--dim", "16", "--text", "8", "--layers", "1"]) == 0
+def test_the_benchmark_prints_times_and_keeps_their_ratios(capsys, tmp_path):
+    sizes = ["--seconds", "0.1", "--dim", "16", "--text", "8", "--layers", "1"]
+    assert overhead.main([*sizes, "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     print(printed)
     assert "share of every=100, nan_every=10: " in printed
     assert all(f"\n{kind} " in printed for kind in ("plain", *overhead.STEPS))
+    record = json.loads((tmp_path / "monitor-overhead-dim16.json").read_text())
+    assert record["share"] == pytest.approx(overhead.share(record["of_plain"]))
+    assert record["of_plain"]["plain"] == 1 and {"device", "torch", "commit"} <= record.keys()
