@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from xattn_kernels import StabilityMonitor
 
 WAITS = ("aten._local_scalar_dense.default", "aten.is_nonzero.default", "aten.equal.default")
 BOUND = 0.03
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "amd-epyc-1-thread"
 
 
 class Counted(TorchDispatchMode):
@@ -110,3 +113,12 @@ def test_the_benchmark_prints_times_and_keeps_their_ratios(capsys, tmp_path):
     record = json.loads((tmp_path / "monitor-overhead-dim16.json").read_text())
     assert record["share"] == pytest.approx(overhead.share(record["of_plain"]))
     assert record["of_plain"]["plain"] == 1 and {"device", "torch", "commit"} <= record.keys()
+
+
+@pytest.mark.parametrize("dim", [512, 64])
+def test_the_page_has_the_figures_of_the_committed_runs(dim):
+    record = json.loads((RESULTS / f"monitor-overhead-dim{dim}.json").read_text())
+    parts, text = record["of_plain"], (ROOT / "docs" / "stability.md").read_text()
+    (row,) = [line for line in text.splitlines() if f"width {dim}," in line]
+    figures = f"{parts['look']:.3f} | {parts['finite']:.4f} | {parts['between']:.4f}"
+    assert f"| {figures} | {100 * record['share']:.2f} % |" in row
