@@ -1,6 +1,12 @@
 """Fused cross-attention for vision-language models."""
 
-from . import masks, stability
+import os
+
+# A checkout has triton_kernels/ beside this package, an installed package has it inside.
+if not os.path.isdir(os.path.join(__path__[0], "triton_kernels")):
+    __path__.append(os.path.dirname(__path__[0]))
+
+from . import masks, stability  # noqa: E402
 from .attention_map import attention_map
 from .attention_weights import attention_weights
 from .cross_attention import cross_attention

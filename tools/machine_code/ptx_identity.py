@@ -1,0 +1,115 @@
+"""Whether a change left every compiled Triton kernel as it was: the PTX of the whole grid, hashed.
+
+Every case of the grid is compiled to PTX for each architecture, without a GPU and without the
+assembler. Names, comments, debug lines and the numbers of parameters are taken out first, so that
+a kernel may be renamed and its arguments may be grouped otherwise; every instruction and every
+virtual register counts.
+
+    python -m tools.machine_code.ptx_identity write before.json
+    python -m tools.machine_code.ptx_identity write after.json       (on the changed tree)
+    python -m tools.machine_code.ptx_identity compare before.json after.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import re
+import sys
+from pathlib import Path
+
+from .triton_grid import ARCHS, Case, cases, compile_only, launch
+
+DEBUG = re.compile(r"//.*|^\s*\.(?:loc|file)\b.*", re.MULTILINE)
+PARAMETER = re.compile(r"\w+_param_\d+")
+
+
+def body_of(ptx: str, kernel: str) -> str:
+    """The text of a kernel without what may change while its code does not."""
+    text = DEBUG.sub("", ptx)
+    text = text[text.index(".entry") :].partition(".section")[0]
+    text = text[text.index("{") :].replace(kernel, "kernel")
+    numbers: dict[str, str] = {}
+    text = PARAMETER.sub(lambda m: numbers.setdefault(m[0], f"param{len(numbers)}"), text)
+    return "\n".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+def stop_at_ptx(backend=None, stages=None, *_):
+    """A hook of Triton that leaves the assembler out."""
+    if stages is None:  # Triton 3.9 asks for a part of the key
+        return "only PTX", "only PTX"
+    stages["cubin"] = lambda ptx, metadata: b""
+
+
+def hashes(task: tuple[int, Case]) -> dict[str, list[str]]:
+    """"arch case kernel" -> a line for each kernel that the case launches, in order."""
+    from triton import knobs
+
+    arch, case = task
+    lines: dict[str, list[str]] = {}
+    with knobs.runtime.scope(), compile_only(arch, dump_log=False) as compiled:
+        knobs.runtime.add_stages_inspection_hook = stop_at_ptx
+        launch(case)
+    for name, kernel, _, _ in compiled:
+        body = body_of(kernel.asm["ptx"], name)
+        meta = kernel.metadata
+        digest = hashlib.sha1(body.encode()).hexdigest()[:16]
+        line = f"{digest} {meta.num_warps} warps, {meta.num_stages} stages, {meta.shared} bytes"
+        lines.setdefault(f"{arch} {case.name} {name}", []).append(line)
+    return lines
+
+
+def write(file: Path, tasks: list[tuple[int, Case]], jobs: int) -> None:
+    import triton
+
+    table: dict[str, list[str]] = {}
+    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+        for n, lines in enumerate(pool.imap_unordered(hashes, tasks), 1):
+            table |= lines
+            print(f"\r{n}/{len(tasks)}", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    content = {"triton": triton.__version__, "kernels": dict(sorted(table.items()))}
+    file.write_text(json.dumps(content, indent=0) + "\n")
+    print(f"{sum(map(len, table.values()))} kernels of {len(tasks)} calls in {file}")
+
+
+def compare(before: Path, after: Path) -> int:
+    """How many kernels of both tables differ, each of them printed."""
+    old, new = (json.loads(file.read_text()) for file in (before, after))
+    if old["triton"] != new["triton"]:
+        raise SystemExit(f"one table is of Triton {old['triton']}, the other of {new['triton']}")
+    old, new = old["kernels"], new["kernels"]
+    both = [name for name in new if name in old]
+    changed = [name for name in both if sorted(set(old[name])) != sorted(set(new[name]))]
+    for name in changed:
+        print(f"changed: {name}")
+    for name in sorted(old.keys() ^ new.keys()):
+        print(f"only {'before' if name in old else 'after'}: {name}")
+    print(f"{len(both)} in both, {len(both) - len(changed)} of them identical")
+    return len(changed)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    writing = commands.add_parser("write")
+    writing.add_argument("file", type=Path)
+    writing.add_argument("--arch", type=int, nargs="*", default=list(ARCHS))
+    writing.add_argument("--match", default="", help="only cases whose name contains this")
+    writing.add_argument("--every", type=int, default=1, help="only each n-th task: a sample")
+    writing.add_argument("--jobs", type=int, default=2)
+    comparing = commands.add_parser("compare")
+    comparing.add_argument("before", type=Path)
+    comparing.add_argument("after", type=Path)
+    args = parser.parse_args()
+    if args.command == "compare":
+        return 1 if compare(args.before, args.after) else 0
+    tasks = [(arch, c) for c in cases() if args.match in c.name for arch in args.arch]
+    write(args.file, tasks[:: args.every], args.jobs)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
