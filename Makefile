@@ -62,11 +62,11 @@ SEED :=
 FUZZ := FUZZ_SECONDS=$(SECONDS) FUZZ_SEED=$(SEED)
 
 fuzz: $(INSTALLED)
-	$(FUZZ) $(INTERPRETED) $(PY) -m pytest tests/test_fuzz.py -q -s -m "not emulated"
-	$(FUZZ) $(COMPILED) $(PY) -m pytest tests/test_fuzz.py -q -s -m emulated
+	$(FUZZ) $(INTERPRETED) $(PY) -m pytest tests/fuzz/test_fuzz.py -q -s -m "not emulated"
+	$(FUZZ) $(COMPILED) $(PY) -m pytest tests/fuzz/test_fuzz.py -q -s -m emulated
 
 mutants: $(INSTALLED)
-	$(PY) tests/mutate.py --jobs $(JOBS) --table docs/mutants.md
+	PYTHONPATH=.:tests $(PY) -m mutants.mutate --jobs $(JOBS) --table docs/mutants.md
 
 bench: $(INSTALLED)
 	OMP_WAIT_POLICY=passive $(PY) -m benchmarks main
@@ -78,24 +78,24 @@ gpu: export XATTN_CUDA_ARCHS = $(shell nvidia-smi --query-gpu=compute_cap --form
 gpu: export XATTN_BUILD_CUDA ?= $(if $(CUDA_HOME)$(shell command -v nvcc),1)
 gpu:
 	$(PYTHON) -m pip --disable-pip-version-check --no-input install --no-build-isolation --no-deps -e .
-	$(PYTHON) -m benchmarks gpu
+	$(PYTHON) -m tools.gpu
 
-GRID := $(PY) -m benchmarks.compile_grid --jobs $(JOBS) --out benchmarks/results/static
+GRID := $(PY) -m tools.machine_code.triton_grid --jobs $(JOBS) --out benchmarks/results/static
 
 compile-grid: $(INSTALLED) $(TRITON_NEWEST)/.installed
-	$(PY) -m benchmarks.cuda_grid --jobs $(JOBS) --out benchmarks/results/static
+	$(PY) -m tools.machine_code.cuda_grid --jobs $(JOBS) --out benchmarks/results/static
 	$(GRID)
 	PYTHONPATH=$(TRITON_NEWEST) $(GRID)
 
-REPORT := $(PY) -m benchmarks.static_report --grid --jobs $(JOBS) --out benchmarks/results/static
+REPORT := $(PY) -m tools.machine_code.triton_report --grid --jobs $(JOBS) --out benchmarks/results/static
 
 static-report: $(INSTALLED) $(TRITON_NEWEST)/.installed
 	$(REPORT)
 	PYTHONPATH=$(TRITON_NEWEST) $(REPORT)
-	$(PY) -m benchmarks.rivals --out benchmarks/results/static
-	$(PY) -m benchmarks.cuda_report --jobs $(JOBS) --out benchmarks/results/static
-	$(PY) -m benchmarks.shared_conflicts --out benchmarks/results/static
-	$(PY) -m benchmarks.static_document
+	$(PY) -m tools.machine_code.rivals --out benchmarks/results/static
+	$(PY) -m tools.machine_code.cuda_report --jobs $(JOBS) --out benchmarks/results/static
+	$(PY) -m tools.machine_code.shared_conflicts --out benchmarks/results/static
+	$(PY) -m tools.machine_code.page
 
 EVIDENCE := build/evidence
 
@@ -103,7 +103,7 @@ EVIDENCE := build/evidence
 evidence: $(INSTALLED)
 	rm -rf $(EVIDENCE)
 	XATTN_EVIDENCE=$(CURDIR)/$(EVIDENCE) $(MAKE) test
-	$(PY) -m benchmarks.evidence collect $(EVIDENCE)
+	$(PY) -m tools.evidence collect $(EVIDENCE)
 
 CUDA_SOURCES = $(shell git ls-files 'csrc/*.cuh' 'csrc/*.cu' 'csrc/*.h' 'csrc/*.cpp' 'examples/*.cpp')
 

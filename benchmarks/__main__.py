@@ -1,4 +1,4 @@
-"""The command line: `python -m benchmarks run | main | gated | topk | warm | gpu`."""
+"""The command line: `python -m benchmarks run | main | gated | topk | warm`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 
 from . import __doc__ as about
-from . import commands, document, gpu, workloads
+from . import commands
+from .attention import document, workloads
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,9 +31,6 @@ def main(arguments: list[str] | None = None) -> int:
     options(warm, workload="all", budget=120.0)
     warm.add_argument("--jobs", type=int, default=4, help="processes (%(default)s)")
     warm.set_defaults(call=commands.warm)
-    everything = tasks.add_parser("gpu", help="everything a machine with a GPU can prove")
-    gpu.options(everything)
-    everything.set_defaults(call=gpu.main)
     chosen = top.parse_args(arguments)
     return chosen.call(chosen)
 

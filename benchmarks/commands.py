@@ -13,17 +13,17 @@ from typing import Any
 
 import torch
 
-from . import document, machine, rows, runner, workloads
-from .case import Case
-from .progress import Progress
-from .steps import step
+from .attention import document, workloads
+from .attention.case import Case
+from .harness import machine, rows, runner
+from .harness.progress import Progress
+from .harness.steps import step
 from .suites import SUITES, Suite
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CPU_DENSE_GFLOP = 10.0
 # q, k, v, out and their gradients, and about as much again for what providers allocate.
 TENSORS_PER_CASE = 6
-RESULTS = Path(__file__).with_name("results")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -59,7 +59,7 @@ def measure(options: argparse.Namespace, suite: Suite, words: str, name: str) ->
         memory=not options.no_memory,
         input=words,
     )
-    folder = options.out or RESULTS / machine.slug(device)
+    folder = options.out or machine.RESULTS / machine.slug(device)
     name = options.name or f"{name}-{str(dtype).removeprefix('torch.')}"
     began, done, written = time.perf_counter(), [], []
     built = cases(options, suite, chosen)
@@ -77,7 +77,7 @@ def measure(options: argparse.Namespace, suite: Suite, words: str, name: str) ->
 
 def draw(done: list[rows.Row], folder: Path, name: str) -> list[Path]:
     try:
-        from . import plots
+        from .harness import plots
     except ImportError as missing:
         print(f"no plots: {missing}")
         return []

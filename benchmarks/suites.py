@@ -6,8 +6,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from . import case, check, gated, gated_providers, providers, topk, topk_providers, workloads
-from .providers import Provider
+from .attention import case, providers, truth, workloads
+from .gated import providers as gated_providers
+from .gated import workloads as gated
+from .harness.provider import Provider
+from .topk import providers as topk_providers
+from .topk import workloads as topk
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class Suite:
 SUITES = {
     "attention": Suite(
         workloads.load(), providers.BY_NAME, workloads.fit, case.build, case.Case.load,
-        check.truth_of,
+        truth.truth_of,
     ),
     "gated": Suite(
         gated.BY_NAME, gated_providers.BY_NAME, gated.fit, gated.build, gated.GatedCase.load,

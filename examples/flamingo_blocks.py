@@ -34,7 +34,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
-from xattn_kernels import GatedCrossAttentionBlock, MediaCache, attention_weights, masks
+from xattn_kernels import (
+    GatedCrossAttentionBlock,
+    MediaCache,
+    attention_weights,
+    masks,
+)
 
 try:
     import matplotlib

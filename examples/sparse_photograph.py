@@ -38,7 +38,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xattn_kernels import attention_map, cross_attention, kept_mass, topk_attention
+from xattn_kernels import (
+    attention_map,
+    cross_attention,
+    kept_mass,
+    topk_attention,
+)
 
 try:
     from sklearn.datasets import load_sample_image

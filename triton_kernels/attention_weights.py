@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..core.layout import broadcast_strides, zero_gradients
 from .bias_gradient import backward_dbias
 from .cross_attention_backward import backward_dkdv, backward_dq
 from .launch import Call
@@ -25,8 +26,13 @@ from .scores import (
     row_scale,
     tile_scores,
 )
-from .tensors import broadcast_strides, zero_gradients
-from .tiles import dot_nt, load_rows, load_tile, row_bounds, times
+from .tiles import (
+    dot_nt,
+    load_rows,
+    load_tile,
+    row_bounds,
+    times,
+)
 
 
 @triton.jit

@@ -4,7 +4,7 @@ One explicit table; nothing is tuned at run time. Its keys are the kernel, the f
 architectures, the wider head width, the size of an element, whether the call is plain, and the
 query rows that share a key head; the first row that fits is taken. Rows were chosen from the
 compiled code: no spilled register, and few instructions per query-key pair in the inner loop.
-`python -m benchmarks.compile_grid` compiles them all and fails on a spill.
+`python -m tools.machine_code.triton_grid` compiles them all and fails on a spill.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..core.layout import empty_rows, split_buffer
 from .launch import Call
 from .rows import merge_splits
 from .scores import (
@@ -24,7 +25,6 @@ from .scores import (
     tile_bits,
     tile_scores,
 )
-from .tensors import empty_rows, split_buffer
 from .tiles import (
     ALL,
     LOG2E,

@@ -12,6 +12,12 @@ import torch
 import triton
 import triton.language as tl
 
+from ..core.layout import (
+    empty_rows,
+    split_buffer,
+    sum_splits,
+    zero_gradients,
+)
 from .bias_gradient import backward_dbias
 from .configs import Config
 from .launch import Call
@@ -35,7 +41,6 @@ from .scores import (
     tile_offsets,
     tile_scores,
 )
-from .tensors import empty_rows, split_buffer, sum_splits, zero_gradients
 from .tiles import (
     ALL,
     CUT,

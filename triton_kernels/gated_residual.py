@@ -14,9 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..core.layout import (
+    empty_like,
+    merged_rows,
+    new_gradients,
+    row_alignment,
+    unit_stride,
+)
 from .configs import register_bound
 from .launch import compiler_options, device_guard
-from .tensors import empty_like, merged_rows, new_gradients, row_alignment, unit_stride
 from .tiles import tanh
 
 # Fixed, not by the device's size: the order of a sum, hence its bits, are the same on each device.

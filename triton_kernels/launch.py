@@ -11,8 +11,15 @@ import torch
 import triton
 from torch import Tensor
 
-from .configs import Config, column_chunks, lookup, register_bound, selection, tf32_fits
-from .tensors import broadcast_strides, row_alignment
+from ..core.layout import broadcast_strides, row_alignment
+from .configs import (
+    Config,
+    column_chunks,
+    lookup,
+    register_bound,
+    selection,
+    tf32_fits,
+)
 
 INTERPRETED_ARCH = 90  # whose table rows the interpreter runs
 DEFAULT_MULTIPROCESSORS = 132

@@ -4,7 +4,7 @@
 
 The kernel holds a tile of keys and walks the rows that reach it; what its scores add to the sums
 stays in registers until the last row, so that nothing crosses lanes in the loop. The gradient needs
-no kernel: it is that of attention to values of one column, see `xattn_kernels/received_mass.py`.
+no kernel: it is that of attention to values of one column, see `ops/received_mass.py`.
 """
 
 import torch

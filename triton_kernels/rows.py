@@ -5,10 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..core.layout import row_alignment
 from .configs import Config, column_chunks, register_bound
 from .launch import Call, compiler_options, device_guard
 from .scores import LOWEST, row_offsets, tile_bits
-from .tensors import row_alignment
 from .tiles import (
     LN2,
     LOG2E,

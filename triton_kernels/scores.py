@@ -7,7 +7,16 @@ shapes that broadcast, [BLOCK_Q, 1] with [1, BLOCK_K], or transposed; the tile f
 import triton
 import triton.language as tl
 
-from .tiles import ALL, CUT, LN2, LOG2E, dropout_keep, row_bounds, tanh, times
+from .tiles import (
+    ALL,
+    CUT,
+    LN2,
+    LOG2E,
+    dropout_keep,
+    row_bounds,
+    tanh,
+    times,
+)
 
 # Of float32, above no score but -inf: a maximum that starts here is finite, also in a row without
 # keys, where exp(-inf - maximum) is 0 and never that of -inf - -inf.

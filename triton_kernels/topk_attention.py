@@ -8,10 +8,10 @@ one bit per key, or the indices where those are fewer bytes.
 
 from torch import Tensor
 
+from ..core.layout import saves_indices, zero_gradients
 from . import cross_attention, cross_attention_backward, topk_gather
 from .configs import gathers
 from .launch import Call
-from .tensors import saves_indices, zero_gradients
 from .topk_candidates import choose
 from .topk_selection import to_bits, to_indices
 

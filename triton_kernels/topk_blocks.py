@@ -10,13 +10,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..core.layout import row_alignment, zero_gradients
 from . import cross_attention, cross_attention_backward
 from .configs import column_chunks, register_bound
-from .launch import Blocks, Call, compiler_options, device_guard
+from .launch import (
+    Blocks,
+    Call,
+    compiler_options,
+    device_guard,
+)
 from .rows import lse_in_score_units
-from .scores import forbid_outside, key_ranges, row_offsets, row_scale, run_offsets, tile_scores
-from .tensors import row_alignment, zero_gradients
-from .tiles import dot_nt, load_row, load_tile, packed_rows, program, store_tile
+from .scores import (
+    forbid_outside,
+    key_ranges,
+    row_offsets,
+    row_scale,
+    run_offsets,
+    tile_scores,
+)
+from .tiles import (
+    dot_nt,
+    load_row,
+    load_tile,
+    packed_rows,
+    program,
+    store_tile,
+)
 from .topk_gather import pairs_by_key
 
 

@@ -14,7 +14,12 @@ from .launch import Call
 from .scores import row_scale
 from .tiles import LOG2E
 from .topk_gather import one_row
-from .topk_selection import reaches, search, select, to_bits
+from .topk_selection import (
+    reaches,
+    search,
+    select,
+    to_bits,
+)
 
 
 @triton.jit

@@ -10,11 +10,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..core.layout import empty_rows
 from .configs import gathered
 from .launch import Call
 from .rows import row_terms
-from .scores import LOWEST, natural, row_scale, run_offsets, score_gradient
-from .tensors import empty_rows
+from .scores import (
+    LOWEST,
+    natural,
+    row_scale,
+    run_offsets,
+    score_gradient,
+)
 from .tiles import (
     LOG2E,
     dot_into,

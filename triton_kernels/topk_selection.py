@@ -27,7 +27,14 @@ from .scores import (
     run_offsets,
     tile_scores,
 )
-from .tiles import ALL, dot_nt, load_tile, packed_rows, program, split_range
+from .tiles import (
+    ALL,
+    dot_nt,
+    load_tile,
+    packed_rows,
+    program,
+    split_range,
+)
 
 MODEL_STEPS = tl.constexpr(8)  # of a search, before every other one halves the integers between
 

@@ -6,16 +6,11 @@ import os
 if not os.path.isdir(os.path.join(__path__[0], "triton_kernels")):
     __path__.append(os.path.dirname(__path__[0]))
 
-from . import masks, stability  # noqa: E402
-from .attention_map import attention_map
-from .attention_weights import attention_weights
-from .cross_attention import cross_attention
-from .dispatch import explain
-from .entropy_loss import entropy_loss
-from .gated_projection import gated_projection
-from .gated_residual import GatedResidualNormResult, gated_residual, gated_residual_norm
-from .inputs import CrossAttentionResult, TopKAttentionResult
-from .losses import (
+from . import masks, stability
+from .core.call import CrossAttentionResult, TopKAttentionResult
+from .core.dispatch import explain
+from .losses.entropy import entropy_loss
+from .losses.pretraining import (
     HardNegatives,
     MatchingPairs,
     StageOneLosses,
@@ -50,7 +45,13 @@ from .modules import (
     VisualGPTBlock,
     replace_multihead_attention,
 )
-from .received_mass import received_mass
+from .ops.attention_map import attention_map
+from .ops.attention_weights import attention_weights
+from .ops.cross_attention import cross_attention
+from .ops.gated_projection import gated_projection
+from .ops.gated_residual import GatedResidualNormResult, gated_residual, gated_residual_norm
+from .ops.received_mass import received_mass
+from .ops.topk_attention import kept_mass, topk_attention
 from .stability import (
     AdaptiveClip,
     AttentionDropout,
@@ -81,7 +82,6 @@ from .stability import (
     xavier_,
     zero_outputs_,
 )
-from .topk_attention import kept_mass, topk_attention
 
 __version__ = "0.1.0"
 __all__ = [

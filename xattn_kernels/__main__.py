@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 
 from . import __version__
-from .attention_weights import attention_weights
-from .cross_attention import cross_attention
+from .core.dispatch import explain
 from .cuda_kernels import launch
-from .dispatch import explain
-from .gated_residual import gated_residual
-from .topk_attention import topk_attention
+from .ops.attention_weights import attention_weights
+from .ops.cross_attention import cross_attention
+from .ops.gated_residual import gated_residual
+from .ops.topk_attention import topk_attention
 
 # What the dispatch reads; shown when set, because it changes which backend is taken.
 SWITCHES = ("TRITON_INTERPRET", "XATTN_TRITON_ON_CPU", "XATTN_CUDA_ON_CPU")

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .inputs import (
+from .core.call import (
     CrossAttentionInputs,
     CrossAttentionResult,
     TopKAttentionInputs,

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .checks import check_positive, check_sizes, kind
+from .core.arguments import check_positive, check_sizes, kind
 from .masks import KeyInterval
 from .stability import StabilityMonitor, Thresholds
 from .stability.report import place_of

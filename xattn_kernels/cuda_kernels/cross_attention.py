@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..triton_kernels.tensors import broadcast_strides, empty_rows, zero_gradients
+from ..core.layout import broadcast_strides, empty_rows, zero_gradients
 from . import launch
 from .launch import DTYPES, extension, numbers
 

@@ -10,7 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..triton_kernels.tensors import empty_like, merged_rows, new_gradients, unit_stride
+from ..core.layout import (
+    empty_like,
+    merged_rows,
+    new_gradients,
+    unit_stride,
+)
 from . import launch
 from .launch import DTYPES, extension, numbers
 

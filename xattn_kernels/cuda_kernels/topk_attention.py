@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..triton_kernels.tensors import saves_indices, zero_gradients
+from ..core.layout import saves_indices, zero_gradients
 from . import cross_attention, launch
 from .launch import extension
 

@@ -1,7 +1,13 @@
 """Modules on top of the ops; every public name is also at the top of the package."""
 
 from .attention_pooler import AttentionPooler, CoCaCrossAttention
-from .fusion import EarlyFusion, FusedPair, FusedTokens, LateFusion, MidFusion
+from .fusion import (
+    EarlyFusion,
+    FusedPair,
+    FusedTokens,
+    LateFusion,
+    MidFusion,
+)
 from .gated_cross_attention import GatedCrossAttentionBlock
 from .masked_cross_attention import MaskedCrossAttention
 from .media_cache import MediaCache

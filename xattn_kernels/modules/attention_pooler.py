@@ -6,10 +6,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import check_bools, check_choice, check_sizes, kind
-from ..cross_attention import cross_attention
+from ..core.arguments import (
+    check_bools,
+    check_choice,
+    check_sizes,
+    kind,
+)
 from ..masks import KeyInterval
-from .masked_cross_attention import BACKENDS, check_tensor, merge_heads, split_heads
+from ..ops.cross_attention import cross_attention
+from .masked_cross_attention import (
+    BACKENDS,
+    check_tensor,
+    merge_heads,
+    split_heads,
+)
 from .multihead_attention import MultiheadAttention
 
 # what lucidrains' whole model calls the parts of its pooler
@@ -30,7 +40,7 @@ class CoCaCrossAttention(nn.Module):
         dim_head, heads: width and number of the query heads.
         parallel_ff, ff_mult: a SwiGLU feed-forward on the same normed x, its hidden width by dim.
         norm_context: the context is normed too.
-        backend: "triton", "cuda", "sdpa" or "eager" for every call; None chooses for each.
+        backend: "triton", "cuda", "torch" or "eager" for every call; None chooses for each.
 
     Raises:
         TypeError, ValueError: an argument is not among those named here.
@@ -99,7 +109,7 @@ class AttentionPooler(nn.Module):
         n_queries: rows of the result.
         one_kv_head: see above.
         dim_head: width of a head; without one_kv_head it is dim / heads and not an argument.
-        backend: "triton", "cuda", "sdpa" or "eager" for every call; None chooses for each.
+        backend: "triton", "cuda", "torch" or "eager" for every call; None chooses for each.
 
     Raises:
         TypeError, ValueError: an argument is not among those named here.

@@ -10,7 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import masks
-from ..checks import check_bools, check_choice, check_positive, check_several, check_sizes
+from ..core.arguments import (
+    check_bools,
+    check_choice,
+    check_positive,
+    check_several,
+    check_sizes,
+)
 from ..masks import KeyInterval
 from .attention_pooler import AttentionPooler
 from .gated_cross_attention import GatedCrossAttentionBlock
@@ -58,7 +64,7 @@ class EarlyFusion(nn.Module):
             (VisualBERT).
         ff_mult: hidden width of the feed-forwards by dim.
         norm_eps: eps of the LayerNorms.
-        backend: "triton", "cuda", "sdpa" or "eager" for every call; None chooses for each.
+        backend: "triton", "cuda", "torch" or "eager" for every call; None chooses for each.
 
     Raises:
         TypeError, ValueError: an argument is not among those named here.
@@ -239,7 +245,7 @@ class LateFusion(nn.Module):
         pool: "mean" of the real tokens, or "attention", an `AttentionPooler` of one query for each
             side, whose width is that of the tokens.
         heads: of the poolers; only with pool="attention".
-        backend: "triton", "cuda", "sdpa" or "eager" for every call; None chooses for each.
+        backend: "triton", "cuda", "torch" or "eager" for every call; None chooses for each.
 
     Raises:
         TypeError, ValueError: an argument is not among those named here.

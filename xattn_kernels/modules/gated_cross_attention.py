@@ -8,8 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import check_bools, check_choice, check_number, check_positive, check_sizes
-from ..gated_residual import gated_residual, gated_residual_norm
+from ..core.arguments import (
+    check_bools,
+    check_choice,
+    check_number,
+    check_positive,
+    check_sizes,
+)
+from ..ops.gated_residual import gated_residual, gated_residual_norm
 from .masked_cross_attention import NORMS, MaskedCrossAttention
 from .media_cache import MediaCache
 
@@ -49,8 +55,8 @@ class GatedCrossAttentionBlock(nn.Module):
         ff_without_media: False leaves out the feed-forward where no media is visible.
         norm, norm_eps: "layer" or "rms", of both sub-layers.
         vector_gate: gates [dim] in place of [1].
-        backend: "triton", "cuda", "sdpa" or "eager" for every call; None chooses for each. The
-            gated residuals, which have no "sdpa", are plain PyTorch ("eager") with it; the first,
+        backend: "triton", "cuda", "torch" or "eager" for every call; None chooses for each. The
+            gated residuals, which have no "torch", are plain PyTorch ("eager") with it; the first,
             with its norm, has no "triton" and no "cuda" for a dim that `gated_residual_norm` calls
             too wide.
 
@@ -93,7 +99,7 @@ class GatedCrossAttentionBlock(nn.Module):
         rows = None
         if not self.ff_without_media:
             rows = self.attn.sees_media(x, media, media_locations, use_cached_media)
-        backend = "eager" if self.backend == "sdpa" else self.backend
+        backend = "eager" if self.backend == "torch" else self.backend
         norm, widen, activate, narrow = self.ff
         weights = norm.weight, getattr(norm, "bias", None)
         options = dict(norm=self.norm_kind, eps=norm.eps, backend=backend)

@@ -9,10 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import masks
-from ..checks import check_bools, check_choice, check_positive, check_sizes, kind
-from ..cross_attention import cross_attention
-from ..dispatch import autocasts
+from ..core.arguments import (
+    check_bools,
+    check_choice,
+    check_positive,
+    check_sizes,
+    kind,
+)
+from ..core.dispatch import autocasts
 from ..masks import KeyInterval
+from ..ops.cross_attention import cross_attention
 from .media_cache import MediaCache, Weights
 
 BACKENDS = tuple(b.name for b in cross_attention.backends)
@@ -41,7 +47,7 @@ class MaskedCrossAttention(nn.Module):
         norm, norm_eps: "layer" or "rms", on the text; eps also of `q_norm` and `k_norm`.
         without_media: rows to which no media is visible: None as above, "empty" 0 (Idefics, Meta's
             Llama 3.2 Vision), "all" attention over every key (Llama 3.2 Vision in transformers).
-        backend: "triton", "cuda", "sdpa" or "eager" for every call; None chooses for each.
+        backend: "triton", "cuda", "torch" or "eager" for every call; None chooses for each.
 
     Raises:
         TypeError, ValueError: an argument is not among those named here.

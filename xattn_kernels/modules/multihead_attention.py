@@ -10,12 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from .. import by_head, sdpa
-from ..attention_weights import AttentionWeightsInputs, attention_weights
-from ..cross_attention import attend, cross_attention, cuda_reasons
-from ..dispatch import choice, choose, tell, without_autocast
-from ..inputs import CrossAttentionInputs, check_inputs
+from ..core.call import CrossAttentionInputs, check_inputs
+from ..core.dispatch import (
+    choice,
+    choose,
+    tell,
+    without_autocast,
+)
 from ..masks import KeyInterval
+from ..ops.attention_weights import AttentionWeightsInputs, attention_weights
+from ..ops.cross_attention import attend, cross_attention, cuda_reasons
+from ..torch_kernels import attention_weights as torch_weights
 
 
 def _cuda_reasons(x: CrossAttentionInputs) -> list[str]:
@@ -23,8 +28,8 @@ def _cuda_reasons(x: CrossAttentionInputs) -> list[str]:
     return cuda_reasons(x) + weights
 
 
-# "sdpa" is PyTorch's own kernels: the fused ones, or one head at a time where those have reasons.
-REASONS = {"sdpa": lambda x: [], "cuda": _cuda_reasons}
+# "torch" is PyTorch's own kernels: the fused ones, or one head at a time where those have reasons.
+REASONS = {"torch": lambda x: [], "cuda": _cuda_reasons}
 BACKENDS = tuple(
     b._replace(reasons=REASONS.get(b.name, b.reasons)) for b in cross_attention.backends
 )
@@ -52,7 +57,7 @@ class MultiheadAttention(nn.Module):
     that it is one passes `mask=masks.padding(...)`.
 
     Args:
-        backend: "triton", "cuda", "sdpa" or "eager" for every call; None chooses for each.
+        backend: "triton", "cuda", "torch" or "eager" for every call; None chooses for each.
         The others are torch's, with torch's defaults.
 
     Raises:
@@ -173,8 +178,8 @@ class MultiheadAttention(nn.Module):
         """(out, weights); no weights if `average` is None."""
         backend = choose("MultiheadAttention", BACKENDS, x, self.backend)
         tell(x, backend.name)
-        if backend.name == "sdpa" and sdpa.reasons(x):
-            return by_head.attend(replace(x, seed=None), out=True, average_heads=average)
+        if backend.name == "torch" and torch.reasons(x):
+            return torch_weights.attend(replace(x, seed=None), out=True, average_heads=average)
         if backend.name in ("triton", "cuda"):
             (out, lse, *_), lse_low = attend(x, backend.name)
         else:

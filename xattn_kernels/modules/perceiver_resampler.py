@@ -6,11 +6,16 @@ import torch
 from torch import Tensor, nn
 
 from .. import masks
-from ..checks import check_choice, check_sizes, kind
-from ..cross_attention import cross_attention
+from ..core.arguments import check_choice, check_sizes, kind
 from ..masks import KeyInterval
+from ..ops.cross_attention import cross_attention
 from .gated_cross_attention import feed_forward
-from .masked_cross_attention import BACKENDS, check_like_weights, merge_heads, split_heads
+from .masked_cross_attention import (
+    BACKENDS,
+    check_like_weights,
+    merge_heads,
+    split_heads,
+)
 
 
 class PerceiverAttention(nn.Module):
@@ -62,7 +67,7 @@ class PerceiverResampler(nn.Module):
         dim, depth, dim_head, heads: width, number of layers, width and number of heads.
         num_latents: latents per media.
         ff_mult: hidden width of the feed-forward by dim, rounded down.
-        backend: "triton", "cuda", "sdpa" or "eager" for every call; None chooses for each.
+        backend: "triton", "cuda", "torch" or "eager" for every call; None chooses for each.
 
     Raises:
         TypeError, ValueError: an argument is not among those named here.

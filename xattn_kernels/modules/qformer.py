@@ -9,11 +9,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import masks
-from ..checks import check_choice, check_mapping, check_positive, check_range, check_sizes, kind
-from ..dispatch import run
-from ..inputs import check_inputs, check_mask
+from ..core.arguments import (
+    check_choice,
+    check_mapping,
+    check_positive,
+    check_range,
+    check_sizes,
+    kind,
+)
+from ..core.call import check_inputs, check_mask
+from ..core.dispatch import run
 from ..masks import KeyInterval
-from .masked_cross_attention import BACKENDS, check_tensor, merge_heads, split_heads
+from .masked_cross_attention import (
+    BACKENDS,
+    check_tensor,
+    merge_heads,
+    split_heads,
+)
 from .stable_cross_attention import WITH_DROPOUT, check_dropout
 
 OBJECTIVES = ("itc", "itm", "itg")
@@ -43,7 +55,7 @@ class QFormer(nn.Module):
         max_positions: longest text.
         norm_eps: eps of the LayerNorms.
         dropout: in training, of attention weights, embeddings and what layers add; BLIP-2's is 0.1.
-        backend: "triton", "cuda", "sdpa" or "eager" for every call; None chooses for each: with
+        backend: "triton", "cuda", "torch" or "eager" for every call; None chooses for each: with
             dropout on a CPU "eager".
 
     Raises:

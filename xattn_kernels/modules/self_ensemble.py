@@ -5,9 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_bools, check_choice, check_range, check_sizes, kind
-from ..chunked_cross_entropy import ChunkedCrossEntropy
-from ..dispatch import autocasts, without_autocast
+from ..core.arguments import (
+    check_bools,
+    check_choice,
+    check_range,
+    check_sizes,
+    kind,
+)
+from ..core.dispatch import autocasts, without_autocast
+from ..losses.chunked_cross_entropy import ChunkedCrossEntropy
 from .masked_cross_attention import check_tensor
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..dispatch import choice, choose, tell
-from ..inputs import CrossAttentionInputs, TopKAttentionInputs
+from ..core.call import CrossAttentionInputs, TopKAttentionInputs
+from ..core.dispatch import choice, choose, tell
 from ..masks import KeyInterval
-from ..topk_attention import check_chosen, topk_attention
+from ..ops.topk_attention import check_chosen, topk_attention
 from .multihead_attention import MultiheadAttention, _inputs
 
 

@@ -7,12 +7,23 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_bools, check_choice, check_number, check_positive, check_sizes
-from ..cross_attention import cross_attention
-from ..dispatch import run
-from ..gated_residual import gated_residual
-from ..inputs import check_inputs
-from .masked_cross_attention import NORMS, check_tensor, merge_heads, split_heads
+from ..core.arguments import (
+    check_bools,
+    check_choice,
+    check_number,
+    check_positive,
+    check_sizes,
+)
+from ..core.call import check_inputs
+from ..core.dispatch import run
+from ..ops.cross_attention import cross_attention
+from ..ops.gated_residual import gated_residual
+from .masked_cross_attention import (
+    NORMS,
+    check_tensor,
+    merge_heads,
+    split_heads,
+)
 
 # dropout and statistics, which PyTorch's kernels lack, are eager's where there are no others
 WITH_DROPOUT = tuple(b._replace(by_name=False) for b in cross_attention.backends)
@@ -35,8 +46,9 @@ class NormalizedCrossAttention(nn.Module):
         temperature: that of every head at the start; above 1 flattens the attention.
         zero_output: `to_out` starts at 0; the other projections, and else this one, as Xavier's.
         norm, norm_eps: "layer" or "rms", of both sides.
-        backend: "triton", "cuda", "sdpa" or "eager" for every call; None chooses for each: on a CPU
-            "sdpa", or "eager" with dropout or statistics, of which PyTorch's own kernels have none.
+        backend: "triton", "cuda", "torch" or "eager" for every call; None chooses for each: on a
+            CPU "torch", or "eager" with dropout or statistics, of which PyTorch's own kernels have
+            none.
 
     Raises:
         TypeError, ValueError: an argument is not among those named here.
@@ -123,7 +135,7 @@ class StableCrossAttention(nn.Module):
     Args:
         gate_init: of `gate` [1].
         zero_output: the output projection starts at 0.
-        backend: as in `NormalizedCrossAttention`; with "sdpa" the residual is plain PyTorch.
+        backend: as in `NormalizedCrossAttention`; with "torch" the residual is plain PyTorch.
         The others are those of `NormalizedCrossAttention`.
 
     Raises:
@@ -158,7 +170,7 @@ class StableCrossAttention(nn.Module):
         """y [B, N, dim] in the dtype of x, or (y, statistics); see `NormalizedCrossAttention`."""
         found = self.attn(x, media, mask=mask, return_statistics=return_statistics)
         h, *statistics = found if return_statistics else (found,)
-        backend = "eager" if self.attn.backend == "sdpa" else self.attn.backend
+        backend = "eager" if self.attn.backend == "torch" else self.attn.backend
         y = gated_residual(x, h, self.gate, backend=backend)
         return (y, *statistics) if return_statistics else y
 

@@ -9,11 +9,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import masks
-from ..checks import check_choice, check_number, check_positive, check_sizes, kind
-from ..cross_attention import cross_attention
-from ..inputs import check_mask
+from ..core.arguments import (
+    check_choice,
+    check_number,
+    check_positive,
+    check_sizes,
+    kind,
+)
+from ..core.call import check_mask
 from ..masks import KeyInterval
-from .masked_cross_attention import BACKENDS, check_tensor, merge_heads, split_heads
+from ..ops.cross_attention import cross_attention
+from .masked_cross_attention import (
+    BACKENDS,
+    check_tensor,
+    merge_heads,
+    split_heads,
+)
 
 # buffers of the published layer: its causal mask, and what it keeps between tokens
 BUFFERS = ("attn.bias", "attn.running_keys", "attn.running_values", "enc_dec_attn.bias")
@@ -80,7 +91,7 @@ class VisualGPTBlock(nn.Module):
         tau: threshold of the gates, see `SRAU`.
         ff_mult: hidden width of the feed-forward by dim; its activation is tanh's GELU.
         norm_eps: eps of the LayerNorms.
-        backend: "triton", "cuda", "sdpa" or "eager" for every call; None chooses for each.
+        backend: "triton", "cuda", "torch" or "eager" for every call; None chooses for each.
 
     Raises:
         TypeError, ValueError: an argument is not among those named here.

@@ -1,12 +1,28 @@
 """What keeps cross-attention stable in training; every public name is also at the top."""
 
 from .clipping import AdaptiveClip, clip_gradients
-from .initialisers import gates_, small_queries_, xavier_, zero_outputs_
+from .initialisers import (
+    gates_,
+    small_queries_,
+    xavier_,
+    zero_outputs_,
+)
 from .layers import attention_statistics
 from .monitor import StabilityMonitor
-from .parameters import Frozen, freeze, gate_parameters, optimizer_groups, xattn_parameters
+from .parameters import (
+    Frozen,
+    freeze,
+    gate_parameters,
+    optimizer_groups,
+    xattn_parameters,
+)
 from .report import StabilityReport, StabilityWarning, Thresholds
-from .schedules import AttentionDropout, LayerwiseWarmup, cross_attention_layers, warmup_cosine
+from .schedules import (
+    AttentionDropout,
+    LayerwiseWarmup,
+    cross_attention_layers,
+    warmup_cosine,
+)
 from .training import (
     BlindBaseline,
     DatasetMixture,

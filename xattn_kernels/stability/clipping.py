@@ -13,7 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_
 
-from ..checks import check_counts, check_number, check_positive, check_several, check_sizes
+from ..core.arguments import (
+    check_counts,
+    check_number,
+    check_positive,
+    check_several,
+    check_sizes,
+)
 from .measures import total_norm
 from .parameters import Match, xattn_parameters
 

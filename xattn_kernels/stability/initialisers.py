@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_module, check_number, check_positive
+from ..core.arguments import check_module, check_number, check_positive
 from .parameters import gate_parameters
 
 LINEAR = {

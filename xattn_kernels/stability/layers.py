@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_module, check_rule
-from ..dispatch import OBSERVERS
-from ..inputs import (
+from ..core.arguments import check_module, check_rule
+from ..core.call import (
     CrossAttentionInputs,
     CrossAttentionResult,
     TopKAttentionInputs,
     TopKAttentionResult,
 )
-from ..row_statistics import row_statistics
+from ..core.dispatch import OBSERVERS
+from .row_statistics import row_statistics
 
 ATTENTION = (CrossAttentionInputs, TopKAttentionInputs)  # but no op that only looks at weights
 Sides = tuple[Tensor | None, Tensor | None]

@@ -10,10 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from ..inputs import TopKAttentionInputs
-from ..row_statistics import row_statistics
-from .layers import Call, Watch, counts, sides
+from ..core.call import TopKAttentionInputs
+from .layers import (
+    Call,
+    Watch,
+    counts,
+    sides,
+)
 from .parameters import gate_parameters
+from .row_statistics import row_statistics
 
 EMPTY = -math.inf
 

@@ -9,10 +9,17 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 
-from ..checks import check_counts, check_function, check_module, check_rule, check_sizes, kind
+from ..core.arguments import (
+    check_counts,
+    check_function,
+    check_module,
+    check_rule,
+    check_sizes,
+    kind,
+)
+from .host_copies import Pending
 from .measures import AttentionLook, gradient_norms, without_rows
 from .parameters import Match, xattn_parameters
-from .pending import Pending
 from .report import StabilityReport, Thresholds
 
 LOGGER = logging.getLogger("xattn_kernels.stability")

@@ -7,7 +7,13 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 
-from ..checks import check_mapping, check_module, check_number, check_rule, kind
+from ..core.arguments import (
+    check_mapping,
+    check_module,
+    check_number,
+    check_rule,
+    kind,
+)
 
 # Classes and attributes of this package, PyTorch (`multihead_attn` of its decoder layers),
 # OpenCLIP, OpenFlamingo, VisualGPT, and transformers' Mllama, Idefics, BLIP-2, BERT and

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
-from ..checks import check_number
+from ..core.arguments import check_number
 
 
 class StabilityWarning(NamedTuple):

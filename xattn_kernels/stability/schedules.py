@@ -11,7 +11,14 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..checks import check_choice, check_module, check_number, check_several, check_sizes, kind
+from ..core.arguments import (
+    check_choice,
+    check_module,
+    check_number,
+    check_several,
+    check_sizes,
+    kind,
+)
 from .parameters import CLASSES, NAMES
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..checks import (
+from ..core.arguments import (
     check_bools,
     check_function,
     check_mapping,

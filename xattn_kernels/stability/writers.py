@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from ..checks import kind
+from ..core.arguments import kind
 from .report import StabilityReport
 
 

@@ -1,0 +1,98 @@
+"""Peak extra memory of one call: what it takes beyond its inputs, its preparation included.
+
+On a GPU the allocator knows. On a CPU it is the growth of the resident set of a fresh process: a
+call of a few rows loads code and starts threads, then the peak is reset and the preparation and
+the call are measured (of what compiles, a second call only). Processes are forked from a server
+that has only imported torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import multiprocessing
+import os
+import re
+from importlib import import_module
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+
+from .steps import Step, step
+
+PROC = Path("/proc/self")
+SUITES = "benchmarks.suites"  # a process imports them by name, as they cannot be pickled
+WARM_ROWS = 16
+# Large tensors then come from the system and go back at once, so the resident set is what is alive.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
+def allocated(device: torch.device) -> int:
+    """Bytes that live tensors hold on a GPU; 0 on a CPU, which does not count them."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def device_peak(call: Step, before: int, device: torch.device) -> int | None:
+    """Bytes that `call` reaches above `before`, those allocated before it was prepared."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def resident_peak(suite: str, name: str, path: Path, mode: str, seconds: float) -> int | None:
+    """Bytes of resident growth for the CPU case that a suite saved at `path`, computed by its
+    provider `name`; None if it cannot be measured."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([SUITES])
+    receiver, sender = context.Pipe(duplex=False)
+    threads = torch.get_num_threads()
+    process = context.Process(target=_child, args=(sender, suite, name, path, mode, threads))
+    saved = {name: os.environ.get(name) for name in MALLOC}
+    os.environ.update(MALLOC)
+    try:
+        process.start()
+    finally:
+        for name, value in saved.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+    sender.close()
+    try:
+        return receiver.recv() if receiver.poll(max(seconds, 0.0)) else None
+    except EOFError:
+        return None
+    finally:
+        process.join(5.0)
+        process.kill()
+        process.join()
+
+
+def _child(sender: Connection, suite: str, name: str, path: Path, mode: str, threads: int) -> None:
+    torch.set_num_threads(threads)
+    chosen = import_module(SUITES).SUITES[suite]
+    case, provider = chosen.load(path), chosen.providers[name]
+    call = step(provider, case if provider.compiles else case.first_rows(WARM_ROWS), mode)
+    call()
+    before = _reset_peak()
+    if not provider.compiles:
+        call = step(provider, case, mode)
+    call()
+    sender.send(None if before is None else max(_status("VmHWM") - before, 0))
+
+
+def _reset_peak() -> int | None:
+    """Resident bytes now, after the peak was set back to them; None where the system cannot."""
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        (PROC / "clear_refs").write_text("5")
+        return _status("VmRSS")
+    except (OSError, AttributeError):
+        return None
+
+
+def _status(field: str) -> int:
+    return 1024 * int(re.search(rf"{field}:\s*(\d+)", (PROC / "status").read_text())[1])

@@ -1,0 +1,51 @@
+"""What computes a case, behind one small interface.
+
+`reasons(case, mode)` says why a provider cannot (empty: it can); `prepare(case)` builds what a
+model builds once per batch (dense mask, BlockMask, cumulative lengths, compiled function) and
+returns `attend(q, k, v) -> out [B, Hq, Nq, Dv]`, which is timed. Peak memory covers both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .machine import free_memory
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Provider:
+    """`compiles`: the first call of a shape takes seconds, and a cache on disk keeps the result."""
+
+    name: str
+    reasons: Callable[[Any, str], list[str]]
+    prepare: Callable[[Any], Attend]
+    compiles: bool = False
+
+
+def too_large(case: Any, mode: str, tensors: int) -> list[str]:
+    """A reason when this many float32 [B, Hq, Nq, Nk] tensors do not fit in free memory."""
+    w = case.workload
+    need = 4 * tensors * (1 if mode == "forward" else 2) * w.B * w.Hq * w.Nq * w.Nk
+    free = free_memory(case.device)
+    if need <= free:
+        return []
+    return [f"needs {need / 2**30:.1f} GiB for the scores, {free / 2**30:.1f} are free"]
+
+
+def needs_half_on_cuda(case: Any) -> list[str]:
+    if case.device.type != "cuda":
+        return ["runs on CUDA only"]
+    return [] if case.dtype in HALF else [f"dtype {case.dtype} is not float16 or bfloat16"]
+
+
+def needs_package(name: str) -> list[str]:
+    return [] if find_spec(name) else [f"{name} is not installed"]

@@ -1,0 +1,183 @@
+"""Everything that can attend to the highest-scoring keys, ours and others'; see `providers.py`.
+
+All work on the keys of a call is timed: the choice belongs to it, and so do masks made of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import xattn_kernels
+from xattn_kernels.reference import named
+
+from ..attention.providers import flex_reasons, repeat_heads
+from ..attention.truth import truth_of as truth_of_attention
+from ..harness.provider import Attend, Provider, too_large
+from ..harness.truth import Truth
+from .workloads import TopKCase
+
+FEWEST_ROWS = 16
+
+
+def keys_only(case: TopKCase, mode: str) -> list[str]:
+    return ["chooses keys, not blocks of them"] if case.workload.topk_blocks else []
+
+
+# eager: the composition that the literature describes
+
+
+def eager_reasons(case: TopKCase, mode: str) -> list[str]:
+    """Scores, their gradient's zeros and a copy, and the gathered values of every row."""
+    w = case.workload
+    return keys_only(case, mode) or too_large(case, mode, 3 + -(-w.kept * w.Dv // w.Nk))
+
+
+def prepare_eager(case: TopKCase) -> Attend:
+    w = case.workload
+    scale, heads = w.D**-0.5, torch.arange(w.B * w.Hq, device=case.device)
+    first = (heads * w.Nk).view(w.B, w.Hq, 1, 1)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = repeat_heads(case, k, v)
+        top = (scale * q @ k.mT).topk(w.top_k)
+        p = top.values.softmax(-1, dtype=torch.float32).to(v.dtype)
+        # the gradient of torch.gather from expanded values would be Nq times as large as v
+        values = v.flatten(0, 2).index_select(0, (top.indices + first).flatten())
+        return (p[..., None, :] @ values.view(*p.shape, w.Dv)).squeeze(-2)
+
+    return attend
+
+
+# fused attention with a dense mask of the chosen keys
+
+
+@torch.no_grad()
+def dense_mask(case: TopKCase, q: Tensor, k: Tensor) -> Tensor:
+    """bool [B, Hq, Nq, Nk]; a positive scale would not change the order."""
+    s = q @ repeat_heads(case, k)[0].mT
+    return named(s.topk(case.workload.top_k, sorted=False).indices, k.shape[2])
+
+
+def mask_reasons(case: TopKCase, mode: str) -> list[str]:
+    return keys_only(case, mode) or too_large(case, mode, 4)
+
+
+def prepare_mask(case: TopKCase) -> Attend:
+    gqa = case.groups > 1
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask = dense_mask(case, q, k)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
+
+    return attend
+
+
+# FlexAttention, which cannot choose keys by score: its mask_mod reads the dense mask
+
+
+def chosen_flex_reasons(case: TopKCase, mode: str) -> list[str]:
+    return flex_reasons(case, mode) or mask_reasons(case, mode)
+
+
+def prepare_flex(case: TopKCase) -> Attend:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    w = case.workload
+    torch._dynamo.reset()  # a limit on recompilations would otherwise fall back to eager code
+    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask = dense_mask(case, q, k)
+
+        def mask_mod(b, h, i, j):
+            return mask[b, h, i, j]
+
+        block_mask = create_block_mask(mask_mod, w.B, w.Hq, w.Nq, w.Nk, device=q.device)
+        return compiled(q, k, v, block_mask=block_mask, enable_gqa=case.groups > 1)
+
+    return attend
+
+
+# ours, per backend, and attention over all keys
+
+
+def ours_reasons(backend: str, case: TopKCase, mode: str) -> list[str]:
+    if backend == "eager":
+        return too_large(case, mode, 10)
+    op = xattn_kernels.topk_attention
+    x = op.check(*case.inputs(mode != "forward"), **case.workload.choice)
+    return next(b for b in op.backends if b.name == backend).reasons(x)
+
+
+def prepare_ours(backend: str, case: TopKCase) -> Attend:
+    return partial(xattn_kernels.topk_attention, **case.workload.choice, backend=backend)
+
+
+def prepare_dense(case: TopKCase) -> Attend:
+    return xattn_kernels.cross_attention
+
+
+def provider(name: str, reasons: Callable, prepare: Callable, compiles: bool = False) -> Provider:
+    """None is timed where rounding leaves too few rows to say that its choice is right."""
+
+    def all_reasons(case: TopKCase, mode: str) -> list[str]:
+        rows = int((~case.left_out).sum())
+        if name == "dense" or rows >= FEWEST_ROWS:
+            return reasons(case, mode)
+        return [f"rounding to {case.dtype} leaves the choice of {rows} rows certain"]
+
+    return Provider(name, all_reasons, prepare, compiles)
+
+
+def ours(backend: str) -> Provider:
+    how = partial(ours_reasons, backend), partial(prepare_ours, backend)
+    return provider(f"xattn-{backend}", *how, compiles=backend == "triton")
+
+
+def none(case: TopKCase, mode: str) -> list[str]:
+    return []
+
+
+# In the order in which they run: where time is short, the last are left out.
+PROVIDERS = (
+    ours("triton"),
+    ours("cuda"),
+    ours("torch"),
+    provider("dense", none, prepare_dense),
+    provider("sdpa-mask", mask_reasons, prepare_mask),
+    provider("eager-topk", eager_reasons, prepare_eager),
+    provider("flex", chosen_flex_reasons, prepare_flex, compiles=True),
+    ours("eager"),
+)
+BY_NAME = {p.name: p for p in PROVIDERS}
+
+
+@dataclass(frozen=True)
+class TopKTruth(Truth):
+    """left_out: bool [B, Hq, Nq], rows whose out need only be finite; `dense` attends to all."""
+
+    left_out: Tensor
+    dense: Truth
+
+    def of(self, provider: str) -> Truth:
+        return self.dense if provider == "dense" else self
+
+    def verdict(self, results: tuple[Tensor, ...]) -> tuple[str, float]:
+        out, *grads = results
+        if out.shape == self.truth[0].shape:
+            unseen = self.left_out[..., None] & out.isfinite()
+            out = torch.where(unseen, self.truth[0].to(out.dtype), out)
+        return super().verdict((out, *grads))
+
+
+def truth_of(case: TopKCase, gradients: bool) -> TopKTruth:
+    """Attention under exactly the keys that float64 chooses."""
+    found = truth_of_attention(case, gradients)
+    dense = truth_of_attention(case.dense(), gradients)
+    return TopKTruth(**vars(found), left_out=case.left_out, dense=dense)

@@ -1,0 +1,180 @@
+"""What holds the repository together: imports, packaging, file sizes, documentation that runs."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import os
+import re
+import subprocess
+import sys
+import types
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import xattn_kernels
+from tools import evidence
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE, KERNELS = ROOT / "xattn_kernels", ROOT / "triton_kernels"
+README = (ROOT / "README.md").read_text()
+# Imports point from a higher floor to a lower one, or stay on their own.
+FLOORS = {
+    "masks": 0, "reference": 0, "core": 1, "triton_kernels": 2, "cuda_kernels": 2, "torch_kernels": 2,
+    "ops": 3, "losses": 4, "modules": 4, "stability": 4, "distributed": 5, "integrations": 5,
+    "viz": 5, "__main__": 6,
+}  # fmt: skip
+
+
+def floor_of(module: str) -> int:
+    return FLOORS[module.partition(".")[0]]
+
+
+def module_files() -> dict[str, Path]:
+    """Module name below `xattn_kernels` -> file; a package's name stands for its __init__."""
+    found = {".".join(f.relative_to(PACKAGE).with_suffix("").parts): f for f in python_in(PACKAGE)}
+    found |= {f"triton_kernels.{f.stem}": f for f in python_in(KERNELS)}
+    return {name.removesuffix(".__init__"): file for name, file in found.items()}
+
+
+def python_in(folder: Path) -> list[Path]:
+    return [f for f in sorted(folder.rglob("*.py")) if "__pycache__" not in f.parts]
+
+
+def imports_of(module: str, file: Path) -> tuple[set[str], set[str]]:
+    """(modules of this package, names of other top-level packages) that `file` imports anywhere."""
+    parts = ["xattn_kernels", *module.split(".")]
+    here = parts if file.stem == "__init__" else parts[:-1]
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            start = here[: len(here) - node.level + 1] if node.level else []
+            base = ".".join([*start, *([node.module] if node.module else [])])
+            names |= {f"{base}.{alias.name}" for alias in node.names}
+    inside = {n.partition(".")[2] for n in names if n.split(".")[0] == "xattn_kernels"}
+    known = module_files()
+    inside = {n if n in known else n.rpartition(".")[0] for n in inside}
+    return inside, {n.split(".")[0] for n in names} - {"xattn_kernels"}
+
+
+def run_python(*arguments: str, **environment: str) -> str:
+    """Standard output of a fresh interpreter outside the repository, as a user would start it."""
+    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTHONPATH")}
+    env.pop("XATTN_TRITON_ON_CPU", None)
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        env=env | environment,
+        cwd=ROOT.anchor,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_imports_point_down():
+    graph = {}
+    for module, file in module_files().items():
+        if module == "__init__":
+            continue
+        inside, _ = imports_of(module, file)
+        assert module == "__main__" or "" not in inside, f"{module} imports the package's top"
+        graph[module] = inside - {""}
+        up = {other for other in graph[module] if floor_of(other) > floor_of(module)}
+        assert not up, f"{module} imports upwards: {up}"
+    assert not graph["masks"], f"masks stands alone, but imports {graph['masks']}"
+    # raises CycleError
+    list(TopologicalSorter(graph).static_order())
+
+
+def test_kernels_import_only_torch_triton_and_each_other():
+    for module, file in module_files().items():
+        if not module.startswith("triton_kernels"):
+            continue
+        inside, outside = imports_of(module, file)
+        allowed = ("triton_kernels", "core")
+        assert all(name.startswith(allowed) for name in inside), (module, inside)
+        outside -= sys.stdlib_module_names | {"torch", "triton"}
+        assert not outside, f"{file.name} imports {outside}"
+
+
+def test_import_and_call_without_triton_and_gpu():
+    out = run_python(
+        "-c",
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, xattn_kernels\n"
+        "q = torch.ones(1, 2, 3, 16)\n"
+        "assert torch.equal(xattn_kernels.cross_attention(q, q, q), q)\n"
+        "xattn_kernels.explain(xattn_kernels.cross_attention, q, q, q)",
+        CUDA_VISIBLE_DEVICES="",
+    )
+    assert "takes 'torch'" in out and "triton is not installed" in out
+
+
+@pytest.mark.parametrize("folder, limit", [("triton_kernels", 500), ("tests", 300)])
+def test_files_stay_within_their_budget(folder, limit):
+    lengths = {f.name: len(f.read_text().splitlines()) for f in python_in(ROOT / folder)}
+    assert not {name: n for name, n in lengths.items() if n > limit}
+
+
+@pytest.mark.slow
+def test_tests_are_collected_without_hypothesis():
+    """A machine with a GPU and no network may lack it."""
+    out = run_python(
+        "-c",
+        "import sys; sys.modules['hypothesis'] = None\n"
+        "import pytest\n"
+        "sys.exit(pytest.main(['--collect-only', '-qq', '-p', 'no:cacheprovider',\n"
+        f"    '--rootdir', {str(ROOT)!r}, {str(ROOT / 'tests')!r}]))",
+        PYTHONPATH=str(ROOT),
+        PYTEST_DISABLE_PLUGIN_AUTOLOAD="1",
+    )
+    assert "test_cross_attention.py" in out and "drawn by hypothesis" in out
+
+
+def test_environment_report_runs():
+    out = run_python("-m", "xattn_kernels")
+    for word in ("xattn-kernels 0", "python", "torch", "triton", "cpu:", "torch", "eager"):
+        assert word in out
+
+
+def test_readme_examples_run():
+    first, *others = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len([line for line in first.splitlines() if line.strip()]) <= 10
+    run_python("-c", "\n".join([first, *others]))
+
+
+def test_readme_names_only_what_exists():
+    paths = re.findall(r"^\| `([\w./]*/[\w./]*)` ", README, re.MULTILINE)
+    assert paths and not [path for path in paths if not (ROOT / path).exists()]
+
+
+def test_ci_runs_the_readme_test_command():
+    assert "make test\n" in README
+    assert "make test\n" in (ROOT / ".ci" / "run").read_text()
+
+
+def public_members(thing) -> dict:
+    """The mask constructors of a module, the methods and properties of a class."""
+    if inspect.ismodule(thing):
+        return {name: getattr(thing, name) for name in thing.__all__}
+    documented = (classmethod, property, staticmethod, types.FunctionType)
+    members = vars(thing).items() if inspect.isclass(thing) else ()
+    return {k: v for k, v in members if not k.startswith("_") and isinstance(v, documented)}
+
+
+def test_every_public_name_has_a_docstring():
+    named = {name: getattr(xattn_kernels, name) for name in xattn_kernels.__all__}
+    for name, thing in list(named.items()):
+        named |= {f"{name}.{member}": value for member, value in public_members(thing).items()}
+    assert not [name for name, thing in named.items() if not inspect.getdoc(thing)]
+
+
+def test_readme_has_the_evidence_that_is_committed():
+    """`make evidence` writes it; a claim made by hand is taken back here."""
+    assert evidence.replaced(README) == README

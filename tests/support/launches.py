@@ -1,0 +1,82 @@
+"""Which kernels the passing tests launched, where, and on which dtypes: the README's evidence.
+
+With XATTN_EVIDENCE naming a folder, each test process leaves one JSON file there;
+`python -m tools.evidence collect FOLDER` makes the table of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+FOLDER = os.environ.get("XATTN_EVIDENCE")
+of_this_test: set[tuple[str, str, str]] = set()  # (kernel, mode, dtype)
+of_passed_tests: set[tuple[str, str, str]] = set()
+
+
+@contextmanager
+def noted(mode: str) -> Iterator[None]:
+    """Notes each launch and the dtype of its rows."""
+    from triton.runtime.jit import KernelInterface
+
+    launcher = KernelInterface.__getitem__
+
+    def noting(kernel, grid):
+        launch = launcher(kernel, grid)
+
+        def noted_launch(*args, **kwargs):
+            name = kernel.__name__
+            of_this_test.add((name, mode, row_dtype(args, name.startswith("gated"))))
+            return launch(*args, **kwargs)
+
+        return noted_launch
+
+    KernelInterface.__getitem__ = noting
+    try:
+        yield
+    finally:
+        KernelInterface.__getitem__ = launcher
+
+
+def row_dtype(args: tuple, gated: bool) -> str:
+    """That of the first float tensor with the four strides of [B, H, N, width] behind it: parts of
+    a split, which are float32, have five, and lse has none. A gated residual has rows of any
+    strides, and where its parts are summed none."""
+    floats = [isinstance(t, torch.Tensor) and t.is_floating_point() for t in args]
+    for t, is_float, strides in zip(args, floats, args[1:], strict=False):
+        if is_float and isinstance(strides, tuple) and (gated or len(strides) == 4):
+            return str(t.dtype)[6:]
+    found = [t for t, is_float in zip(args, floats, strict=True) if is_float]
+    return str(found[0].dtype)[6:] if gated and found else "int32"
+
+
+DTYPES = {"float": "float32", "__half": "float16", "__nv_bfloat16": "bfloat16"}
+
+
+def note_cuda(name: str, mode: str) -> None:
+    """Notes the launch of a kernel of csrc/ by its C++ name, whose first argument is the type of
+    its rows, or a number where it walks bounds; sums of parts have none and are float32."""
+    function, _, arguments = name.partition("<")
+    dtype = DTYPES.get(arguments.partition(",")[0].rstrip(">"), "int32") if arguments else "float32"
+    of_this_test.add((f"cuda {function}", mode, dtype))
+
+
+def settle(passed: bool) -> None:
+    """At the end of a test."""
+    if passed:
+        of_passed_tests.update(of_this_test)
+    of_this_test.clear()
+
+
+def write() -> None:
+    """At the end of a process."""
+    if FOLDER and of_passed_tests:
+        folder = Path(FOLDER)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{os.getpid()}.json"
+        path.write_text(json.dumps(sorted(of_passed_tests), indent=0))

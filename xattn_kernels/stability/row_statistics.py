@@ -1,0 +1,62 @@
+"""lse, entropy and largest probability of the rows of a call, without its output."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from .. import reference
+from ..core.call import (
+    CrossAttentionInputs,
+    CrossAttentionResult,
+    TopKAttentionInputs,
+    TopKAttentionResult,
+)
+from ..core.dispatch import without_autocast
+from ..ops.cross_attention import cross_attention
+from ..ops.topk_attention import topk_attention
+from ..torch_kernels.topk_attention import chunks
+
+NARROW = 16  # of the values; the fewest that the kernels are fast with
+
+
+def row_statistics(
+    x: CrossAttentionInputs, backend: str | None = None
+) -> CrossAttentionResult | TopKAttentionResult:
+    """The statistics of the call `x`, before dropout; lse and entropy reach q, k, bias and scale.
+
+    `backend` computes them where it can, else the first kernels that can; without any, or for
+    "eager", the equations for at most CHUNK scores at a time, each chunk computed again in the
+    backward.
+    """
+    options = dict(dropout_p=0.0, seed=None, return_lse=True, return_statistics=True)
+    y = replace(x, v=x.v[..., :NARROW].detach(), **options)
+    sparse = isinstance(x, TopKAttentionInputs)
+    known = (topk_attention if sparse else cross_attention).backends
+    for b in sorted(known, key=lambda b: b.name != backend):
+        if "eager" not in (b.name, backend) and not b.reasons(y):
+            with without_autocast(y.device):
+                return b.run(y)
+    with without_autocast(y.device):
+        return reference.topk_attention(y) if sparse else in_chunks(y)
+
+
+def in_chunks(x: CrossAttentionInputs) -> CrossAttentionResult:
+    if 0 in (x.B, x.Nq):
+        return reference.cross_attention(x)
+    again, found = torch.is_grad_enabled(), []
+    for batch in chunks(x.B, x.Hq * x.Nq * x.Nk):
+        rows = chunks(x.Nq, (batch.stop - batch.start) * x.Hq * x.Nk)
+        parts = [x.part(batch, r) for r in rows]
+        of = [
+            checkpoint(statistics, p, use_reentrant=False) if again else statistics(p)
+            for p in parts
+        ]
+        found.append([torch.cat(rows, dim=2) for rows in zip(*of, strict=True)])
+    return CrossAttentionResult(None, *(torch.cat(t) for t in zip(*found, strict=True)))
+
+
+def statistics(x: CrossAttentionInputs):
+    return reference.softmax(reference.scores(x))[1:]

@@ -1,0 +1,106 @@
+"""Attention in plain PyTorch, one head at a time: output and weights together, any option.
+
+Where PyTorch's fused kernels cannot help, since they give no weights and drop other weights than
+ours, this costs the tensors of one head, [B, Nq, Nk], in place of [B, Hq, Nq, Nk]. Autograd keeps
+none of them: each head is a checkpoint, computed again in the backward.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .. import reference
+from ..core.call import CrossAttentionInputs
+
+NEG_INF = float("-inf")
+
+
+def attend(
+    x: CrossAttentionInputs, *, lse: Tensor | None = None, out: bool, average_heads: bool | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """(out, weights) by the equations of `reference.py`, None for what is not asked for.
+
+    The weights, after dropout, are [B, Nq, Nk] (average_heads True), [B, Hq, Nq, Nk] (False) or
+    None (None). With `lse` [B, Hq, Nq] the probabilities are exp(s - lse). Dropout without a seed
+    takes torch's generator.
+    """
+    allowed, bias = reference.allowed_keys(x), x.bias
+    if bias is None and allowed is not None:  # once for all heads
+        bias, allowed = torch.where(allowed, 0.0, NEG_INF).to(_sum_dtype(x)), None
+    scale = x.scale[None] if isinstance(x.scale, Tensor) else None
+    k, v = reference.used_keys(x.k, x), reference.used_keys(x.v, x) if out else None
+    tensors = (x.q, k, v, allowed, bias, lse, scale)
+    outs, weights = [], []
+    mean = x.q.new_zeros((x.B, x.Nq, x.Nk), dtype=_sum_dtype(x)) if average_heads else None
+    for head in zip(*(_per_head(t, x.Hq) for t in tensors), range(x.Hq), strict=True):
+        p, head_out = checkpoint(
+            _one_head, x, *head, use_reentrant=False,
+            preserve_rng_state=x.dropout_p > 0.0 and x.seed is None,
+        )  # fmt: skip
+        outs.append(head_out)
+        if average_heads:
+            mean.add_(p, alpha=1.0 / x.Hq)
+        elif average_heads is not None:
+            weights.append(p.to(x.q.dtype))
+    if average_heads is not None:
+        weights = mean.to(x.q.dtype) if average_heads else torch.stack(weights, dim=1)
+    return torch.stack(outs, dim=1) if out else None, None if average_heads is None else weights
+
+
+def _sum_dtype(x: CrossAttentionInputs) -> torch.dtype:
+    return torch.promote_types(x.q.dtype, torch.float32)
+
+
+def _per_head(t: Tensor | None, Hq: int) -> list[Tensor | None]:
+    """`t` cut along dimension 1 (1, Hkv or Hq long), once per query head.
+
+    unbind and not t[:, h]: its backward stacks the gradients, that of h slices adds h full tensors.
+    """
+    if t is None:
+        return [None] * Hq
+    parts = t.unbind(1)
+    return [parts[h * len(parts) // Hq] for h in range(Hq)]
+
+
+def _one_head(
+    x: CrossAttentionInputs, q, k, v, allowed, bias, lse, scale, head: int
+) -> tuple[Tensor, Tensor | None]:
+    """(p [B, Nq, Nk] after dropout, out [B, Nq, Dv] or None) of q [B, Nq, D] and k [B, Nk, D]."""
+    q, k = q.to(_sum_dtype(x)), k.to(_sum_dtype(x))
+    if allowed is not None:
+        bias = torch.where(allowed, bias, NEG_INF)
+    empty = None
+    if lse is None and bias is not None:
+        # a row without a key gets finite scores here and p = 0 below: inf - inf is never formed
+        empty = (bias == NEG_INF).all(-1, keepdim=True)
+        bias = bias.masked_fill(empty, 0.0)
+    # [B, Nq, Nk]
+    s = _scores(q, k, bias, x.scale if scale is None else scale.to(q.dtype), x.softcap)
+    if lse is None:
+        p = s.softmax(-1)
+    else:
+        # an empty row has lse = -inf; s - inf = -inf is the same zero without inf - inf
+        p = (s - lse.masked_fill(lse == NEG_INF, float("inf"))[..., None]).exp()
+    if empty is not None:
+        p = p.masked_fill(empty, 0.0)  # in the backward too, whatever gradient arrives
+    if x.dropout_p > 0.0 and x.seed is None:
+        p = F.dropout(p, x.dropout_p)
+    elif x.dropout_p > 0.0:
+        keep = reference.philox_keep(x.seed, x.dropout_p, x.B, 1, x.Nq, x.Nk, first_head=head)
+        p = p * (keep[:, 0].to(p.dtype) / (1.0 - x.dropout_p))
+    return p, None if v is None else torch.bmm(p, v.to(p.dtype)).to(v.dtype)
+
+
+def _scores(q, k, bias, scale: float | Tensor, softcap: float | None) -> Tensor:
+    """softcap(scale * q k^T) + bias, in one pass where nothing has to happen in between."""
+    k = k.transpose(1, 2)
+    if isinstance(scale, float) and softcap is None:
+        addend = q.new_zeros(()) if bias is None else bias.to(q.dtype)
+        return torch.baddbmm(addend, q, k, beta=0 if bias is None else 1, alpha=scale)
+    s = torch.bmm(q, k) * scale
+    if softcap is not None:
+        s = softcap * torch.tanh(s / softcap)
+    return s if bias is None else s + bias
