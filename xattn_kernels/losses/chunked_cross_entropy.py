@@ -1,4 +1,4 @@
-"""Cross-entropy of summed linear heads, some rows at a time: the logits of all never exist."""
+"""The cross-entropy of summed linear heads, in chunks of rows: no tensor holds all logits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..core.kernel_op import refuse_double_backward
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Wires the launchers into autograd; nothing is computed here."""
+    """The autograd wiring of the launchers, which do the work."""
 
     @staticmethod
     def forward(ctx, target, ignore_index, chunk_rows, n_heads, *tensors):
@@ -38,20 +38,20 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 def launch_forward(
     tensors: list[Tensor], target: Tensor, n_heads: int, ignore_index: int, chunk_rows: int
 ) -> tuple[Tensor, Tensor]:
-    """(loss, lse) of each row, both [N]; the loss of an ignored row is 0.
+    """The (loss, lse) of each row, both [N], in float32 at least; an ignored row has loss 0.
 
-    tensors: n_heads of hidden [N, dim_i], as many weights [V, dim_i], and the biases [V] that
-    there are, all of one dtype; target [N]. In float32 at least.
+    tensors: n_heads hidden states [N, dim_i], as many weights [V, dim_i], then the biases [V] of
+    the heads that have one, all of one dtype; target [N].
     """
-    kept = target != ignore_index
-    at = target.masked_fill(~kept, 0)
+    counted = target != ignore_index
+    labels = target.masked_fill(~counted, 0)
     lse = target.new_empty(target.shape, dtype=wide(tensors[0]))
     loss = torch.empty_like(lse)
     for rows in chunks(len(target), chunk_rows):
         s = summed_logits(tensors, n_heads, rows)
         lse[rows] = s.logsumexp(dim=-1)
-        loss[rows] = lse[rows] - s.gather(1, at[rows, None])[:, 0]
-    return loss.masked_fill_(~kept, 0.0), lse
+        loss[rows] = lse[rows] - s.gather(1, labels[rows, None])[:, 0]
+    return loss.masked_fill_(~counted, 0.0), lse
 
 
 def launch_backward(
@@ -64,13 +64,13 @@ def launch_backward(
     chunk_rows: int,
     needs: list[bool],
 ) -> list[Tensor]:
-    """The gradients of `tensors`; those not in `needs` have no elements.
+    """The gradients of `tensors`; a tensor that `needs` excludes gets a tensor without elements.
 
-    Logits are computed again; those of weights and biases add up in float32 at least.
+    The logits are computed again. Gradients of weights and biases add up in float32 at least.
     """
-    kept = target != ignore_index
-    at = target.masked_fill(~kept, 0)
-    dloss = dloss.masked_fill(~kept, 0.0)  # also where a mean over no row made it inf or nan
+    counted = target != ignore_index
+    labels = target.masked_fill(~counted, 0)
+    dloss = dloss.masked_fill(~counted, 0.0)  # a mean over no row has an inf or nan gradient
     hidden, weights = tensors[:n_heads], tensors[n_heads : 2 * n_heads]
     grads = [
         torch.zeros_like(t, dtype=t.dtype if i < n_heads else wide(t)) if needed else t.new_empty(0)
@@ -79,7 +79,7 @@ def launch_backward(
     for rows in chunks(len(target), chunk_rows):
         ds = summed_logits(tensors, n_heads, rows)
         ds.sub_(lse[rows, None]).exp_()
-        ds.scatter_add_(1, at[rows, None], ds.new_full((), -1.0).expand(len(ds), 1))
+        ds.scatter_add_(1, labels[rows, None], ds.new_full((), -1.0).expand(len(ds), 1))
         ds.mul_(dloss[rows, None])
         for grad, needed in zip(grads[2 * n_heads :], needs[2 * n_heads :], strict=True):
             if needed:
@@ -94,7 +94,7 @@ def launch_backward(
 
 
 def summed_logits(tensors: list[Tensor], n_heads: int, rows: slice) -> Tensor:
-    """[rows, V]: the sum over heads of hidden @ weight^T + bias, a tensor of its own."""
+    """The sum over heads of hidden @ weight^T + bias, a new tensor [rows, V] to write into."""
     hidden, weights = tensors[:n_heads], tensors[n_heads : 2 * n_heads]
     s = (hidden[0][rows] @ weights[0].mT).to(wide(hidden[0]))
     for h, weight in zip(hidden[1:], weights[1:], strict=True):
@@ -105,7 +105,7 @@ def summed_logits(tensors: list[Tensor], n_heads: int, rows: slice) -> Tensor:
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, without a product beside it where the dtypes are one."""
+    """Adds a @ b to `total`, without a temporary product if the dtypes agree."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     else:
@@ -113,10 +113,12 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def chunks(n: int, size: int) -> Iterator[slice]:
+    """The slices of at most `size` elements that cover range(n)."""
     return (slice(i, min(i + size, n)) for i in range(0, n, size))
 
 
 def wide(t: Tensor) -> torch.dtype:
+    """The dtype in which sums of `t` are kept: float64 for float64, else float32."""
     return t.dtype if t.dtype == torch.float64 else torch.float32
 
 

@@ -1,4 +1,4 @@
-"""The loss that keeps attention from collapsing: the entropy of its rows, and a target."""
+"""`entropy_loss`, which pulls the entropy of attention rows to a target against collapse."""
 
 from __future__ import annotations
 
@@ -20,40 +20,40 @@ def entropy_loss(
     per_row: bool = False,
     one_sided: bool = False,
 ) -> Tensor:
-    """Keeps attention from collapsing: the squared distance of its entropy from `target`, in nats.
+    """The squared distance of attention entropy from `target`, in nats, against its collapse.
 
         loss = (mean_i entropy_i - target)^2        per_row: mean_i (entropy_i - target)^2
 
-    The gradient goes through the op's differentiable entropy. Rows without any key do not count.
+    The gradient flows through the op's differentiable entropy. Rows without keys do not count.
 
     Args:
         statistics: what `cross_attention` or `topk_attention` returned with
             `return_statistics=True`, or an entropy tensor of any shape.
-        target: number; what n equally attended keys have is log(n).
-        row_mask: bool, broadcasts to the entropy; False leaves a row out. A tensor alone does not
-            say which rows have no key.
-        per_row: every row has its distance, so that diffuse rows do not make up for others.
-        one_sided: nothing above the target counts.
+        target: a number; n equally attended keys have an entropy of log(n).
+        row_mask: bool, broadcasts to the entropy; False excludes a row. Pass it with an entropy
+            tensor, which does not tell which rows have no key.
+        per_row: whether each row has its own distance, so that diffuse rows cannot compensate.
+        one_sided: whether an entropy above the target costs nothing.
 
     Returns:
         A scalar, 0 when no row counts.
 
     Raises:
-        TypeError, ValueError: an argument is not among those named here, or the call was one
-            without `return_statistics`.
+        TypeError, ValueError: an argument is not one described here, or the op was called without
+            `return_statistics`.
     """
     entropy, counts = rows_that_count(statistics, row_mask)
     if not math.isfinite(check_number("target", target, "a finite number")):
         raise ValueError(f"target must be a finite number, got {target}")
     check_bools(per_row=per_row, one_sided=one_sided)
-    missing, n = (target - entropy).masked_fill(~counts, 0.0), counts.sum().clamp(min=1)
-    missing = missing if per_row else missing.sum() / n
-    squares = (missing.clamp(min=0.0) if one_sided else missing).square()
+    gap, n = (target - entropy).masked_fill(~counts, 0.0), counts.sum().clamp(min=1)
+    gap = gap if per_row else gap.sum() / n
+    squares = (gap.clamp(min=0.0) if one_sided else gap).square()
     return squares.sum() / n if per_row else squares
 
 
 def rows_that_count(statistics, row_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(entropy, bool like it)."""
+    """The entropy and, in its shape, a bool tensor that is True where a row counts."""
     if isinstance(statistics, Tensor):
         check_features("statistics", statistics, None, "of entropies")
         entropy, counts = statistics, torch.ones_like(statistics, dtype=torch.bool)

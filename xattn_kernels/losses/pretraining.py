@@ -1,12 +1,12 @@
-"""Losses of vision-language training: contrast, matching and generation.
+"""The losses of vision-language pretraining: contrast, matching and generation.
 
     ITC        s_ij = max_n <image_i,n, text_j> / temperature, both of unit length
                (CE(s, targets) + CE(s^T, targets)) / 2
     ITM        CE(mean_n logits_n, match or not) over pairs and their hard negatives
     LM, ITG    CE(logits_i, token_i+1)
 
-Entropy has a file of its own; `docs/losses.md` has an example of each. Everything is computed in
-float32 at least.
+`docs/losses.md` has an example of each; `entropy_loss` is in `entropy.py`. All losses are computed
+in float32 at least.
 """
 
 from __future__ import annotations
@@ -28,21 +28,26 @@ from ..core.arguments import (
 )
 from ..core.dispatch import without_autocast
 
-IGNORED = -100  # torch's default ignore_index
+IGNORED = -100  # the default ignore_index of torch
 
 
 class HardNegatives(NamedTuple):
-    """For each image the index of a text that is not its own, for each text that of an image;
-    int64 [B], -1 where every candidate is a positive."""
+    """The indices of a similar wrong text for each image, and of a wrong image for each text.
+
+    Both are int64 [B], -1 where every candidate is a positive.
+    """
 
     texts: Tensor
     images: Tensor
 
 
 class MatchingPairs(NamedTuple):
-    """Pairs for ITM: int64 [3 B] each, the B matches first, then every image with its negative
-    text, then every text with its negative image. `labels` is 1 for a match, 0 for a negative and
-    -100 where there was no negative (its pair is then a match, for the shape's sake)."""
+    """The image and text indices of pairs for ITM, and their labels, int64 [3 B] each.
+
+    The B matches come first, then each image with its negative text, then each text with its
+    negative image. `labels` is 1 for a match, 0 for a negative and -100 where no negative exists;
+    such a place holds a match, so that the shape is always [3 B].
+    """
 
     images: Tensor
     texts: Tensor
@@ -50,7 +55,7 @@ class MatchingPairs(NamedTuple):
 
 
 class StageOneLosses(NamedTuple):
-    """The three losses of BLIP-2's first stage and their sum."""
+    """The losses of BLIP-2's first stage, three scalars and their sum."""
 
     total: Tensor
     itc: Tensor
@@ -59,14 +64,14 @@ class StageOneLosses(NamedTuple):
 
 
 def image_text_similarity(image: Tensor, text: Tensor) -> Tensor:
-    """Cosine similarity of each image with each text, [B, B_text] in float32 or finer.
+    """The cosine similarity of each image with each text, [B, B_text], in float32 at least.
 
     Args:
         image: [B, dim], or [B, n, dim] of n queries (Q-Former), of which the most similar counts.
         text: [B_text, dim].
 
     Raises:
-        TypeError, ValueError: a tensor that is not of these.
+        TypeError, ValueError: a tensor is not one of these.
 
     Source: Radford et al., "CLIP" (2021); the maximum is that of Li et al., "BLIP-2" (2023).
     """
@@ -78,9 +83,9 @@ def image_text_similarity(image: Tensor, text: Tensor) -> Tensor:
         )
     if image.dim() == 3 and image.shape[1] == 0:
         raise ValueError(f"image must have at least one query, got shape {list(image.shape)}")
-    kind = torch.promote_types(torch.promote_types(image.dtype, text.dtype), torch.float32)
+    dtype = torch.promote_types(torch.promote_types(image.dtype, text.dtype), torch.float32)
     with without_autocast(image.device):
-        image, text = (F.normalize(t.to(kind), dim=-1) for t in (image, text))
+        image, text = (F.normalize(t.to(dtype), dim=-1) for t in (image, text))
         similarity = image @ text.T
     return similarity.amax(1) if image.dim() == 3 else similarity
 
@@ -93,16 +98,16 @@ def itc_loss(
     ids: Tensor | None = None,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Image-text contrast: each image finds its text among all texts, each text its image.
+    """The image-text contrastive loss: each image finds its text, and each text its image.
 
         loss = (CE(s / temperature, targets) + CE(s^T / temperature, targets)) / 2
 
     Args:
-        image, text: as in `image_text_similarity`; element i of one belongs to i of the other.
-        temperature: positive number, or a tensor of one value that may require grad.
+        image, text: as in `image_text_similarity`; image i belongs to text i.
+        temperature: a positive number, or a tensor of one value that may require grad.
         ids: integers [B]; elements of equal id are positives of each other, and the target spreads
-            evenly over them. None: only i and i.
-        label_smoothing: share of the target that goes evenly to all, in [0, 1).
+            evenly over them. With None only image i and text i are.
+        label_smoothing: the share of the target that spreads over all candidates, in [0, 1).
 
     Returns:
         A scalar, 0 for B = 0.
@@ -110,7 +115,7 @@ def itc_loss(
     Raises:
         TypeError, ValueError: an argument is not among those named here.
 
-    Source: Radford et al., "CLIP" (2021); Li et al., "BLIP-2" (2023), which smooths by 0.1.
+    Source: Radford et al., "CLIP" (2021); Li et al., "BLIP-2" (2023), with a smoothing of 0.1.
     """
     check_smoothing(label_smoothing)
     similarity = image_text_similarity(image, text)
@@ -135,20 +140,20 @@ def hard_negatives(
     temperature: float | Tensor = 0.07,
     generator: torch.Generator | None = None,
 ) -> HardNegatives:
-    """For each image a similar text that is not its own, and the other way round.
+    """The indices of a similar wrong text for each image, and of a wrong image for each text.
 
     Args:
         similarity: [B, B] of images (rows) and texts, as `image_text_similarity` gives it.
         ids: integers [B]; elements of equal id are no negatives of each other.
-        sample: draw them by softmax(similarity / temperature) of the negatives; False takes the
-            most similar, of equals the first.
-        temperature: of the draw, a positive number or tensor.
-        generator: of the draw, torch's own by default.
+        sample: whether to draw from the softmax of similarity / temperature over the negatives.
+            False takes the most similar one, and of equals the first.
+        temperature: a positive number or a tensor of one value, for the draw.
+        generator: the random generator of the draw; None is torch's default one.
 
     Raises:
         TypeError, ValueError: an argument is not among those named here.
 
-    Source: Li et al., "Align before fuse" (2021), and "BLIP-2" (2023), which draw.
+    Source: Li et al., "Align before fuse" (2021) and "BLIP-2" (2023), both with a draw.
     """
     check_bools(sample=sample)
     check_features("similarity", similarity, (2,), "[B, B]")
@@ -159,40 +164,41 @@ def hard_negatives(
 
 
 def most_similar(logits: Tensor, sample: bool, generator: torch.Generator | None) -> Tensor:
-    """A column for each row, by its logits; -1 for a row of -inf."""
+    """The drawn or largest column of each row, int64 [B]; -1 for a row of -inf."""
     if not len(logits):
         return torch.zeros(0, dtype=torch.int64, device=logits.device)
     none = (logits == -math.inf).all(1)
     if sample:
         p = logits.masked_fill(none[:, None], 0.0).softmax(1, dtype=torch.float32)
-        found = torch.multinomial(p, 1, generator=generator)[:, 0]
+        columns = torch.multinomial(p, 1, generator=generator)[:, 0]
     else:
-        found = logits.argmax(1)
-    return found.masked_fill(none, -1)
+        columns = logits.argmax(1)
+    return columns.masked_fill(none, -1)
 
 
 def matching_pairs(negatives: HardNegatives) -> MatchingPairs:
-    """The pairs whose ITM logits `itm_loss` takes, of the indices that `hard_negatives` found.
+    """The pairs whose ITM logits `itm_loss` takes, from the result of `hard_negatives`.
 
-    Raises TypeError: negatives are none of these.
+    Raises TypeError unless `negatives` is a `HardNegatives`.
     """
     if not isinstance(negatives, HardNegatives):
         raise TypeError(f"negatives must be HardNegatives, got {kind(negatives)}")
-    own = torch.arange(len(negatives.texts), device=negatives.texts.device)
-    there = [own >= 0, negatives.texts >= 0, negatives.images >= 0]
-    images = torch.cat((own, own, torch.where(there[2], negatives.images, own)))
-    texts = torch.cat((own, torch.where(there[1], negatives.texts, own), own))
-    match = torch.zeros_like(images)
-    match[: len(own)] = 1
-    return MatchingPairs(images, texts, match.masked_fill(~torch.cat(there), IGNORED))
+    index = torch.arange(len(negatives.texts), device=negatives.texts.device)
+    has_text, has_image = negatives.texts >= 0, negatives.images >= 0
+    images = torch.cat((index, index, torch.where(has_image, negatives.images, index)))
+    texts = torch.cat((index, torch.where(has_text, negatives.texts, index), index))
+    labels = torch.zeros_like(images)
+    labels[: len(index)] = 1
+    exists = torch.cat((index >= 0, has_text, has_image))
+    return MatchingPairs(images, texts, labels.masked_fill(~exists, IGNORED))
 
 
 def itm_loss(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
-    """Image-text matching: cross-entropy of "no match" and "match".
+    """The image-text matching loss: the cross-entropy of "no match" and "match".
 
     Args:
         logits: [N, 2], or [N, n, 2] of n queries (Q-Former), whose mean counts.
-        labels: int64 [N]: 1 for a match, 0 for none, -100 to leave a pair out.
+        labels: int64 [N]: 1 for a match, 0 for none, -100 to exclude a pair.
         label_smoothing: in [0, 1).
 
     Returns:
@@ -221,15 +227,16 @@ def lm_loss(
     ignore_index: int = IGNORED,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Language modelling, which is also image-grounded text generation (ITG): the logits of each
-    position predict the token after it.
+    """The language modelling loss: the logits of each position predict the token after it.
+
+    It is also the loss of image-grounded text generation (ITG).
 
     Args:
         logits: [B, n_prefix + N, V].
         labels: int64 [B, N], the tokens themselves; `ignore_index` where one does not count.
-        n_prefix: positions before the text (visual tokens of a language model), of which the last
-            predicts the first token. Without any nothing predicts it.
-        ignore_index: label of what is left out.
+        n_prefix: the number of positions before the text (visual tokens of a language model). The
+            last of them predicts the first token, which nothing predicts if n_prefix is 0.
+        ignore_index: the label of excluded tokens.
         label_smoothing: in [0, 1).
 
     Returns:
@@ -268,18 +275,18 @@ def stage_one_losses(
     sample: bool = True,
     generator: torch.Generator | None = None,
 ) -> StageOneLosses:
-    """ITC, ITM with hard negatives and ITG of one batch, and their sum: BLIP-2's first stage.
+    """The ITC, ITM and ITG losses of a batch and their sum: the first stage of BLIP-2.
 
     Args:
         image, text, temperature, ids: as in `itc_loss`.
-        match: called with the int64 indices [3 B] of images and texts that `matching_pairs` gives;
-            returns the ITM logits of these pairs, [3 B, 2] or [3 B, n, 2].
+        match: a function that takes the int64 indices [3 B] of images and of texts from
+            `matching_pairs` and returns the ITM logits of these pairs, [3 B, 2] or [3 B, n, 2].
         lm_logits, labels: as in `lm_loss`.
-        label_smoothing: of ITC and ITG.
+        label_smoothing: for ITC and ITG, in [0, 1).
         sample, generator: as in `hard_negatives`.
 
     Raises:
-        TypeError, ValueError: as the losses.
+        TypeError, ValueError: the errors of the losses.
 
     Source: Li et al., "BLIP-2" (2023).
     """
@@ -297,23 +304,23 @@ def stage_one_losses(
 def mean_cross_entropy(
     logits: Tensor, labels: Tensor, ignore_index: int, label_smoothing: float
 ) -> Tensor:
-    """torch's is 0 / 0 where no label counts."""
+    """The mean over the labels that count, 0 if none does, where torch's mean is 0 / 0."""
     options = dict(ignore_index=ignore_index, label_smoothing=label_smoothing)
     total = F.cross_entropy(logits, labels, reduction="sum", **options)
     return total / (labels != ignore_index).sum().clamp(min=1)
 
 
 def positives(similarity: Tensor, ids: Tensor | None) -> Tensor:
-    """bool [B, B]: which text belongs to which image."""
-    B, of_texts = similarity.shape
-    if B != of_texts:
+    """A bool tensor [B, B], True where a text (column) belongs to an image (row)."""
+    B, n_texts = similarity.shape
+    if B != n_texts:
         raise ValueError(
             f"there must be one text for each image, similarity [B, B], got {B} images and "
-            f"{of_texts} texts"
+            f"{n_texts} texts"
         )
-    own = torch.eye(B, dtype=torch.bool, device=similarity.device)
+    same_index = torch.eye(B, dtype=torch.bool, device=similarity.device)
     if ids is None:
-        return own
+        return same_index
     if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex():
         got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
         raise TypeError(f"ids must be an integer tensor [B], got {got}")
@@ -321,10 +328,11 @@ def positives(similarity: Tensor, ids: Tensor | None) -> Tensor:
         raise ValueError(
             f"ids must be [B] = [{B}] on {similarity.device}, got {list(ids.shape)} on {ids.device}"
         )
-    return own | (ids[:, None] == ids)
+    return same_index | (ids[:, None] == ids)
 
 
 def check_features(name: str, t, ranks: tuple[int, ...] | None, dims: str = "") -> None:
+    """Raises unless `t` is a floating-point tensor of a rank in `ranks` (None: any)."""
     dims = dims or " or ".join({2: "[B, dim]", 3: "[B, n, dim]"}[r] for r in ranks)
     if not isinstance(t, Tensor) or not t.is_floating_point():
         got = t.dtype if isinstance(t, Tensor) else type(t).__name__
@@ -334,6 +342,7 @@ def check_features(name: str, t, ranks: tuple[int, ...] | None, dims: str = "") 
 
 
 def check_labels(labels, shape, logits: Tensor, ignore_index: int = IGNORED) -> None:
+    """Raises unless `labels` are int64 class indices of this shape beside `logits`."""
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
         got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(f"labels must be an int64 tensor, got {got}")
@@ -351,7 +360,11 @@ def check_smoothing(label_smoothing: float) -> None:
 
 
 def check_temperature(temperature: float | Tensor, similarity: Tensor) -> float | Tensor:
-    """The values of a tensor are not looked at: that would wait for the device."""
+    """The temperature as a number or as a 0-d tensor like `similarity`.
+
+    Raises for a wrong type, shape or number. The value of a tensor is not read, which would wait
+    for the device.
+    """
     if not isinstance(temperature, Tensor):
         if not 0.0 < check_number("temperature", temperature, "a number or a tensor") < math.inf:
             raise ValueError(f"temperature must be a positive number, got {temperature}")
