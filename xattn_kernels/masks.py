@@ -1,17 +1,18 @@
-"""Masks of cross-attention as one interval of keys per query.
+"""The masks of cross-attention: one interval of keys per query.
 
 In a `KeyInterval(start, stop)` query `i` of batch `b` attends to the keys
-`start[b, i] <= j < stop[b, i]`. The constructors lower every mask of this field to it at once,
-intervals combine with `&`, and what is not an interval is a bool tensor or a bias.
+`start[b, i] <= j < stop[b, i]`. Each constructor lowers its mask to such an interval at once, and
+intervals combine with `&`. A mask that is no interval is a bool tensor or a bias.
 
     padding, causal, window   ragged keys, autoregression (bottom-right aligned), local attention
     media                     text among images: Flamingo, Idefics, Mllama
     packed                    sequences of different lengths laid end to end
     qformer                   the three objectives of BLIP-2's Q-Former
 
-Sizes are ints; lengths are int32 or int64 tensors and decide the device, the rest take a `device`.
-No constructor waits for a device (but `packed` when it is not told `Nq`), so values are checked on
-the CPU only; `KeyInterval.check` reads any device. A wrong type is a TypeError, else a ValueError.
+Sizes are ints. Lengths are int32 or int64 tensors, whose device the mask gets; the other
+constructors take a `device`. No constructor waits for a device (except `packed` without `Nq`), so
+values are checked on the CPU only; `KeyInterval.check` reads them on any device. A wrong type
+raises TypeError, a wrong value ValueError.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ from torch import Tensor
 __all__ = ["KeyInterval", "padding", "causal", "window", "media", "packed", "qformer"]
 
 Device = torch.device | str | None
-MOST = 2**31 - 1  # what a bound can hold
+MOST = 2**31 - 1  # the largest int32 bound
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class KeyInterval:
-    """Query `i` of batch `b` attends to the keys `start[b, i] <= j < stop[b, i]`.
+    """A mask: query `i` of batch `b` attends to the keys `start[b, i] <= j < stop[b, i]`.
 
     start, stop: int32 tensors on one device that broadcast to `[B, Nq]` (0-d, `[Nq]`, `[1, Nq]`,
-        `[B, 1]` or `[B, Nq]`) and with each other; kept as given, neither copied nor expanded.
-        `start >= stop` is a row that sees nothing.
+        `[B, 1]` or `[B, Nq]`) and with each other; they are neither copied nor expanded.
+        A row with `start >= stop` sees nothing.
 
     >>> start = torch.tensor([0, 2], dtype=torch.int32)
     >>> KeyInterval(start, start + 2) & padding(torch.tensor([3]))
@@ -89,7 +90,7 @@ class KeyInterval:
         return KeyInterval(*(x.to(device=device, non_blocking=non_blocking) for x in bounds))
 
     def expand(self, B: int, Nq: int) -> tuple[Tensor, Tensor]:
-        """`(start, stop)` as `[B, Nq]` views, with stride 0 where they broadcast."""
+        """The bounds `(start, stop)` as `[B, Nq]` views, with stride 0 where they broadcast."""
         for name, bound in (("start", self.start), ("stop", self.stop)):
             sizes = (B, Nq)[2 - bound.dim() :]
             if any(n != 1 and n != size for n, size in zip(bound.shape, sizes, strict=True)):
@@ -98,7 +99,7 @@ class KeyInterval:
         return self.start.expand(B, Nq), self.stop.expand(B, Nq)
 
     def check(self, Nk: int) -> None:
-        """Raise ValueError at the first row with `start < 0` or `stop > Nk`; awaits the device."""
+        """Raises ValueError for a row with `start < 0` or `stop > Nk`; waits for the device."""
         outside = (self.start < 0) | (self.stop > Nk)
         if not outside.any():
             return
@@ -121,7 +122,7 @@ class KeyInterval:
 
 
 def padding(key_lengths: Tensor, *, side: str = "right", Nk: int | None = None) -> KeyInterval:
-    """The `key_lengths[b]` real keys of batch `b`; the rest is padding.
+    """The mask of the `key_lengths[b]` real keys of batch `b`; the others are padding.
 
         0 <= j < key_lengths[b]            side="right": the padding is on the right
         Nk - key_lengths[b] <= j < Nk      side="left", which needs Nk
@@ -143,7 +144,7 @@ def padding(key_lengths: Tensor, *, side: str = "right", Nk: int | None = None) 
 
 
 def causal(Nq: int, Nk: int, *, device: Device = None) -> KeyInterval:
-    """Each query sees the keys up to its own position; the last query is at the last key.
+    """The mask by which a query sees the keys up to its position; the last one is at the last key.
 
         0 <= j <= i + Nk - Nq      (bottom-right aligned, as in FlashAttention 2.1 and later)
 
@@ -159,12 +160,12 @@ def causal(Nq: int, Nk: int, *, device: Device = None) -> KeyInterval:
 def window(
     Nq: int, Nk: int, left: int | None = None, right: int | None = None, *, device: Device = None
 ) -> KeyInterval:
-    """Each query sees `left` keys before its own position and `right` keys after it.
+    """The mask by which a query sees `left` keys before its position and `right` keys after it.
 
         i + Nk - Nq - left <= j <= i + Nk - Nq + right      (bottom-right aligned; None: no limit)
 
-    The sliding window of Longformer (arXiv 2004.05150) and Mistral (arXiv 2310.06825, with
-    `right=0`). Returns bounds that broadcast to `[Nq]`.
+    This is the sliding window of Longformer (arXiv 2004.05150) and of Mistral (arXiv 2310.06825,
+    with `right=0`). Returns bounds that broadcast to `[Nq]`.
 
     >>> window(2, 4, left=1, right=0).dense(4).long()
     tensor([[0, 1, 1, 0],
@@ -173,7 +174,7 @@ def window(
     Nq, Nk = _size("Nq", Nq), _size("Nk", Nk)
     position = torch.arange(Nq, dtype=torch.int32, device=device) + (Nk - Nq)
     start, stop = position.new_zeros(()), position.new_full((), Nk)
-    if left is not None:  # a reach past every key is cut first: it may be any large number
+    if left is not None:  # the reach is cut first: it may be any large number
         start = (position - min(_size("left", left, None), Nk)).clamp(min=0)
     if right is not None:
         stop = (position + min(_size("right", right, None), Nq) + 1).clamp(0, Nk)
@@ -187,20 +188,20 @@ def media(
     attend: str = "last",
     before_first: str = "none",
 ) -> KeyInterval:
-    """Text among images: each token sees the last image so far, or all images so far.
+    """The mask of text among images: a token sees the last image so far, or all images so far.
 
     The keys are `n_media` images of `t = tokens_per_media` keys each, end to end. With
     `c = sum(media_locations[b, :i + 1])`, the number of images so far in the text:
 
         (c - 1) t <= j < c t             attend="last"; no key where c > n_media
         0 <= j < min(c, n_media) t       attend="all"
-        0 <= j < n_media t               before_first="all_keys", where c = 0 ("none": no key there)
+        0 <= j < n_media t               before_first="all_keys", where c = 0 (no key with "none")
 
-    media_locations: bool `[B, Nq]`, True at the one token that stands for an image, which sees it.
-    Returns bounds that broadcast to `[B, Nq]`. Where `c > n_media`, attend="last" has nothing to
-    see; OpenFlamingo and lucidrains' Flamingo give such rows the mean of all values (all their
-    scores are one fill value), and with attend="all" the rows before the first image too. To
-    decode, build the mask of the whole text and keep the last n rows of what `expand` gives:
+    media_locations: bool `[B, Nq]`, True at the one token that stands for an image and sees it.
+    Returns bounds that broadcast to `[B, Nq]`. With attend="last" a row with `c > n_media` sees
+    nothing. OpenFlamingo and lucidrains' Flamingo give such rows the mean of all values (all their
+    scores are one fill value), and so too, with attend="all", the rows before the first image. To
+    decode, build the mask of the whole text and keep the last n rows of the result of `expand`:
     `KeyInterval(*(bound[:, -n:] for bound in mask.expand(B, Nq)))`.
 
     Sources: Flamingo (arXiv 2204.14198, section 2.3). Before the first image, Flamingo, Idefics and
@@ -221,8 +222,8 @@ def media(
     tokens, n_media = _size("tokens_per_media", tokens_per_media), _size("n_media", n_media)
     _size("tokens_per_media * n_media", tokens * n_media)
     count = media_locations.cumsum(-1, dtype=torch.int32)
-    # Clamped before the product, which may overflow. A row that sees nothing lies at 0 or Nk, in
-    # order with its neighbours: at the other end it would widen the keys that its tile visits.
+    # The counts are clamped before the product, which could overflow. An empty interval lies at 0
+    # or Nk, in order with its neighbours: elsewhere it would widen the keys that its tile visits.
     stop = count.clamp(max=n_media) * tokens
     start = (count - 1).clamp(0, n_media) * tokens if attend == "last" else stop.new_zeros(())
     if before_first == "all_keys":
@@ -231,14 +232,16 @@ def media(
 
 
 def packed(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *, Nq: int | None = None) -> KeyInterval:
-    """Sequences laid end to end in a batch of one: queries see the keys of their own sequence.
+    """The mask of sequences laid end to end: a query sees the keys of its own sequence.
 
         cu_k[s] <= j < cu_k[s + 1]      with the s for which  cu_q[s] <= i < cu_q[s + 1]
 
     cu_seqlens_q, cu_seqlens_k: integer tensors `[S + 1]` of cumulative lengths, beginning
-        with 0, as in FlashAttention's varlen functions; empty sequences are fine on either side.
-    Nq: the number of query rows, by default `cu_seqlens_q[-1]` (which waits for the device). Rows
-        after the last sequence see nothing. Returns `[Nq]`.
+        with 0, as in FlashAttention's varlen functions; a sequence may be empty on either side.
+    Nq: the number of query rows, by default `cu_seqlens_q[-1]`, whose read waits for the device.
+        Rows after the last sequence see nothing.
+
+    The batch size is 1. Returns bounds of shape `[Nq]`.
 
     >>> packed(torch.tensor([0, 2, 3]), torch.tensor([0, 1, 4])).dense(4).long()
     tensor([[1, 0, 0, 0],
@@ -254,7 +257,7 @@ def packed(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *, Nq: int | None = None)
     if _readable(cu_q) and Nq < cu_q[-1]:
         raise ValueError(f"Nq must be at least cu_seqlens_q[-1] = {cu_q[-1]}, not {Nq}")
     rows = torch.arange(Nq, dtype=torch.int32, device=cu_q.device)
-    # The last sequence that begins at or before the row is the one that is not empty there.
+    # The last sequence that begins at or before a row is not empty and contains the row.
     sequence = torch.searchsorted(cu_q, rows, right=True) - 1
     return KeyInterval(cu_k[sequence], cu_k[(sequence + 1).clamp(max=len(cu_k) - 1)])
 
@@ -267,18 +270,18 @@ def qformer(
     *,
     device: Device = None,
 ) -> KeyInterval:
-    """Self-attention of BLIP-2's Q-Former, rows and keys both `[queries; text]`.
+    """The mask of self-attention in BLIP-2's Q-Former, whose rows and keys are `[queries; text]`.
 
-    With `Q = num_queries`, `T = text_length`, for a query row and for row `Q + t` of the text:
+    With `Q = num_queries` and `T = text_length`, a query row and row `Q + t` of the text see:
 
         "itc"   0 <= j < Q        Q <= j < Q + T     contrastive: neither sees the other
         "itm"   0 <= j < Q + T    0 <= j < Q + T     matching: everything sees everything
         "itg"   0 <= j < Q        0 <= j <= Q + t    generation: causal text, sees the queries
 
-    text_lengths: integer tensor `[B]`, the real text of each batch; the rest, on the right, is
-        padding that no row sees: the mask `& padding(num_queries + text_lengths)`.
+    text_lengths: integer tensor `[B]`, the length of the real text in each batch element; the
+        tokens after it are padding that no row sees.
 
-    Returns bounds that broadcast to `[Q + T]`, with text_lengths to `[B, Q + T]`.
+    Returns bounds that broadcast to `[Q + T]`, or with text_lengths to `[B, Q + T]`.
     Source: BLIP-2 (arXiv 2301.12597, section 3.2 and figure 2).
 
     >>> qformer("itg", 2, 1).dense(3).long()
@@ -302,15 +305,18 @@ def qformer(
 
 
 def _kind(value: object) -> str:
+    """The type of `value` for an error message, with the dtype of a tensor."""
     return f"a {value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _one_of(name: str, value: str, *allowed: str) -> None:
+    """Raises ValueError unless `value` is one of `allowed`."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}")
 
 
 def _size(name: str, value: int, most: int | None = MOST) -> int:
+    """`value` itself; raises unless it is an int from 0 to `most`."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an int, not {_kind(value)}")
     if value < 0:
@@ -321,6 +327,7 @@ def _size(name: str, value: int, most: int | None = MOST) -> int:
 
 
 def check_lengths(name: str, value: Tensor, most: int | None = None) -> Tensor:
+    """`value` as int32; raises unless it is an integer tensor [B] of, on a CPU, 0 to `most`."""
     if not isinstance(value, Tensor) or value.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be an int32 or int64 tensor, not {_kind(value)}")
     if value.dim() != 1:
@@ -335,6 +342,7 @@ def check_lengths(name: str, value: Tensor, most: int | None = None) -> Tensor:
 
 
 def _cumulative(name: str, value: Tensor) -> Tensor:
+    """`value` as int32; raises unless its values begin with 0 and never decrease."""
     value = check_lengths(name, value).contiguous()
     if not len(value) or _readable(value) and (value[0] != 0 or (value.diff() < 0).any()):
         raise ValueError(f"{name} must begin with 0 and never decrease, not {value.tolist()}")
@@ -342,12 +350,12 @@ def _cumulative(name: str, value: Tensor) -> Tensor:
 
 
 def _readable(value: Tensor) -> bool:
-    """Whether its values can be looked at without waiting for a device or breaking a graph."""
+    """Whether the values can be read without waiting for a device or breaking a graph."""
     return type(value) is Tensor and value.is_cpu and not torch.compiler.is_compiling()
 
 
 def _check_fit(a_name: str, a: object, b_name: str, b: object) -> None:
-    """Raise unless two tensors, or two KeyIntervals, are on one device and broadcast together."""
+    """Raises unless two tensors or KeyIntervals are on one device and broadcast together."""
     if a.device != b.device:
         raise ValueError(f"{a_name} is on {a.device}, but {b_name} is on {b.device}")
     pairs = zip(reversed(a.shape), reversed(b.shape), strict=False)
