@@ -1,14 +1,14 @@
-"""Pictures of cross-attention: each function returns a matplotlib `Figure`, which nothing shows.
+"""Pictures of cross-attention: each function returns a matplotlib `Figure` and shows no window.
 
     attention_overlay    where each word looks, on the image itself
     attention_heatmap    a matrix of weights, queries by keys
-    history              what a `StabilityMonitor` saw, step by step, with its thresholds
+    history              the records of a `StabilityMonitor` by step, with its thresholds
     mask_picture         the keys that each query may see, as intervals
     sparsity_error       error against the share of keys that a sparse attention keeps
 
-`import xattn_kernels` does not import this module, which needs matplotlib (`pip install
-'xattn-kernels[viz]'`), but no display and none of pyplot's state: `figure.savefig("map.png")`
-writes a picture, and a notebook shows what a cell returns.
+This module needs matplotlib (`pip install 'xattn-kernels[viz]'`), so `import xattn_kernels` does
+not import it. It needs neither a display nor pyplot: `figure.savefig("map.png")` writes a picture,
+and a notebook shows a figure that a cell returns.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ __all__ = ["attention_heatmap", "attention_overlay", "history", "mask_picture", 
 
 HEAT = "inferno"
 STYLES = ("-", "--", ":", "-.")
-MOST_LABELS = 40  # along one side of a picture; of more only some are written
-GREY = (0.299, 0.587, 0.114)  # luma of red, green and blue, ITU-R BT.601
+MOST_LABELS = 40  # the most names along one side of a picture; of more, only some are written
+GREY = (0.299, 0.587, 0.114)  # the luma of red, green and blue, ITU-R BT.601
 
 History = Mapping[str, Iterable[tuple[int, float]]]
 
@@ -52,17 +52,18 @@ def attention_overlay(
     shared_scale: bool = False,
     width: float = 2.6,
 ) -> Figure:
-    """The image, and for each word its grey values under the word's map.
+    """A figure of the image and, for each word, the grey image under the map of that word.
 
     Args:
         image: tensor, array or PIL image [H, W], [H, W, 3] or [3, H, W]; bytes, or numbers from 0
             to 1.
-        maps: tensor or array [R, h, w] of weights, as one batch element of `attention_map`.
-        words: R titles, of the queries that the maps belong to.
-        columns: pictures side by side.
-        shared_scale: one scale of colours for all maps, which shows who looks most, and not for
-            each its own, which shows where. The largest weight is in every title.
-        width: of each picture, in inches.
+        maps: tensor or array [R, h, w] of weights, such as one batch element of `attention_map`.
+        words: R titles, one for the query of each map.
+        columns: the number of pictures side by side.
+        shared_scale: whether all maps share one colour scale, which shows the word with the most
+            attention. False scales each map alone, which shows its places. Each title has the
+            largest weight.
+        width: the width of each picture in inches.
 
     Raises:
         TypeError, ValueError: an argument is not among those named here.
@@ -84,8 +85,8 @@ def attention_overlay(
     for axes, word, weights in zip(panels[1:], words, maps, strict=False):
         axes.imshow(grey, cmap="gray", vmin=0, vmax=1, **over_image)
         top = largest if shared_scale else max(weights.max(initial=0.0), np.finfo(float).tiny)
-        # what gets no weight shows the image; patches are drawn as they are, not smoothed
-        drawn = axes.imshow(
+        # a patch without weight shows the image; the patches are not smoothed
+        heat = axes.imshow(
             weights, cmap=HEAT, vmin=0, vmax=top, interpolation="nearest", **over_image,
             alpha=0.15 + 0.65 * np.clip(weights / top, 0, 1),
         )  # fmt: skip
@@ -93,18 +94,18 @@ def attention_overlay(
     for axes in panels:
         axes.set_axis_off()
     if shared_scale:
-        figure.colorbar(drawn, ax=panels, label="attention", shrink=0.8)
+        figure.colorbar(heat, ax=panels, label="attention", shrink=0.8)
     return figure
 
 
 def attention_heatmap(
     weights, *, queries: Sequence[str] | None = None, keys: Sequence[str] | None = None
 ) -> Figure:
-    """A matrix of weights [Nq, Nk] as colours, a row for each query.
+    """A figure of the weights [Nq, Nk] as colours, with a row for each query.
 
     Args:
         weights: tensor or array, such as one batch element of `attention_weights`.
-        queries, keys: Nq and Nk names along the sides; None: their indices.
+        queries, keys: Nq and Nk names along the sides; None writes their indices.
 
     Raises:
         TypeError, ValueError: an argument is not among those named here.
@@ -114,11 +115,11 @@ def attention_heatmap(
     check_names("queries", queries, Nq, "rows of weights")
     check_names("keys", keys, Nk, "columns of weights")
     figure, (axes,) = new_figure(1, 1, (min(4 + 0.12 * Nk, 12), min(2 + 0.25 * Nq, 10)))
-    drawn = axes.imshow(weights, cmap=HEAT, aspect="auto", vmin=0, interpolation="nearest")
+    heat = axes.imshow(weights, cmap=HEAT, aspect="auto", vmin=0, interpolation="nearest")
     axes.set(xlabel="key", ylabel="query")
     write_names(axes.set_xticks, keys, rotation=90)
     write_names(axes.set_yticks, queries)
-    figure.colorbar(drawn, ax=axes, label="attention")
+    figure.colorbar(heat, ax=axes, label="attention")
     return figure
 
 
@@ -128,22 +129,22 @@ def history(
     *,
     thresholds: Thresholds | None = None,
 ) -> Figure:
-    """What a monitor saw: a panel for each statistic, a line for each layer or gate in it.
+    """A figure of the records of a monitor: a panel per statistic, a line per layer or gate.
 
     Args:
-        seen: a monitor; the `history` of one, {name: (step, value) pairs}; or several of either by
-            name, whose lines are drawn together.
-        statistics: of layers (`entropy`, `max_probability`, `max_score`, `scale_ratio`,
-            `query_norm`, ...), `gates`, `grad_norm`, or any whole name of the history.
-        thresholds: drawn as lines where the statistic has one. None: those of the monitor, and of
-            a mapping none.
+        seen: a monitor; the `history` of one, {name: (step, value) pairs}; or a mapping from names
+            to several of either, whose lines are drawn together.
+        statistics: statistics of layers (`entropy`, `max_probability`, `max_score`, `scale_ratio`,
+            `query_norm`, ...), `gates`, `grad_norm`, or any complete name in the history.
+        thresholds: limits, drawn as lines in the panels of their statistics. None takes those of
+            the first monitor in `seen`; a mapping of histories has none.
 
     Raises:
-        TypeError, ValueError: an argument is not among those named here, or nothing was seen of
-            a statistic.
+        TypeError, ValueError: an argument is not one described here, or `seen` has no values of a
+            statistic.
     """
-    lines, found = of_runs(seen)
-    thresholds = thresholds or found
+    lines, monitor_thresholds = lines_of_runs(seen)
+    thresholds = thresholds or monitor_thresholds
     if not isinstance(thresholds, Thresholds | None):
         raise TypeError(f"thresholds must be Thresholds or None, got {kind(thresholds)}")
     statistics = [statistics] if isinstance(statistics, str) else list(statistics)
@@ -154,8 +155,8 @@ def history(
         chosen = {n: t for n, t in lines.items() if statistic in groups_of(n[1])}
         if not chosen:
             names = sorted({group for _, name in lines for group in groups_of(name)})
-            of_what = f"among {names}" if names else "of something seen, which is nothing"
-            raise ValueError(f"statistics must be {of_what}, got {statistic!r}")
+            allowed = f"among {names}" if names else "of something seen, which is nothing"
+            raise ValueError(f"statistics must be {allowed}, got {statistic!r}")
         draw_runs(axes, statistic, chosen)
         for limit in limits_of(thresholds, statistic):
             axes.axhline(limit, color="black", ls="--", lw=1, label=f"threshold {limit:g}")
@@ -173,14 +174,14 @@ def mask_picture(
     queries: Sequence[str] | None = None,
     blocks: Sequence[str] = (),
 ) -> Figure:
-    """The interval of keys that each query of one batch element may see, a bar for each query.
+    """A figure of the keys that each query of one batch element may see, with a bar per query.
 
     Args:
-        mask: the intervals. One of a padding mask, which all queries share, is a single bar.
-        Nk: keys there are.
-        batch: which element of the batch.
-        queries: names of the queries, such as the words; None: their indices.
-        blocks: names of equal blocks of keys, such as the images; lines are drawn between them.
+        mask: the intervals. A padding mask, which all queries share, is a single bar.
+        Nk: the number of keys.
+        batch: the index of the batch element.
+        queries: names of the queries, such as the words; None writes their indices.
+        blocks: names of equal blocks of keys, such as the images; lines separate the blocks.
 
     Raises:
         TypeError, ValueError: an argument is not among those named here.
@@ -214,12 +215,12 @@ def mask_picture(
 def sparsity_error(
     curves: Mapping[str, Sequence[tuple[float, float]]], *, ylabel: str = "relative error"
 ) -> Figure:
-    """Error against the share of keys kept, both on logarithmic axes, a line for each method.
+    """A figure of error against the share of kept keys, on logarithmic axes, a line per method.
 
     Args:
         curves: {method: (share of keys from 0 to 1, error) pairs}. An error of 0 has no place on
-            the axis and is left out.
-        ylabel: what the error is.
+            the axis and is not drawn.
+        ylabel: the name of the error.
 
     Raises:
         TypeError, ValueError: an argument is not among those named here.
@@ -242,20 +243,20 @@ def sparsity_error(
 
 
 def new_figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
-    """A figure of its own, without pyplot's list of open ones, and its panels row by row."""
+    """A new figure, which pyplot does not keep, and its panels row by row."""
     figure = Figure(figsize=size, layout="constrained")
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
 def write_names(set_ticks, names: Sequence[str] | None, **style) -> None:
-    """At every place, or where there are too many to be read at every n-th."""
+    """Writes each name at its place, or every n-th name if there are too many to read."""
     if names is not None:
         places = range(0, len(names), math.ceil(max(len(names), 1) / MOST_LABELS))
         set_ticks(places, [names[i] for i in places], **style)
 
 
-def of_runs(seen) -> tuple[dict[tuple[str, str], np.ndarray], Thresholds | None]:
-    """{(run, name): [n, 2] of steps and values}, and the thresholds of the first monitor."""
+def lines_of_runs(seen) -> tuple[dict[tuple[str, str], np.ndarray], Thresholds | None]:
+    """The lines {(run, name): [n, 2] steps and values}, and the thresholds of the first monitor."""
     if not isinstance(seen, StabilityMonitor | Mapping):
         raise TypeError(f"seen must be a StabilityMonitor or a mapping, got {kind(seen)}")
     several = isinstance(seen, Mapping) and any(
@@ -263,25 +264,25 @@ def of_runs(seen) -> tuple[dict[tuple[str, str], np.ndarray], Thresholds | None]
     )
     runs = seen if several else {"": seen}
     lines, thresholds = {}, None
-    for run, of_run in runs.items():
-        if isinstance(of_run, StabilityMonitor):
-            thresholds, of_run = thresholds or of_run.thresholds, of_run.history
-        if not isinstance(of_run, Mapping):
-            raise TypeError(f"seen[{run!r}] must be a monitor or a history, got {kind(of_run)}")
-        for name, pairs in of_run.items():
+    for run, records in runs.items():
+        if isinstance(records, StabilityMonitor):
+            thresholds, records = thresholds or records.thresholds, records.history
+        if not isinstance(records, Mapping):
+            raise TypeError(f"seen[{run!r}] must be a monitor or a history, got {kind(records)}")
+        for name, pairs in records.items():
             lines[run, name] = check_points(f"seen[{name!r}]", pairs)
     return lines, thresholds
 
 
 def groups_of(name: str) -> set[str]:
-    """What `history` finds a name of the monitor by."""
-    kind_of_name = name.partition("/")[0]
-    own = {place_of(name)[1]} if kind_of_name in ("attention", "features") else {kind_of_name}
-    return {name, *own}
+    """The statistics by which `history` selects a name of the monitor."""
+    family = name.partition("/")[0]
+    group = place_of(name)[1] if family in ("attention", "features") else family
+    return {name, group}
 
 
 def draw_runs(axes: Axes, statistic: str, lines: Mapping[tuple[str, str], np.ndarray]) -> None:
-    """A colour for each run and a style for each of its lines; of one run, colours alone."""
+    """Draws each run in a colour and each of its lines in a style; one run alone in colours."""
     runs = list(dict.fromkeys(run for run, _ in lines))
     names = list(dict.fromkeys(name for _, name in lines))
     for (run, name), points in lines.items():
@@ -295,71 +296,73 @@ def draw_runs(axes: Axes, statistic: str, lines: Mapping[tuple[str, str], np.nda
 
 
 def is_ratio(statistic: str) -> bool:
-    """Of what grows by factors, so that a threshold far off leaves the lines apart."""
+    """Whether the statistic grows by factors: a logarithmic axis keeps its lines apart."""
     return statistic in ("scale_ratio", "query_norm", "key_norm") or "grad_norm" in statistic
 
 
 def short(name: str, statistic: str) -> str:
-    """What of a name is not in the panel's title already."""
+    """The part of a name that is not in the title of its panel."""
     layer = place_of(name)[0]
     return layer or name.removeprefix(f"{statistic}/")
 
 
 def limits_of(thresholds: Thresholds | None, statistic: str) -> tuple[float, ...]:
-    of_history = {"grad_norm": "gradient_norm", "grad_norm/total": "gradient_norm"}
-    limit = getattr(thresholds, of_history.get(statistic, statistic), None)
+    """The limits of a statistic: none, one, or the two ends of a range."""
+    fields = {"grad_norm": "gradient_norm", "grad_norm/total": "gradient_norm"}
+    limit = getattr(thresholds, fields.get(statistic, statistic), None)
     return tuple(limit) if isinstance(limit, tuple | list) else () if limit is None else (limit,)
 
 
-def check_array(name: str, given, shape: str) -> np.ndarray:
-    """float64 on the CPU, of as many dimensions as `shape` names, weights in it."""
-    found = as_array(name, given)
-    if found.ndim != shape.count(",") + 1 or not found.size:
-        raise ValueError(f"{name} must be {shape} with none of them 0, got {list(found.shape)}")
-    if not np.isfinite(found).all() or (found < 0).any():
+def check_array(name: str, weights, shape: str) -> np.ndarray:
+    """The weights as a float64 array; raises unless they have the rank of `shape` and are valid."""
+    weights = as_array(name, weights)
+    if weights.ndim != shape.count(",") + 1 or not weights.size:
+        raise ValueError(f"{name} must be {shape} with none of them 0, got {list(weights.shape)}")
+    if not np.isfinite(weights).all() or (weights < 0).any():
         raise ValueError(f"{name} must be finite and at least 0")
-    return found
+    return weights
 
 
 def check_image(image) -> np.ndarray:
-    """[H, W] or [H, W, 3] in 0 to 1."""
+    """The image as an array [H, W] or [H, W, 3] from 0 to 1; raises for any other."""
     image = image if isinstance(image, Tensor) else np.asarray(image)
     is_bytes = str(image.dtype).endswith("uint8")
-    found = as_array("image", image)
-    if found.ndim == 3 and found.shape[0] == 3 != found.shape[2]:
-        found = found.transpose(1, 2, 0)
-    if found.ndim not in (2, 3) or found.ndim == 3 and found.shape[2] != 3 or not found.size:
-        raise ValueError(f"image must be [H, W], [H, W, 3] or [3, H, W], got {list(found.shape)}")
-    found = found / 255 if is_bytes else found
-    if not (found.min() >= 0 and found.max() <= 1):
+    pixels = as_array("image", image)
+    if pixels.ndim == 3 and pixels.shape[0] == 3 != pixels.shape[2]:
+        pixels = pixels.transpose(1, 2, 0)
+    if pixels.ndim not in (2, 3) or pixels.ndim == 3 and pixels.shape[2] != 3 or not pixels.size:
+        raise ValueError(f"image must be [H, W], [H, W, 3] or [3, H, W], got {list(pixels.shape)}")
+    pixels = pixels / 255 if is_bytes else pixels
+    if not (pixels.min() >= 0 and pixels.max() <= 1):
         raise ValueError(
-            f"image must be bytes or from 0 to 1, got {found.min():.3g} to {found.max():.3g}"
+            f"image must be bytes or from 0 to 1, got {pixels.min():.3g} to {pixels.max():.3g}"
         )
-    return found
+    return pixels
 
 
 def check_points(name: str, pairs) -> np.ndarray:
-    """[n, 2] of (x, y) pairs."""
+    """The points as an array [n, 2]; raises unless there are pairs, and nothing but pairs."""
     pairs = [tuple(pair) for pair in pairs]
-    found = np.array(pairs, dtype=float) if {len(pair) for pair in pairs} == {2} else None
-    if found is None:
+    if {len(pair) for pair in pairs} != {2}:
         raise ValueError(f"{name} must be (x, y) pairs, at least one")
-    return found
+    return np.array(pairs, dtype=float)
 
 
-def check_names(name: str, names, count: int, of_what: str) -> None:
+def check_names(name: str, names, count: int, named: str) -> None:
+    """Raises unless `names` is None or a sequence of `count` strings, one for each of `named`."""
     if names is None:
         return
     if isinstance(names, str) or not isinstance(names, Sequence):
         raise TypeError(f"{name} must be a sequence of strings, got {kind(names)}")
     if len(names) != count:
-        raise ValueError(f"{name} must be as many as the {of_what}, {count}, got {len(names)}")
+        raise ValueError(f"{name} must be as many as the {named}, {count}, got {len(names)}")
 
 
-def as_array(name: str, given) -> np.ndarray:
-    if isinstance(given, Tensor):
-        given = given.detach().to("cpu", torch.float64).numpy()
+def as_array(name: str, numbers) -> np.ndarray:
+    """The numbers of a tensor or an array as float64 on the CPU; raises TypeError for others."""
+    if isinstance(numbers, Tensor):
+        numbers = numbers.detach().to("cpu", torch.float64).numpy()
     try:
-        return np.asarray(given, dtype=np.float64)
+        return np.asarray(numbers, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name} must be a tensor or an array of numbers: {error}") from error
