@@ -1,4 +1,4 @@
-"""The equations, in eager PyTorch: the oracle of every kernel, and the backend named `eager`.
+"""The equations in eager PyTorch: the oracle of every kernel, and the backend named `eager`.
 
     s   = softcap(scale * q k^T) + bias                 over the keys that the mask allows
     p   = softmax(s)      out = dropout(p) v            lse = log(sum(exp(s)))
@@ -15,8 +15,8 @@
     dn = weight * dnormed           dy += (dn - mean(dn) - n * mean(n * dn)) / sqrt(...)
     dweight = sum n * dnormed       dbias = sum dnormed       (rms: mean(y) and mean(dn) are 0)
 
-Every dtype up to float64, every device, differentiable as often as autograd likes; the cost is
-the [B, Hq, Nq, Nk] tensors that the kernels exist to avoid.
+The code runs in every dtype up to float64, on every device, and is differentiable any number of
+times. Its cost is the [B, Hq, Nq, Nk] tensors that the kernels avoid.
 """
 
 from __future__ import annotations
@@ -39,23 +39,23 @@ NEG_INF = float("-inf")
 
 
 def reasons(x: CrossAttentionInputs) -> list[str]:
-    """The reference runs everything."""
+    """No reasons: the reference can run every call."""
     return []
 
 
 def philox_keep(
     seed: Tensor, dropout_p: float, B: int, Hq: int, Nq: int, Nk: int, first_head: int = 0
 ) -> Tensor:
-    """Which probabilities dropout keeps: bool [B, Hq, Nq, Nk], the same bits as in the kernels.
+    """The probabilities that dropout keeps, bool [B, Hq, Nq, Nk]: the same bits as in the kernels.
 
     Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) with
-    key = the two halves of `seed` and counter = (j, i, h, b); word 0 >= round(p * 2^32) is kept.
-    h counts from `first_head`, so that one head's bits can be had alone.
+    key = the two halves of `seed` and counter = (j, i, h, b) keeps where word 0 >= round(p * 2^32).
+    h counts from `first_head`, so that the bits of one head can be computed alone.
     """
     low32 = 0xFFFFFFFF
 
     def mul(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-        product = a * b  # wraps modulo 2^64, which leaves both halves right
+        product = a * b  # the product wraps modulo 2^64, which keeps both halves right
         return (product >> 32) & low32, product & low32
 
     def axis(n: int, dim: int) -> Tensor:
@@ -75,7 +75,7 @@ def philox_keep(
 
 
 def allowed_keys(x: CrossAttentionInputs) -> Tensor | None:
-    """bool, broadcastable to [B, Hq, Nq, Nk]; None when every key is allowed."""
+    """The allowed keys, bool, broadcastable to [B, Hq, Nq, Nk]; None if every key is allowed."""
     if x.interval is None:
         return x.mask
     start, stop = x.bounds()
@@ -85,8 +85,10 @@ def allowed_keys(x: CrossAttentionInputs) -> Tensor | None:
 
 
 def used_keys(t: Tensor, x: CrossAttentionInputs) -> Tensor:
-    """`t` [B, Hkv, Nk, *], zero before the first and after the last interval of a batch element:
-    what pads the keys does not matter, even if it is NaN."""
+    """`t` [B, Hkv, Nk, *] with zeros outside of the intervals of each batch element.
+
+    The keys before the first and after the last interval are padding, which may hold NaN.
+    """
     if x.interval is None or x.Nq == 0:
         return t
     start, stop = x.bounds()
@@ -98,7 +100,7 @@ def used_keys(t: Tensor, x: CrossAttentionInputs) -> Tensor:
 
 
 def scores(x: CrossAttentionInputs) -> Tensor:
-    """s [B, Hq, Nq, Nk] in float32 at least; -inf where the mask forbids."""
+    """The scores s [B, Hq, Nq, Nk] in float32 at least, -inf where the mask forbids a key."""
     k = used_keys(x.k, x).repeat_interleave(x.Hq // x.Hkv, dim=1)
     s = x.q @ k.transpose(-1, -2)
     s = s.to(torch.promote_types(s.dtype, torch.float32))
@@ -112,10 +114,10 @@ def scores(x: CrossAttentionInputs) -> Tensor:
 
 
 def softmax(s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(p, lse, entropy, max_probability) over the last dimension.
+    """The softmax over the last dimension: (p, lse, entropy, max_probability).
 
-    A row that is -inf throughout has p = 0, lse = -inf, entropy = max_probability = 0, and its
-    gradients are 0: `inf - inf` and `log 0` are never formed, so there is no NaN to clean up.
+    A row of -inf has p = 0, lse = -inf, entropy = max_probability = 0 and gradients of 0. The code
+    never forms `inf - inf` or `log 0`, so it has no NaN to remove.
     """
     if s.shape[-1] == 0:
         row = s.sum(-1)
@@ -135,6 +137,7 @@ def softmax(s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def drop(p: Tensor, x: CrossAttentionInputs) -> Tensor:
+    """p after dropout: 0, or p / (1 - dropout_p)."""
     if x.dropout_p == 0.0:
         return p
     keep = philox_keep(x.seed, x.dropout_p, x.B, x.Hq, x.Nq, x.Nk)
@@ -142,7 +145,7 @@ def drop(p: Tensor, x: CrossAttentionInputs) -> Tensor:
 
 
 def cross_attention(x: CrossAttentionInputs) -> CrossAttentionResult:
-    """out, lse, entropy and max_probability by the equations at the top."""
+    """The results out, lse, entropy and max_probability by the equations at the top."""
     p, lse, entropy, max_probability = softmax(scores(x))
     v = used_keys(x.v, x).repeat_interleave(x.Hq // x.Hkv, dim=1)
     out = drop(p, x).to(v.dtype) @ v
@@ -151,7 +154,7 @@ def cross_attention(x: CrossAttentionInputs) -> CrossAttentionResult:
 
 
 def attention_weights(x: CrossAttentionInputs, lse: Tensor | None, average_heads: bool) -> Tensor:
-    """p after dropout: [B, Nq, Nk] (mean over the heads) or [B, Hq, Nq, Nk].
+    """The weights p after dropout: [B, Nq, Nk] (the mean over heads) or [B, Hq, Nq, Nk].
 
     With `lse` [B, Hq, Nq] the probabilities are exp(s - lse) and lse receives a gradient.
     """
@@ -159,17 +162,19 @@ def attention_weights(x: CrossAttentionInputs, lse: Tensor | None, average_heads
     if lse is None:
         p = softmax(s)[0]
     else:
-        # an empty row has lse = -inf; s - inf = -inf is the same zero without inf - inf
+        # an empty row has lse = -inf: with +inf in its place p is 0 without an inf - inf
         p = (s - lse.masked_fill(lse == NEG_INF, float("inf"))[..., None]).exp()
     p = drop(p, x)
     return p.mean(1) if average_heads else p
 
 
 def top_indices(s: Tensor, top_k: int) -> Tensor:
-    """int64 [..., top_k]: the keys of the highest scores in ascending order, then -1 where fewer
-    scores than top_k are above -inf. Of equal scores those of lower keys come first; NaN is above
-    all. top_k is at most the number of scores."""
-    s = s.detach() + 0.0  # -0 becomes 0: a sort by bits would order them
+    """The keys of the top_k highest scores in ascending order, int64 [..., top_k].
+
+    Indices of -1 follow where fewer than top_k scores are above -inf. Lower keys win among equal
+    scores, and NaN is above all numbers. top_k is at most the number of scores.
+    """
+    s = s.detach() + 0.0  # -0 becomes 0, since a sort by bits would order the two
     Nk = s.shape[-1]
     order = s.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
     order = order.masked_fill(s.gather(-1, order) == NEG_INF, Nk).sort(-1).values
@@ -177,19 +182,18 @@ def top_indices(s: Tensor, top_k: int) -> Tensor:
 
 
 def scores_to_choose_by(x: TopKAttentionInputs) -> Tensor:
-    """`scores` of products in float32 at least: rounding to 16 bits would make them equal by the
-    dozen."""
+    """The scores of float32 products at least, since 16 bits would make many of them equal."""
     q, k = (t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in (x.q, x.k))
     return scores(replace(x, q=q, k=k))
 
 
 def choose(x: TopKAttentionInputs) -> Tensor:
-    """int64 [B, Hq, Nq, min(top_k, Nk)]: `top_indices` of `scores_to_choose_by`."""
+    """The chosen keys, int64 [B, Hq, Nq, min(top_k, Nk)]: `top_indices` of the scores."""
     return top_indices(scores_to_choose_by(x), min(x.top_k, x.Nk))
 
 
 def topk_attention(x: TopKAttentionInputs) -> TopKAttentionResult:
-    """`cross_attention` of the keys that `top_indices` names, or of the blocks of keys."""
+    """The `cross_attention` over the chosen keys, or over the keys of the chosen blocks."""
     if x.topk_blocks is None:
         indices, wanted = choose(x), x.top_k
         chosen = named(indices, x.Nk)
@@ -207,30 +211,31 @@ def topk_attention(x: TopKAttentionInputs) -> TopKAttentionResult:
 
 
 def named(indices: Tensor, n: int) -> Tensor:
-    """bool [..., n], True at the `indices` [..., top_k]; -1 names none."""
-    found = torch.zeros((*indices.shape[:-1], n + 1), dtype=torch.bool, device=indices.device)
-    return found.scatter_(-1, indices.long().masked_fill(indices < 0, n), True)[..., :n]
+    """A bool tensor [..., n], True at the `indices` [..., top_k]; an index of -1 names nothing."""
+    chosen = torch.zeros((*indices.shape[:-1], n + 1), dtype=torch.bool, device=indices.device)
+    return chosen.scatter_(-1, indices.long().masked_fill(indices < 0, n), True)[..., :n]
 
 
 def with_missing(indices: Tensor, top_k: int) -> Tensor:
-    """int32 [..., top_k]: the indices, then -1."""
+    """The indices as int32, filled with -1 to [..., top_k]."""
     return F.pad(indices, (0, top_k - indices.shape[-1]), value=-1).to(torch.int32)
 
 
-QUERIES_PER_CHOICE = 64  # neighbouring queries, of all heads of a group, that share their blocks
+QUERIES_PER_CHOICE = 64  # the neighbouring queries, in all heads of a group, that share blocks
 
 
 def n_blocks(x: TopKAttentionInputs) -> int:
+    """The number of blocks of keys; the last block may be shorter."""
     return -(-x.Nk // x.topk_blocks[0])
 
 
 def seen_keys(x: CrossAttentionInputs) -> Tensor:
-    """bool [B or 1, Nk]: whether any query of the batch element may see the key."""
+    """The keys that some query of the batch element may see, bool [B or 1, Nk]."""
     seen = torch.ones((1, x.Nk), dtype=torch.bool, device=x.q.device)
     if x.interval is not None:
         start, stop = x.bounds()
         empty = start >= stop
-        # keys where more intervals have begun than ended; an empty one does neither
+        # a key is seen if more intervals have begun than ended; empty ones begin and end at Nk
         bounds = (t.masked_fill(empty, x.Nk).sort(-1).values for t in (start, stop))
         j = torch.arange(x.Nk, dtype=start.dtype, device=start.device).expand(x.B, -1).contiguous()
         begun, ended = (torch.searchsorted(t, j, right=True) for t in bounds)
@@ -239,7 +244,7 @@ def seen_keys(x: CrossAttentionInputs) -> Tensor:
 
 
 def blocked(x: TopKAttentionInputs) -> tuple[KeyInterval | None, Tensor | None]:
-    """(interval, mask) over blocks: one is allowed where any of its keys is."""
+    """The (interval, mask) over blocks: a block is allowed where any of its keys is."""
     size, N = x.topk_blocks[0], n_blocks(x)
     interval = mask = None
     if x.interval is not None:
@@ -253,7 +258,7 @@ def blocked(x: TopKAttentionInputs) -> tuple[KeyInterval | None, Tensor | None]:
 
 
 def pooled(x: TopKAttentionInputs) -> Tensor:
-    """[B, Hkv, N, D]: the mean of each block's seen keys in the dtype of k, 0 where none is."""
+    """The mean of the seen keys of each block, [B, Hkv, N, D] in the dtype of k; 0 without any."""
     size, N = x.topk_blocks[0], n_blocks(x)
     seen, missing = seen_keys(x), N * size - x.Nk
     k = x.k.masked_fill(~seen[:, None, :, None], 0.0)
@@ -269,9 +274,11 @@ def pooled_call(x: TopKAttentionInputs) -> TopKAttentionInputs:
 
 
 def importance(y: TopKAttentionInputs) -> Tensor:
-    """[B, Hkv, T, N] of T tiles of QUERIES_PER_CHOICE queries and the N keys of a `pooled_call`:
-    the attention weights of the pooled keys, summed over the tile's queries and the group's heads;
-    -inf where none of them may see the block."""
+    """The importance of each block for each tile of QUERIES_PER_CHOICE queries, [B, Hkv, T, N].
+
+    It is the attention weight of the block's key in the `pooled_call` y, summed over the queries of
+    the tile and the heads of the group, and -inf where none of these may see the block.
+    """
     q, k = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (y.q, y.k))
     s = scores(replace(y, q=q, k=k))
     tiles = (-(-y.Nq // QUERIES_PER_CHOICE), QUERIES_PER_CHOICE)
@@ -285,29 +292,29 @@ def importance(y: TopKAttentionInputs) -> Tensor:
 
 
 def choose_blocks(x: TopKAttentionInputs) -> Tensor:
-    """int64 [B, Hkv, T, min(n_blocks, N)]: the most important blocks, see `top_indices`."""
+    """The most important blocks, int64 [B, Hkv, T, min(n_blocks, N)]; see `top_indices`."""
     with torch.no_grad():
         return top_indices(importance(pooled_call(x)), min(x.topk_blocks[1], n_blocks(x)))
 
 
 def keys_of_blocks(chosen: Tensor, x: TopKAttentionInputs) -> Tensor:
-    """bool [B, Hq, Nq, Nk] of the chosen blocks [B, Hkv, T, N]."""
+    """The keys of the chosen blocks [B, Hkv, T, N], bool [B, Hq, Nq, Nk]."""
     rows = chosen.repeat_interleave(QUERIES_PER_CHOICE, 2)[:, :, : x.Nq]
     keys = rows.repeat_interleave(x.topk_blocks[0], 3)[..., : x.Nk]
     return keys.repeat_interleave(x.Hq // x.Hkv, 1)
 
 
 def gated_residual(x: Tensor, h: Tensor, gate: Tensor, row_mask: Tensor | None = None) -> Tensor:
-    """y by eq. gate, in the dtype of x."""
+    """The residual y by eq. gate, in the dtype of x."""
     t = torch.tanh(gate.to(torch.promote_types(gate.dtype, torch.float32))).to(x.dtype)
     if row_mask is None:
         return x + t * h
-    there = row_mask[..., None]
-    return torch.where(there, x + t * h.masked_fill(~there, 0.0), x)
+    row_mask = row_mask[..., None]
+    return torch.where(row_mask, x + t * h.masked_fill(~row_mask, 0.0), x)
 
 
 def norm(y: Tensor, kind: str, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """normed by eq. norm, computed in float32 at least, in the dtype of y."""
+    """The norm of y by eq. norm, computed in float32 at least, in the dtype of y."""
     n = y.to(torch.promote_types(y.dtype, torch.float32))
     weight, bias = (None if t is None else t.to(n.dtype) for t in (weight, bias))
     if kind == "layer":
