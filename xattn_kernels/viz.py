@@ -140,8 +140,8 @@ def history(
             the first monitor in `seen`; a mapping of histories has none.
 
     Raises:
-        TypeError, ValueError: an argument is not one described here, or `seen` has no values of a
-            statistic.
+        TypeError, ValueError: an argument is not among those named here, or `seen` has no values of
+            a statistic.
     """
     lines, monitor_thresholds = lines_of_runs(seen)
     thresholds = thresholds or monitor_thresholds

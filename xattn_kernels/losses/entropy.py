@@ -39,8 +39,8 @@ def entropy_loss(
         A scalar, 0 when no row counts.
 
     Raises:
-        TypeError, ValueError: an argument is not one described here, or the op was called without
-            `return_statistics`.
+        TypeError, ValueError: an argument is not among those named here, or the op was called
+            without `return_statistics`.
     """
     entropy, counts = rows_that_count(statistics, row_mask)
     if not math.isfinite(check_number("target", target, "a finite number")):

@@ -21,7 +21,7 @@ from .media_cache import MediaCache
 
 
 class SwiGLU(nn.Module):
-    """silu(a) * b of the halves a, b of the last dimension.
+    """The product silu(a) * b of the halves a, b of the last dimension.
 
     Source: Shazeer, "GLU variants improve transformer" (2020).
     """
@@ -33,32 +33,32 @@ class SwiGLU(nn.Module):
 
 
 class GatedCrossAttentionBlock(nn.Module):
-    """Text attends to media, then a feed-forward, each added through a tanh gate that starts at 0.
+    """A cross-attention to media, then a feed-forward, each behind a tanh gate that starts at 0.
 
         y = x + tanh(attn_gate) * attn(x, media)        z = y + tanh(ff_gate) * ff(y)
 
-    Parameters `attn.*`, `attn_gate`, `ff.0` (norm), `ff.1`, `ff.3` (no biases) and `ff_gate`; state
-    dicts of OpenFlamingo's and lucidrains' blocks load. Each residual is one pass over memory, the
-    first together with the norm `ff.0`, whose weights are used without calling it: hooks on it do
-    not run. Other models' blocks by arguments:
+    The parameters are `attn.*`, `attn_gate`, `ff.0` (norm), `ff.1`, `ff.3` (no biases) and
+    `ff_gate`; state dicts of the blocks of OpenFlamingo and of lucidrains load. Each residual is
+    one pass over memory. The first pass also computes the norm `ff.0` from its weights, without a
+    call of the module: hooks on it do not run. Arguments give the blocks of other models:
 
         Llama 3.2 Vision    kv_heads=8, qk_norm=True, norm="rms", ff="swiglu", ff_mult=3.5,
-                            ff_without_media=False, without_media="all" in transformers', "empty"
-                            in Meta's
+                            ff_without_media=False, without_media="all" as in transformers or
+                            "empty" as in the code of Meta
         Idefics             norm="rms", ff="swiglu", vector_gate=True, without_media="empty"
 
     Args:
         dim, dim_visual, dim_head, heads, only_attend_immediate_media, kv_heads, qk_norm,
             without_media: as in `MaskedCrossAttention`.
-        ff_mult: hidden width of the feed-forward by dim, rounded down.
+        ff_mult: hidden width of the feed-forward as a multiple of dim, rounded down.
         ff: "gelu" (erf), or "swiglu" with gate and value in one `ff.1`, the gate first.
-        ff_without_media: False leaves out the feed-forward where no media is visible.
-        norm, norm_eps: "layer" or "rms", of both sub-layers.
-        vector_gate: gates [dim] in place of [1].
-        backend: "triton", "cuda", "torch" or "eager" for every call; None chooses for each. The
-            gated residuals, which have no "torch", are plain PyTorch ("eager") with it; the first,
-            with its norm, has no "triton" and no "cuda" for a dim that `gated_residual_norm` calls
-            too wide.
+        ff_without_media: whether the feed-forward also runs on the rows that see no media.
+        norm, norm_eps: "layer" or "rms", for both sub-layers.
+        vector_gate: whether a gate has dim values in place of 1.
+        backend: "triton", "cuda", "torch" or "eager" for every call; None chooses for each call.
+            With "torch" the gated residuals, which have no such backend, are plain PyTorch
+            ("eager"). With "triton" and "cuda" the first one, with its norm, has a largest dim, see
+            `gated_residual_norm`.
 
     Raises:
         TypeError, ValueError: an argument is not among those named here.
@@ -74,16 +74,16 @@ class GatedCrossAttentionBlock(nn.Module):
     ) -> None:  # fmt: skip
         check_bools(ff_without_media=ff_without_media, vector_gate=vector_gate)
         super().__init__()
-        made = dict(device=device, dtype=dtype)
+        factory = dict(device=device, dtype=dtype)
         self.attn = MaskedCrossAttention(
             dim=dim, dim_visual=dim_visual, dim_head=dim_head, heads=heads,
             only_attend_immediate_media=only_attend_immediate_media, kv_heads=kv_heads,
             qk_norm=qk_norm, norm=norm, norm_eps=norm_eps, without_media=without_media,
-            backend=backend, **made,
+            backend=backend, **factory,
         )  # fmt: skip
-        self.attn_gate = nn.Parameter(torch.zeros(dim if vector_gate else 1, **made))
-        self.ff = feed_forward(dim, ff_mult, ff, norm, norm_eps, **made)
-        self.ff_gate = nn.Parameter(torch.zeros(dim if vector_gate else 1, **made))
+        self.attn_gate = nn.Parameter(torch.zeros(dim if vector_gate else 1, **factory))
+        self.ff = feed_forward(dim, ff_mult, ff, norm, norm_eps, **factory)
+        self.ff_gate = nn.Parameter(torch.zeros(dim if vector_gate else 1, **factory))
         self.norm_kind, self.ff_without_media = norm, ff_without_media
         self.backend = backend
 
@@ -94,7 +94,10 @@ class GatedCrossAttentionBlock(nn.Module):
         media_locations: Tensor | None = None,
         use_cached_media: bool = False,
     ) -> Tensor:
-        """z [B, N, dim] in the dtype of x; arguments and errors are `MaskedCrossAttention`'s."""
+        """The result z [B, N, dim] in the dtype of x.
+
+        The arguments and errors are those of `MaskedCrossAttention`.
+        """
         h = self.attn(x, media, media_locations, use_cached_media)
         rows = None
         if not self.ff_without_media:
@@ -108,11 +111,11 @@ class GatedCrossAttentionBlock(nn.Module):
         return gated_residual(y, h, self.ff_gate, row_mask=rows, backend=backend)
 
     def cache_media(self, media: Tensor) -> MediaCache:
-        """`MaskedCrossAttention.cache_media`, for calls of this block with the same media."""
+        """The cache of `MaskedCrossAttention.cache_media`, to pass to this block as its media."""
         return self.attn.cache_media(media)
 
     def gates(self) -> dict[str, Tensor]:
-        """tanh of each gate, detached: {"attn_gate", "ff_gate"} -> [1] or [dim]; 0 is closed."""
+        """The tanh of "attn_gate" and of "ff_gate", each [1] or [dim] and detached; 0 is closed."""
         with torch.no_grad():
             return {name: torch.tanh(getattr(self, name)) for name in ("attn_gate", "ff_gate")}
 
@@ -120,7 +123,7 @@ class GatedCrossAttentionBlock(nn.Module):
 def feed_forward(
     dim: int, mult: float, kind="gelu", norm="layer", norm_eps=1e-5, device=None, dtype=None
 ) -> nn.Sequential:
-    """Norm, Linear, activation, Linear, without biases: [..., dim] -> [..., dim]."""
+    """A feed-forward [..., dim] -> [..., dim]: norm, linear, activation, linear, without biases."""
     check_sizes(dim=dim)
     check_choice("norm", norm, *NORMS)
     check_choice("ff", kind, "gelu", "swiglu")
@@ -128,10 +131,10 @@ def feed_forward(
     hidden = int(dim * mult) if 0 < check_number("ff_mult", mult, "a number") < math.inf else 0
     if hidden < 1:
         raise ValueError(f"ff_mult must make dim * ff_mult at least 1, got {mult} with dim = {dim}")
-    made = dict(device=device, dtype=dtype)
+    factory = dict(device=device, dtype=dtype)
     return nn.Sequential(
-        NORMS[norm](dim, eps=norm_eps, **made),
-        nn.Linear(dim, hidden * (2 if kind == "swiglu" else 1), bias=False, **made),
+        NORMS[norm](dim, eps=norm_eps, **factory),
+        nn.Linear(dim, hidden * (2 if kind == "swiglu" else 1), bias=False, **factory),
         SwiGLU() if kind == "swiglu" else nn.GELU(),
-        nn.Linear(hidden, dim, bias=False, **made),
+        nn.Linear(hidden, dim, bias=False, **factory),
     )

@@ -1,4 +1,4 @@
-"""`MaskedCrossAttention`: text attends to the media before it, as in Flamingo and its kin."""
+"""`MaskedCrossAttention`: text attends to the media before it, as in Flamingo."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 
 
 class MaskedCrossAttention(nn.Module):
-    """Attention of text over the media that come before it, with a norm on the text, no biases.
+    """The attention of text over the media before it, with a norm on the text and no biases.
 
-    Parameters `norm`, `to_q`, `to_kv` (keys first) and `to_out`; state dicts of OpenFlamingo's and
-    lucidrains' modules load. By default rows to which no media is visible are theirs too:
+    The parameters are `norm`, `to_q`, `to_kv` (keys first) and `to_out`; state dicts of the modules
+    of OpenFlamingo and of lucidrains load. Rows that see no media are also as in these modules:
 
         only_attend_immediate_media=True    0 before the first media token; after more media
                                             tokens than there are media, the mean of all values
@@ -38,15 +38,15 @@ class MaskedCrossAttention(nn.Module):
     Without any media (T or n is 0) every row is 0.
 
     Args:
-        dim, dim_visual: widths of text and media; dim_visual=None is dim.
+        dim, dim_visual: widths of text and media; dim_visual=None means dim.
         dim_head, heads: width and number of the query heads.
-        only_attend_immediate_media: a token sees the last media before it, else all before it.
-        kv_heads: key and value heads, a divisor of heads; None is heads.
-        qk_norm: RMSNorm of each query and key head, `q_norm` and `k_norm` (Llama 3.2 Vision,
-            Idefics' qk_layer_norms).
-        norm, norm_eps: "layer" or "rms", on the text; eps also of `q_norm` and `k_norm`.
-        without_media: rows to which no media is visible: None as above, "empty" 0 (Idefics, Meta's
-            Llama 3.2 Vision), "all" attention over every key (Llama 3.2 Vision in transformers).
+        only_attend_immediate_media: whether a token sees only the last media before it, or all.
+        kv_heads: number of key and value heads, a divisor of heads; None means heads.
+        qk_norm: whether each query and key head has an RMSNorm, `q_norm` and `k_norm` (Llama 3.2
+            Vision, and qk_layer_norms in Idefics).
+        norm, norm_eps: "layer" or "rms" on the text; `q_norm` and `k_norm` have the same eps.
+        without_media: the rows that see no media: None as above, "empty" 0 (Idefics, and Llama 3.2
+            Vision by Meta), "all" attention over every key (Llama 3.2 Vision in transformers).
         backend: "triton", "cuda", "torch" or "eager" for every call; None chooses for each.
 
     Raises:
@@ -76,13 +76,13 @@ class MaskedCrossAttention(nn.Module):
         self.dim, self.dim_visual, self.dim_head = dim, dim_visual, dim_head
         self.only_attend_immediate_media = only_attend_immediate_media
         self.without_media, self.backend = without_media, backend
-        made = dict(device=device, dtype=dtype)
-        self.norm = NORMS[norm](dim, eps=norm_eps, **made)
-        self.to_q = nn.Linear(dim, heads * dim_head, bias=False, **made)
-        self.to_kv = nn.Linear(dim_visual, 2 * kv_heads * dim_head, bias=False, **made)
-        self.to_out = nn.Linear(heads * dim_head, dim, bias=False, **made)
-        self.q_norm = nn.RMSNorm(dim_head, eps=norm_eps, **made) if qk_norm else None
-        self.k_norm = nn.RMSNorm(dim_head, eps=norm_eps, **made) if qk_norm else None
+        factory = dict(device=device, dtype=dtype)
+        self.norm = NORMS[norm](dim, eps=norm_eps, **factory)
+        self.to_q = nn.Linear(dim, heads * dim_head, bias=False, **factory)
+        self.to_kv = nn.Linear(dim_visual, 2 * kv_heads * dim_head, bias=False, **factory)
+        self.to_out = nn.Linear(heads * dim_head, dim, bias=False, **factory)
+        self.q_norm = nn.RMSNorm(dim_head, eps=norm_eps, **factory) if qk_norm else None
+        self.k_norm = nn.RMSNorm(dim_head, eps=norm_eps, **factory) if qk_norm else None
 
     def forward(
         self,
@@ -91,21 +91,21 @@ class MaskedCrossAttention(nn.Module):
         media_locations: Tensor | None = None,
         use_cached_media: bool = False,
     ) -> Tensor:
-        """The attention branch alone, without gate and residual: [B, N, dim].
+        """The result of the attention, [B, N, dim], without gate and residual.
 
         Args:
             x: [B, N, dim], floating-point.
             media: [B, T, n, dim_visual], T media of n tokens each, or its `cache_media`.
-            media_locations: bool [B, N], True at the one token that stands for a media, which sees
-                it already. None: every token sees all media.
-            use_cached_media: x continues a text whose tokens `media_locations` [B, any] describes:
-                every token of x sees what the last token of that text sees.
+            media_locations: bool [B, N], True at the one token that stands for a media and sees
+                it. With None every token sees all media.
+            use_cached_media: whether x continues a text, whose tokens `media_locations` [B, any]
+                describes. Each token of x then sees the media of the last token of that text.
 
         Raises:
-            TypeError, ValueError: an argument of a wrong type, shape, dtype or device, or a cache
-                that is not of these weights.
+            TypeError, ValueError: an argument has a wrong type, shape, dtype or device, or a cache
+                comes from other weights.
         """
-        check_call(self, x, media, media_locations, use_cached_media)
+        check_arguments(self, x, media, media_locations, use_cached_media)
         cache = media if isinstance(media, MediaCache) else self._project_media(media)
         mask = averaged = None
         if media_locations is not None:
@@ -113,7 +113,7 @@ class MaskedCrossAttention(nn.Module):
             mask = visible_keys(media_sizes(cache), immediate, media_locations, use_cached_media)
             mask, averaged = with_policy(mask, Nk, self.without_media, immediate)
         q = self.to_q(self.norm(x))
-        if averaged is not None:  # all scores are equal: the mean of all values, and no gradient
+        if averaged is not None:  # equal scores: the mean of all values, without a gradient to q
             q = q.masked_fill(averaged[..., None], 0.0)
         q = normed(self.q_norm, split_heads(q, self.dim_head))
         check_dtypes(q, cache)
@@ -121,9 +121,9 @@ class MaskedCrossAttention(nn.Module):
         return self.to_out(merge_heads(out))
 
     def cache_media(self, media: Tensor) -> MediaCache:
-        """The keys and values of `media` [B, T, n, dim_visual], to pass to calls in its place.
+        """The keys and values of `media` [B, T, n, dim_visual], to pass to `forward` in its place.
 
-        Raises TypeError or ValueError for a wrong shape or dtype, and for weights created under
+        Raises TypeError or ValueError for a wrong shape or dtype, and for weights from
         `torch.inference_mode()`, whose changes PyTorch does not count.
         """
         weight = self.to_kv.weight
@@ -133,8 +133,8 @@ class MaskedCrossAttention(nn.Module):
     def sees_media(
         self, x: Tensor, media: Tensor | MediaCache, media_locations, use_cached_media=False
     ) -> Tensor:
-        """bool [B, N]: the rows to which some media is visible, for the arguments of `forward`."""
-        check_call(self, x, media, media_locations, use_cached_media)
+        """The rows that see some media, bool [B, N], for the arguments of `forward`."""
+        check_arguments(self, x, media, media_locations, use_cached_media)
         sizes, immediate = media_sizes(media), self.only_attend_immediate_media
         if media_locations is None:
             return x.new_full(x.shape[:2], 0 not in sizes, dtype=torch.bool)
@@ -153,65 +153,68 @@ class MaskedCrossAttention(nn.Module):
 def visible_keys(
     sizes: tuple[int, int], immediate: bool, media_locations: Tensor, use_cached_media: bool
 ) -> KeyInterval:
-    """What `media_locations` alone says: [B, N] or, of its last token, [B, 1]."""
-    if use_cached_media:  # also of a text without tokens
+    """The keys of each row [B, N] by `media_locations`, or those of its last token [B, 1]."""
+    if use_cached_media:  # the text may have no tokens
         media_locations = F.pad(media_locations, (1, 0))
     n_media, tokens = sizes
-    found = masks.media(media_locations, tokens, n_media, "last" if immediate else "all")
+    visible = masks.media(media_locations, tokens, n_media, "last" if immediate else "all")
     if not use_cached_media:
-        return found
-    return KeyInterval(*(bound[:, -1:] for bound in found.expand(*media_locations.shape)))
+        return visible
+    return KeyInterval(*(bound[:, -1:] for bound in visible.expand(*media_locations.shape)))
 
 
 def with_policy(
-    found: KeyInterval, Nk: int, without_media: str | None, immediate: bool
+    visible: KeyInterval, Nk: int, without_media: str | None, immediate: bool
 ) -> tuple[KeyInterval, Tensor | None]:
-    """(the keys of each row, bool rows that get the mean of all values, or None)."""
+    """The keys of each row by `without_media`, and the rows, bool, that get the mean of all values.
+
+    The second is None if no row gets the mean.
+    """
     if without_media == "empty":
-        return found, None
-    full = found.start >= found.stop
+        return visible, None
+    full = visible.start >= visible.stop
     if without_media is None and immediate:
-        full = full & (found.start > 0)  # 0 before the first media, Nk after the last
-    mask = KeyInterval(found.start.masked_fill(full, 0), torch.where(full, Nk, found.stop))
+        full = full & (visible.start > 0)  # start is 0 before the first media, Nk after the last
+    mask = KeyInterval(visible.start.masked_fill(full, 0), torch.where(full, Nk, visible.stop))
     return mask, full if without_media is None else None
 
 
 def split_heads(x: Tensor, dim_head: int) -> Tensor:
-    """[B, N, heads * dim_head] -> a view [B, heads, N, dim_head]."""
+    """The view [B, heads, N, dim_head] of x [B, N, heads * dim_head]."""
     return x.unflatten(-1, (-1, dim_head)).transpose(1, 2)
 
 
 def merge_heads(x: Tensor) -> Tensor:
-    """[B, heads, N, dim_head] -> [B, N, heads * dim_head]."""
+    """The heads of x [B, heads, N, dim_head] side by side, [B, N, heads * dim_head]."""
     return x.transpose(1, 2).flatten(2)
 
 
 def normed(norm: nn.Module | None, x: Tensor) -> Tensor:
-    """In the dtype of the weights, which under autocast is wider than that of x; back in x's."""
+    """norm(x) in the dtype of x, computed in that of the weights, which autocast leaves wider."""
     return x if norm is None else norm(x.to(norm.weight.dtype)).to(x.dtype)
 
 
 def media_sizes(media: Tensor | MediaCache) -> tuple[int, int]:
-    """(number of media, tokens of each)."""
+    """The number of media and the number of tokens of each."""
     cached = isinstance(media, MediaCache)
     return (media.n_media, media.tokens_per_media) if cached else tuple(media.shape[1:3])
 
 
-def check_call(module, x, media, media_locations, use_cached_media) -> None:
-    """Raises TypeError or ValueError naming the argument, what it was and what is allowed."""
+def check_arguments(module, x, media, media_locations, use_cached_media) -> None:
+    """Raises unless the arguments of `forward` fit `module` and each other."""
     check_bools(use_cached_media=use_cached_media)
     check_tensor("x", x, "[B, N, dim]", module.dim, module.to_q.weight)
     if isinstance(media, MediaCache):
         if media.made_with is None:
             raise ValueError("media must be a cache that cache_media returned")
         media.made_with.check(*module._media_modules())
-        B, of_media = media.k.shape[0], "of the cached media"
+        B, source = media.k.shape[0], "of the cached media"
     else:
         weight = module.to_kv.weight
         check_tensor("media", media, "[B, T, n, dim_visual]", module.dim_visual, weight)
-        B, of_media = media.shape[0], "of media"
+        B, source = media.shape[0], "of media"
     if x.shape[0] != B:
-        raise ValueError(f"the batch of x, {x.shape[0]}, must be that {of_media}, {B}")
+        raise ValueError(f"the batch of x, {x.shape[0]}, must be that {source}, {B}")
     if media_locations is None:
         return
     if not isinstance(media_locations, Tensor) or media_locations.dtype != torch.bool:
@@ -231,6 +234,7 @@ def check_call(module, x, media, media_locations, use_cached_media) -> None:
 
 
 def check_dtypes(q: Tensor, cache: MediaCache) -> None:
+    """Raises unless the queries and the cached keys share dtype and device."""
     k = cache.k
     if (q.dtype, q.device) != (k.dtype, k.device):
         raise ValueError(
@@ -240,8 +244,10 @@ def check_dtypes(q: Tensor, cache: MediaCache) -> None:
 
 
 def check_tensor(name: str, t, dims: str, width: int, weight: Tensor) -> None:
-    """Raises unless `t` is a floating-point tensor of the rank of `dims`, its last one `width`, on
-    the device of `weight` and, where autocast does not see to it, in its dtype."""
+    """Raises unless `t` is a floating-point tensor `dims` whose last dimension is `width`.
+
+    Its device and dtype must be those of `weight`; under autocast the dtype is free.
+    """
     if not isinstance(t, Tensor) or not t.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor {dims}, got {kind(t)}")
     if t.dim() != dims.count(",") + 1 or t.shape[-1] != width:
@@ -251,10 +257,11 @@ def check_tensor(name: str, t, dims: str, width: int, weight: Tensor) -> None:
 
 
 def check_like_weights(name: str, t: Tensor, weight: Tensor) -> None:
+    """Raises unless `t` has the device of `weight` and, without autocast, its dtype."""
     if t.device != weight.device:
         raise ValueError(
             f"{name} must be on the device of the weights, {weight.device}, got {t.device}"
         )
-    plain = weight.is_floating_point() and weight.element_size() > 1  # not quantised
+    plain = weight.is_floating_point() and weight.element_size() > 1  # it is not quantised
     if plain and t.dtype != weight.dtype and not autocasts(t.device):
         raise TypeError(f"{name} must have the dtype of the weights, {weight.dtype}, got {t.dtype}")

@@ -1,4 +1,4 @@
-"""`MediaCache`: projected media, and the proof that the weights behind them are still the same."""
+"""`MediaCache`: projected media, with a check that their weights are still the same."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, eq=False)
 class MediaCache:
-    """Keys and values of media, projected once by `cache_media` for any number of calls.
+    """The keys and values of media, which `cache_media` projects once for any number of calls.
 
-    The modules keep nothing between calls: each call sees the media that it is given, as a tensor
-    or as a cache. A cache knows the weights it was made with, and a module refuses it with a
-    ValueError when its weights are others, were written since, or received a gradient since (after
-    which an optimizer may have changed them without autograd's notice). Only a change through
-    `.data` of weights that no gradient reaches escapes that. Under torch.compile this check is
-    outside of the graph, which a call with a cache breaks there.
+    The modules keep no state between calls: a call reads the media in its argument, a tensor or a
+    cache. A cache knows its weights, and a module refuses it with a ValueError if the weights of
+    the module are others, were written since, or received a gradient since (after which an
+    optimizer may change them without a trace in autograd). This misses only a change through
+    `.data` of weights that no gradient reaches. Under torch.compile the check is outside of the
+    graph, so that a call with a cache breaks the graph.
 
-    k, v: [B, kv_heads, T * n, dim_head]; made under `torch.no_grad()` they carry no gradient.
+    k, v: [B, kv_heads, T * n, dim_head]; under `torch.no_grad()` they carry no gradient.
     """
 
     k: Tensor = field(repr=False)
@@ -30,13 +30,16 @@ class MediaCache:
     made_with: Weights | None = field(default=None, repr=False)
 
     def select(self, index: Tensor) -> MediaCache:
-        """The cache of the batch elements `index`, an integer tensor [B']: beams that moved."""
+        """The cache of the batch elements `index`, an integer tensor [B'], as beam search needs."""
         return replace(self, k=self.k[index], v=self.v[index])
 
 
 class Weights:
-    """Parameters and buffers as they were when this was made: autograd's count of the writes to
-    each, whether it is trained, and whether any received a gradient since."""
+    """The state of parameters and buffers at the time of this object, to compare with later.
+
+    It holds autograd's count of writes to each tensor, whether the tensor is trained, and whether
+    any tensor received a gradient since.
+    """
 
     def __init__(self, *modules: nn.Module) -> None:
         self.tensors = tensors(*modules)
@@ -49,12 +52,12 @@ class Weights:
         self.received_gradient = False
         for t in self.tensors:
             if t.requires_grad and t.is_leaf:
-                # the tensor outlives this object and must neither keep it nor call it then
+                # the tensor may outlive this object: its hook must not keep the object alive
                 weakref.finalize(self, watch(t, weakref.ref(self)).remove)
 
-    @torch.compiler.disable  # a trace would take the counts of today for those of every call
+    @torch.compiler.disable  # a trace would freeze the counts of its first call
     def check(self, *modules: nn.Module) -> None:
-        """Raises ValueError unless the tensors of `modules` are these, unchanged."""
+        """Raises ValueError unless the tensors of `modules` are the same ones, unchanged."""
         now = tensors(*modules)
         same = len(now) == len(self.tensors)
         if not same or any(a is not b for a, b in zip(now, self.tensors, strict=True)):
@@ -69,15 +72,18 @@ class Weights:
 
 
 def tensors(*modules: nn.Module) -> list[Tensor]:
-    """Every parameter and buffer."""
+    """Every parameter and buffer of the modules."""
     return [t for m in modules for t in (*m.parameters(), *m.buffers())]
 
 
 def watch(t: Tensor, weights: weakref.ref):
-    """Marks the weights when `t` receives a gradient; fused optimizers do not count as a write."""
+    """The handle of a hook that marks the weights as soon as `t` receives a gradient.
+
+    Autograd does not count the writes of fused optimizers.
+    """
 
     def mark(_) -> None:
-        if (found := weights()) is not None:
-            found.received_gradient = True
+        if (alive := weights()) is not None:
+            alive.received_gradient = True
 
     return t.register_post_accumulate_grad_hook(mark)

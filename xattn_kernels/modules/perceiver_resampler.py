@@ -1,4 +1,4 @@
-"""`PerceiverResampler`: any number of media tokens becomes a fixed number of latents."""
+"""`PerceiverResampler`: latents, fixed in number, read any number of media tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .masked_cross_attention import (
 
 
 class PerceiverAttention(nn.Module):
-    """Latents attend to media and to themselves, both normed, without biases.
+    """The attention of latents to media and to themselves, both normed, without biases.
 
     Arguments, parameters and source are those of a layer of `PerceiverResampler`.
     """
@@ -29,44 +29,48 @@ class PerceiverAttention(nn.Module):
         check_choice("backend", backend, None, *BACKENDS)
         super().__init__()
         self.dim_head, self.backend = dim_head, backend
-        made = dict(device=device, dtype=dtype)
-        self.norm_media = nn.LayerNorm(dim, **made)
-        self.norm_latents = nn.LayerNorm(dim, **made)
-        self.to_q = nn.Linear(dim, heads * dim_head, bias=False, **made)
-        self.to_kv = nn.Linear(dim, 2 * heads * dim_head, bias=False, **made)
-        self.to_out = nn.Linear(heads * dim_head, dim, bias=False, **made)
+        factory = dict(device=device, dtype=dtype)
+        self.norm_media = nn.LayerNorm(dim, **factory)
+        self.norm_latents = nn.LayerNorm(dim, **factory)
+        self.to_q = nn.Linear(dim, heads * dim_head, bias=False, **factory)
+        self.to_kv = nn.Linear(dim, 2 * heads * dim_head, bias=False, **factory)
+        self.to_out = nn.Linear(heads * dim_head, dim, bias=False, **factory)
 
     @staticmethod
     def attention_sides(x: Tensor, latents: Tensor, *_) -> tuple[Tensor, Tensor]:
-        """(queries' side, keys' side), for those who watch the layer."""
+        """The inputs of the queries and of the keys, for a monitor of the layer."""
         return latents, x
 
     def forward(self, x: Tensor, latents: Tensor, mask: KeyInterval | None = None) -> Tensor:
-        """x [B, n, dim], latents [B, m, dim] -> [B, m, dim]; `mask` is over [latents; x]."""
+        """The new latents [B, m, dim] of x [B, n, dim] and latents [B, m, dim].
+
+        The keys of `mask` are [latents; x].
+        """
         x, latents = self.norm_media(x), self.norm_latents(latents)
         q = split_heads(self.to_q(latents), self.dim_head)
-        # The originals have the latents last; attention does not mind the order of its keys, and
-        # here the padding of x is at the end, so that what is left is an interval.
+        # The originals have the latents last. Attention does not depend on the order of its keys,
+        # and here the padding of x is at the end, so that the other keys are an interval.
         k, v = self.to_kv(torch.cat((latents, x), dim=1)).chunk(2, dim=-1)
         k, v = split_heads(k, self.dim_head), split_heads(v, self.dim_head)
         return self.to_out(merge_heads(cross_attention(q, k, v, mask=mask, backend=self.backend)))
 
 
 class PerceiverResampler(nn.Module):
-    """Learned latents read media of any size: `depth` layers of cross-attention and feed-forward.
+    """The latents of media of any size: `depth` layers of cross-attention and feed-forward.
 
-    One class for both published modules; state dicts load. They differ in their embeddings:
+    The class stands for both published modules, whose state dicts load. Their embeddings differ:
 
-        lucidrains      num_media_embeds (there 4)    media_pos_emb [num_media_embeds, 1, dim]
+        lucidrains      num_media_embeds (4)          media_pos_emb [num_media_embeds, 1, dim]
         OpenFlamingo    max_num_media                 media_time_embs [max_num_media, 1, dim]
                         max_num_frames                frame_embs [max_num_frames, dim]
 
-    The first two do the same under two names, so one of them at most; what is None is not added.
+    The first two are one embedding under two names, so at most one of them may be set. An argument
+    that is None adds no embedding.
 
     Args:
         dim, depth, dim_head, heads: width, number of layers, width and number of heads.
-        num_latents: latents per media.
-        ff_mult: hidden width of the feed-forward by dim, rounded down.
+        num_latents: number of latents per media.
+        ff_mult: hidden width of the feed-forward as a multiple of dim, rounded down.
         backend: "triton", "cuda", "torch" or "eager" for every call; None chooses for each.
 
     Raises:
@@ -95,30 +99,30 @@ class PerceiverResampler(nn.Module):
         check_sizes(**{name: n for name, n in named.items() if n is not None})
         super().__init__()
         self.dim = dim
-        made = dict(device=device, dtype=dtype)
-        self.latents = nn.Parameter(torch.randn(num_latents, dim, **made))
+        factory = dict(device=device, dtype=dtype)
+        self.latents = nn.Parameter(torch.randn(num_latents, dim, **factory))
         for name, shape in embeddings.items():
-            new = None if shape[0] is None else nn.Parameter(torch.randn(shape, **made))
+            new = None if shape[0] is None else nn.Parameter(torch.randn(shape, **factory))
             self.register_parameter(name, new)
         options = dict(dim=dim, dim_head=dim_head, heads=heads, backend=backend)
         self.layers = nn.ModuleList()
         for _ in range(depth):
-            attend = PerceiverAttention(**options, **made)
-            self.layers.append(nn.ModuleList([attend, feed_forward(dim, ff_mult, **made)]))
-        self.norm = nn.LayerNorm(dim, **made)
+            attend = PerceiverAttention(**options, **factory)
+            self.layers.append(nn.ModuleList([attend, feed_forward(dim, ff_mult, **factory)]))
+        self.norm = nn.LayerNorm(dim, **factory)
 
     def forward(self, x: Tensor, key_lengths: Tensor | None = None) -> Tensor:
-        """[B, T, num_latents, dim] for T media, normed.
+        """The normed latents [B, T, num_latents, dim] of T media.
 
         Args:
             x: [B, n, dim] (T is 1), [B, T, n, dim], or frames [B, T, F, v, dim]. T and F are at
-                most the number of their embeddings, where there are any.
-            key_lengths: int32 or int64 [B, T], or [B] for a 3-D x: the real tokens of each media,
-                the first of its n or F * v; the rest is padding, finite and otherwise arbitrary,
-                that no latent reads. None: all are real.
+                most the number of their embeddings, if they have any.
+            key_lengths: int32 or int64 [B, T], or [B] for a 3-D x: the number of real tokens of
+                each media, the first of its n or F * v. The others are padding, finite and
+                otherwise arbitrary, that no latent reads. With None all tokens are real.
 
         Raises:
-            TypeError, ValueError: an argument of a wrong type, shape, dtype or range.
+            TypeError, ValueError: an argument has a wrong type, shape, dtype or range.
         """
         x = self._embed(x)
         B, T, n, _ = x.shape
@@ -131,7 +135,7 @@ class PerceiverResampler(nn.Module):
         return self.norm(latents).unflatten(0, (B, T))
 
     def _embed(self, x) -> Tensor:
-        """[B, T, n, dim] with what there is of embeddings."""
+        """x as [B, T, n, dim] plus the embeddings that exist; raises unless x fits the module."""
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise TypeError(f"x must be a floating-point tensor, got {kind(x)}")
         if x.dim() not in (3, 4, 5) or x.shape[-1] != self.dim:
@@ -151,6 +155,7 @@ class PerceiverResampler(nn.Module):
         return x
 
     def _mask(self, key_lengths, B: int, T: int, n: int, device) -> KeyInterval:
+        """The mask over [latents; real tokens]; raises unless `key_lengths` fits."""
         if not isinstance(key_lengths, Tensor):
             raise TypeError(f"key_lengths must be an integer tensor, got {kind(key_lengths)}")
         shape = list(key_lengths.shape)
@@ -164,8 +169,8 @@ class PerceiverResampler(nn.Module):
         return KeyInterval(real.start, real.stop + len(self.latents))
 
 
-def first(what: str, embedding: Tensor, n: int) -> Tensor:
-    """The embeddings of the first n; raises when there are not as many."""
+def first(name: str, embedding: Tensor, n: int) -> Tensor:
+    """The first n embeddings; raises if there are fewer."""
     if n > len(embedding):
-        raise ValueError(f"x has {n} {what}, more than the {len(embedding)} with an embedding")
+        raise ValueError(f"x has {n} {name}, more than the {len(embedding)} with an embedding")
     return embedding[:n]
