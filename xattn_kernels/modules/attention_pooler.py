@@ -1,4 +1,4 @@
-"""`AttentionPooler`, CoCa's learned queries over an image, and its cross-attention."""
+"""`AttentionPooler`, the learned queries of CoCa over an image, and its cross-attention."""
 
 from __future__ import annotations
 
@@ -22,24 +22,25 @@ from .masked_cross_attention import (
 )
 from .multihead_attention import MultiheadAttention
 
-# what lucidrains' whole model calls the parts of its pooler
+# the names of the parts of the pooler in the whole model of lucidrains, and their names here
 PUBLISHED = {"img_queries": "query", "img_attn_pool.": "attn.", "img_attn_pool_norm.": "norm."}
 
 
 class CoCaCrossAttention(nn.Module):
-    """Cross-attention with one key and value head for all query heads, no biases.
+    """A cross-attention with one key and value head for all query heads, without biases.
 
-        x' = norm(x)        out = attn(x', context) + ff(x')        the second only with parallel_ff
+        x' = norm(x)        out = attn(x', context) + ff(x')        ff only with parallel_ff
 
-    Parameters `norm`, `context_norm` (each `gamma`, and a buffer `beta` of zeros), `to_q`, `to_kv`
-    (keys first), `to_out` and `ff.0`, `ff.2`; state dicts of lucidrains' module load. The
-    residual, where there is one, is the caller's.
+    The parameters are `norm`, `context_norm` (each with `gamma` and a buffer `beta` of zeros),
+    `to_q`, `to_kv` (keys first), `to_out`, `ff.0` and `ff.2`; state dicts of the module of
+    lucidrains load. A residual is left to the user of the module.
 
     Args:
-        dim, context_dim: widths of x and of the context; context_dim=None is dim.
+        dim, context_dim: widths of x and of the context; context_dim=None means dim.
         dim_head, heads: width and number of the query heads.
-        parallel_ff, ff_mult: a SwiGLU feed-forward on the same normed x, its hidden width by dim.
-        norm_context: the context is normed too.
+        parallel_ff: whether a SwiGLU feed-forward reads the same normed x.
+        ff_mult: hidden width of this feed-forward as a multiple of dim.
+        norm_context: whether the context has a norm too.
         backend: "triton", "cuda", "torch" or "eager" for every call; None chooses for each.
 
     Raises:
@@ -62,19 +63,22 @@ class CoCaCrossAttention(nn.Module):
         super().__init__()
         self.dim, self.context_dim, self.dim_head = dim, context_dim, dim_head
         self.backend = backend
-        made = dict(device=device, dtype=dtype)
-        self.norm = GammaNorm(dim, **made)
-        self.context_norm = GammaNorm(context_dim, **made) if norm_context else nn.Identity()
-        self.to_q = nn.Linear(dim, heads * dim_head, bias=False, **made)
-        self.to_kv = nn.Linear(context_dim, 2 * dim_head, bias=False, **made)
-        self.to_out = nn.Linear(heads * dim_head, dim, bias=False, **made)
+        factory = dict(device=device, dtype=dtype)
+        self.norm = GammaNorm(dim, **factory)
+        self.context_norm = GammaNorm(context_dim, **factory) if norm_context else nn.Identity()
+        self.to_q = nn.Linear(dim, heads * dim_head, bias=False, **factory)
+        self.to_kv = nn.Linear(context_dim, 2 * dim_head, bias=False, **factory)
+        self.to_out = nn.Linear(heads * dim_head, dim, bias=False, **factory)
         hidden = ff_mult * dim
-        widen = nn.Linear(dim, 2 * hidden, bias=False, **made) if parallel_ff else None
-        narrow = nn.Linear(hidden, dim, bias=False, **made) if parallel_ff else None
+        widen = nn.Linear(dim, 2 * hidden, bias=False, **factory) if parallel_ff else None
+        narrow = nn.Linear(hidden, dim, bias=False, **factory) if parallel_ff else None
         self.ff = nn.Sequential(widen, GateLast(), narrow) if parallel_ff else None
 
     def forward(self, x: Tensor, context: Tensor, *, mask=None) -> Tensor:
-        """x [B, N, dim], context [B, Nk, context_dim] -> [B, N, dim]; mask as `cross_attention`."""
+        """The result [B, N, dim] of x [B, N, dim] and context [B, Nk, context_dim].
+
+        `mask` is as in `cross_attention`.
+        """
         check_tensor("x", x, "[B, N, dim]", self.dim, self.to_q.weight)
         check_context(context, self.context_dim, self.to_kv.weight)
         if x.shape[0] != context.shape[0]:
@@ -84,7 +88,7 @@ class CoCaCrossAttention(nn.Module):
         return self.attend(self.norm(x), context, mask)
 
     def attend(self, x: Tensor, context: Tensor, mask) -> Tensor:
-        """`forward` of an x that is normed and of any batch that broadcasts to the context's."""
+        """`forward` for a normed x, whose batch may be 1 for any batch of the context."""
         q = split_heads(self.to_q(x), self.dim_head).expand(context.shape[0], -1, -1, -1)
         k, v = self.to_kv(self.context_norm(context)).chunk(2, dim=-1)
         k, v = split_heads(k, self.dim_head), split_heads(v, self.dim_head)
@@ -93,22 +97,23 @@ class CoCaCrossAttention(nn.Module):
 
 
 class AttentionPooler(nn.Module):
-    """Learned queries attend once to image tokens: 1 for an embedding, 256 for a captioner.
+    """Learned queries that attend once to image tokens: 1 for an embedding, 256 for a captioner.
 
-    In two published forms, whose state dicts load:
+    The module has two published forms, whose state dicts load:
 
         one_kv_head=False   open_clip's: `query` [n_queries, dim], `ln_q`, `ln_k` and `attn`, a
-                            `MultiheadAttention`, with biases; a layer norm before it on both sides
-        one_kv_head=True    lucidrains': `query`, `attn`, a `CoCaCrossAttention` that norms both
-                            sides, and `norm` on what it returns; also under the names of his whole
+                            `MultiheadAttention` with biases, behind a layer norm on both sides
+        one_kv_head=True    lucidrains': `query`, `attn`, a `CoCaCrossAttention` with a norm on both
+                            sides, and `norm` on its result; also under the names in his whole
                             model, `img_queries`, `img_attn_pool`, `img_attn_pool_norm`
 
     Args:
-        dim, context_dim: widths of the result and of the image tokens; context_dim=None is dim.
-        heads: query heads.
-        n_queries: rows of the result.
-        one_kv_head: see above.
-        dim_head: width of a head; without one_kv_head it is dim / heads and not an argument.
+        dim, context_dim: widths of the result and of the image tokens; context_dim=None means dim.
+        heads: number of query heads.
+        n_queries: number of rows of the result.
+        one_kv_head: whether the form is the second one above.
+        dim_head: width of a head; None means 64. Without one_kv_head it must be None, and the width
+            is dim / heads.
         backend: "triton", "cuda", "torch" or "eager" for every call; None chooses for each.
 
     Raises:
@@ -132,26 +137,27 @@ class AttentionPooler(nn.Module):
             raise ValueError(f"heads must divide dim = {dim}, got {heads}")
         super().__init__()
         self.dim, self.context_dim, self.one_kv_head = dim, context_dim, one_kv_head
-        made = dict(device=device, dtype=dtype)
-        self.query = nn.Parameter(torch.randn(n_queries, dim, **made))
+        factory = dict(device=device, dtype=dtype)
+        self.query = nn.Parameter(torch.randn(n_queries, dim, **factory))
         if one_kv_head:
             self.attn = CoCaCrossAttention(
                 dim=dim, context_dim=context_dim, dim_head=64 if dim_head is None else dim_head,
-                heads=heads, norm_context=True, backend=backend, **made,
+                heads=heads, norm_context=True, backend=backend, **factory,
             )  # fmt: skip
-            self.norm = GammaNorm(dim, **made)
+            self.norm = GammaNorm(dim, **factory)
             self.register_load_state_dict_pre_hook(rename_published)
         else:
             self.attn = MultiheadAttention(
                 dim, heads, kdim=context_dim, vdim=context_dim, batch_first=True, backend=backend,
-                **made,
+                **factory,
             )  # fmt: skip
-            self.ln_q, self.ln_k = nn.LayerNorm(dim, **made), nn.LayerNorm(context_dim, **made)
+            self.ln_q = nn.LayerNorm(dim, **factory)
+            self.ln_k = nn.LayerNorm(context_dim, **factory)
 
     def forward(self, context: Tensor, *, mask: KeyInterval | None = None) -> Tensor:
-        """context [B, Nk, context_dim] -> [B, n_queries, dim].
+        """The pooled tokens [B, n_queries, dim] of context [B, Nk, context_dim].
 
-        `mask`: the tokens that each query reads, such as `masks.padding(lengths)`; None: all.
+        `mask`: the tokens that each query reads, such as `masks.padding(lengths)`; None means all.
         """
         check_context(context, self.context_dim, self.query)
         if mask is not None and not isinstance(mask, KeyInterval):
@@ -163,7 +169,7 @@ class AttentionPooler(nn.Module):
 
 
 class GammaNorm(nn.Module):
-    """LayerNorm with a weight `gamma` and, as the bias, a buffer `beta` that is not learned."""
+    """A LayerNorm with a weight `gamma` and, as the bias, a buffer `beta` that is not learned."""
 
     def __init__(self, dim: int, device=None, dtype=None) -> None:
         super().__init__()
@@ -175,7 +181,7 @@ class GammaNorm(nn.Module):
 
 
 class GateLast(nn.Module):
-    """a * silu(b) of the halves a, b of the last dimension."""
+    """The product a * silu(b) of the halves a, b of the last dimension."""
 
     def forward(self, x: Tensor) -> Tensor:
         a, b = x.chunk(2, dim=-1)
@@ -183,12 +189,14 @@ class GateLast(nn.Module):
 
 
 def check_context(context, width: int, weight: Tensor) -> None:
+    """Raises unless `context` is [B, Nk, width] on the device and in the dtype of `weight`."""
     check_tensor("context", context, "[B, Nk, context_dim]", width, weight)
 
 
 def rename_published(module: nn.Module, state_dict: dict, prefix: str, *_) -> None:
+    """Gives the weights of the whole model of lucidrains the names of this module, in place."""
     for name in [n for n in state_dict if n.startswith(prefix)]:
-        for theirs, ours in PUBLISHED.items():
-            if name.startswith(prefix + theirs):
-                tail = name[len(prefix + theirs) :]
-                state_dict[prefix + ours + tail] = state_dict.pop(name)
+        for published, renamed in PUBLISHED.items():
+            if name.startswith(prefix + published):
+                tail = name[len(prefix + published) :]
+                state_dict[prefix + renamed + tail] = state_dict.pop(name)

@@ -1,4 +1,4 @@
-"""Where two modalities meet: `EarlyFusion`, `MidFusion` and `LateFusion`."""
+"""The fusion of two modalities: `EarlyFusion`, `MidFusion` and `LateFusion`."""
 
 from __future__ import annotations
 
@@ -29,15 +29,17 @@ POOLS = ("mean", "attention")
 
 
 class FusedTokens(NamedTuple):
-    """vision [B, Nv, dim] and text [B, Nt, dim]; rows of padding are arbitrary."""
+    """The tokens vision [B, Nv, dim] and text [B, Nt, dim]; rows of padding are arbitrary."""
 
     vision: Tensor
     text: Tensor
 
 
 class FusedPair(NamedTuple):
-    """vision and text [B, dim], each from its own side alone, and what they make together:
-    merged [B, dim], or [B, 2 dim] of merge="concat"."""
+    """The vectors vision and text [B, dim], each from one side alone, and their merger.
+
+    merged is [B, dim], or [B, 2 dim] with merge="concat".
+    """
 
     vision: Tensor
     text: Tensor
@@ -45,24 +47,24 @@ class FusedPair(NamedTuple):
 
 
 class EarlyFusion(nn.Module):
-    """One transformer over the tokens of both modalities, each of which may attend to all.
+    """A transformer over the tokens of both modalities, where a token may attend to all tokens.
 
         x = [vision_proj(vision) + type_0 ; text_proj(text) + type_1]
         x = x + self_attn(norm1(x))        x = x + linear2(gelu(linear1(norm2(x))))       per layer
         out = norm(x)
 
-    No matrix of a mask exists: real tokens of vision are moved behind their padding, so that the
-    real tokens of a pair are neighbours and every row sees one interval of keys. `layers` and
+    No mask matrix exists: the module moves the real tokens of vision behind their padding, so that
+    the real tokens of a pair are neighbours and every row sees one interval of keys. `layers` and
     `norm` have the parameters of `nn.TransformerEncoder` with norm_first=True, and its state dicts
-    load into them; the projections are there where a width is not `dim`.
+    load into them. A projection exists only where a width is not `dim`.
 
     Args:
-        dim, depth, heads: of the transformer.
-        dim_visual, dim_text: widths of the tokens; None is dim, without a projection.
-        causal_text: text sees the image and the text up to itself, and the image itself alone, as
-            a language model with a prefix does (SimVLM); False: every token sees every other one
-            (VisualBERT).
-        ff_mult: hidden width of the feed-forwards by dim.
+        dim, depth, heads: width, number of layers and heads of the transformer.
+        dim_visual, dim_text: widths of the tokens; None means dim.
+        causal_text: whether a word sees only the image and the text up to itself, and the image
+            only itself, as in a language model with a prefix (SimVLM). With False every token sees
+            every other one (VisualBERT).
+        ff_mult: hidden width of the feed-forwards as a multiple of dim.
         norm_eps: eps of the LayerNorms.
         backend: "triton", "cuda", "torch" or "eager" for every call; None chooses for each.
 
@@ -89,16 +91,17 @@ class EarlyFusion(nn.Module):
         check_choice("backend", backend, None, *BACKENDS)
         super().__init__()
         self.dim_visual, self.dim_text, self.causal_text = dim_visual, dim_text, causal_text
-        made = dict(device=device, dtype=dtype)
+        factory = dict(device=device, dtype=dtype)
         self.vision_proj, self.text_proj = (
-            nn.Identity() if width == dim else nn.Linear(width, dim, **made)
+            nn.Identity() if width == dim else nn.Linear(width, dim, **factory)
             for width in (dim_visual, dim_text)
         )
-        self.type_embeddings = nn.Parameter(torch.randn(2, dim, **made) * 0.02)
+        self.type_embeddings = nn.Parameter(torch.randn(2, dim, **factory) * 0.02)
         self.layers = nn.ModuleList(
-            EncoderLayer(dim, heads, ff_mult * dim, norm_eps, backend, **made) for _ in range(depth)
+            EncoderLayer(dim, heads, ff_mult * dim, norm_eps, backend, **factory)
+            for _ in range(depth)
         )
-        self.norm = nn.LayerNorm(dim, eps=norm_eps, **made)
+        self.norm = nn.LayerNorm(dim, eps=norm_eps, **factory)
 
     def forward(
         self,
@@ -108,14 +111,15 @@ class EarlyFusion(nn.Module):
         vision_lengths: Tensor | None = None,
         text_lengths: Tensor | None = None,
     ) -> FusedTokens:
-        """vision [B, Nv, dim_visual], text [B, Nt, dim_text], positions in them already.
+        """The fused tokens of vision [B, Nv, dim_visual] and text [B, Nt, dim_text].
 
         Args:
-            vision_lengths, text_lengths: int32 or int64 [B], the real tokens of each; the rest is
-                padding on the right that no row sees. None: all are real. Nv or Nt may be 0.
+            vision, text: tokens that include their position embeddings; Nv or Nt may be 0.
+            vision_lengths, text_lengths: int32 or int64 [B], the number of real tokens of each. The
+                others are padding on the right that no row sees. With None all tokens are real.
 
         Raises:
-            TypeError, ValueError: an argument of a wrong type, shape, dtype or range.
+            TypeError, ValueError: an argument has a wrong type, shape, dtype or range.
         """
         lengths = check_pair(self, vision, text, vision_lengths, text_lengths)
         Nv, Nt = vision.shape[1], text.shape[1]
@@ -123,8 +127,9 @@ class EarlyFusion(nn.Module):
         if lengths[0] is not None:
             places, back = behind_padding(lengths[0], Nv)
             vision = vision.gather(1, places[..., None].expand_as(vision))
-        of_vision, of_text = self.type_embeddings
-        x = torch.cat((self.vision_proj(vision) + of_vision, self.text_proj(text) + of_text), dim=1)
+        vision_type, text_type = self.type_embeddings
+        vision, text = self.vision_proj(vision) + vision_type, self.text_proj(text) + text_type
+        x = torch.cat((vision, text), dim=1)
         mask = joint_mask(Nv, Nt, *lengths, self.causal_text, x.device)
         for layer in self.layers:
             x = layer(x, mask)
@@ -140,32 +145,34 @@ class EncoderLayer(nn.Module):
 
     def __init__(self, dim, heads, hidden, eps, backend, device=None, dtype=None) -> None:
         super().__init__()
-        made = dict(device=device, dtype=dtype)
-        self.self_attn = MultiheadAttention(dim, heads, batch_first=True, backend=backend, **made)
-        self.linear1 = nn.Linear(dim, hidden, **made)
-        self.linear2 = nn.Linear(hidden, dim, **made)
-        self.norm1, self.norm2 = (nn.LayerNorm(dim, eps=eps, **made) for _ in range(2))
+        factory = dict(device=device, dtype=dtype)
+        self.self_attn = MultiheadAttention(
+            dim, heads, batch_first=True, backend=backend, **factory
+        )
+        self.linear1 = nn.Linear(dim, hidden, **factory)
+        self.linear2 = nn.Linear(hidden, dim, **factory)
+        self.norm1, self.norm2 = (nn.LayerNorm(dim, eps=eps, **factory) for _ in range(2))
 
     def forward(self, x: Tensor, mask: KeyInterval | None) -> Tensor:
-        """x [B, N, dim] -> the same."""
+        """The tokens [B, N, dim] after this layer, in the shape of x."""
         y = self.norm1(x)
         x = x + self.self_attn(y, y, y, need_weights=False, mask=mask)[0]
         return x + self.linear2(F.gelu(self.linear1(self.norm2(x))))
 
 
 class MidFusion(nn.Module):
-    """The layers of a language model, with a gated cross-attention block before every n-th.
+    """The layers of a language model, with a gated cross-attention block before every n-th layer.
 
         x = blocks[i / every](x, media)  where every divides i        x = layers[i](x)
 
-    The gates of the blocks start at 0, so that it begins as the language model itself, bit for bit.
-    The layers are the caller's modules, not copies; they stay trainable unless they are frozen
-    (`freeze`, `requires_grad_`).
+    The gates of the blocks start at 0, so that the module begins as the language model itself, bit
+    for bit. The layers are the modules in the argument, not copies; they stay trainable unless they
+    are frozen (`freeze`, `requires_grad_`).
 
     Args:
         layers: modules that take x [B, N, dim] and return it, or a tuple that begins with it.
-        dim, dim_visual: widths of x and of the media; dim_visual=None is dim.
-        every: a block before the layers 0, every, 2 every, ...
+        dim, dim_visual: widths of x and of the media; dim_visual=None means dim.
+        every: the distance of blocks, which are before the layers 0, every, 2 every, ...
         block_options: the other arguments of `GatedCrossAttentionBlock`, such as `heads`.
 
     Raises:
@@ -199,15 +206,15 @@ class MidFusion(nn.Module):
         use_cached_media: bool = False,
         **layer_options,
     ) -> Tensor:
-        """x [B, N, dim] -> [B, N, dim].
+        """The result [B, N, dim] of the layers and blocks for x [B, N, dim].
 
         Args:
-            media: [B, T, n, dim_visual], T media of n tokens each, or what `cache_media` returned.
+            media: [B, T, n, dim_visual], T media of n tokens each, or the result of `cache_media`.
             media_locations, use_cached_media: as in `GatedCrossAttentionBlock`.
-            layer_options: arguments of every layer, such as its mask.
+            layer_options: arguments for every layer, such as its mask.
 
         Raises:
-            TypeError, ValueError: as of `GatedCrossAttentionBlock`.
+            TypeError, ValueError: the errors of `GatedCrossAttentionBlock`.
         """
         caches = isinstance(media, list)
         if caches and len(media) != len(self.blocks):
@@ -217,34 +224,33 @@ class MidFusion(nn.Module):
         for i, layer in enumerate(self.layers):
             if i % self.every == 0:
                 n = i // self.every
-                seen = media[n] if caches else media
-                x = self.blocks[n](x, seen, media_locations, use_cached_media)
+                block_media = media[n] if caches else media
+                x = self.blocks[n](x, block_media, media_locations, use_cached_media)
             x = layer(x, **layer_options)
             x = x[0] if isinstance(x, tuple) else x
         return x
 
     def cache_media(self, media: Tensor) -> list[MediaCache]:
-        """The projected media of each block, for calls with the same media."""
+        """The projected media of each block, to pass to `forward` in place of `media`."""
         return [block.cache_media(media) for block in self.blocks]
 
 
 class LateFusion(nn.Module):
-    """Each modality becomes one vector by itself; only these two meet.
+    """A merger of two modalities, each of which becomes one vector before they meet.
 
         a = vision_proj(pool(vision))       b = text_proj(pool(text))
         merged = [a ; b], a + b, or a * b
 
-    Nothing of one side depends on the other before the merge, so that either can be computed
-    ahead and stored; `itc_loss(a, b)` trains them to find each other, a head on `merged` to decide
-    about the pair.
+    Neither vector depends on the other side, so either can be computed ahead and stored.
+    `itc_loss(a, b)` trains the vectors to find each other, a head on `merged` to judge the pair.
 
     Args:
         dim: width of both vectors.
-        dim_visual, dim_text: widths of the tokens; None is dim.
+        dim_visual, dim_text: widths of the tokens; None means dim.
         merge: "concat", "add" or "product".
-        pool: "mean" of the real tokens, or "attention", an `AttentionPooler` of one query for each
-            side, whose width is that of the tokens.
-        heads: of the poolers; only with pool="attention".
+        pool: "mean" of the real tokens, or "attention", an `AttentionPooler` with one query for
+            each side, as wide as its tokens.
+        heads: number of heads of the poolers; only with pool="attention".
         backend: "triton", "cuda", "torch" or "eager" for every call; None chooses for each.
 
     Raises:
@@ -268,15 +274,15 @@ class LateFusion(nn.Module):
             raise ValueError(f"heads must be None without pool='attention', else not, got {heads}")
         super().__init__()
         self.dim_visual, self.dim_text, self.merge = dim_visual, dim_text, merge
-        made = dict(device=device, dtype=dtype)
+        factory = dict(device=device, dtype=dtype)
         self.vision_pool, self.text_pool = None, None
         if pool == "attention":
             self.vision_pool, self.text_pool = (
-                AttentionPooler(dim=width, heads=heads, n_queries=1, backend=backend, **made)
+                AttentionPooler(dim=width, heads=heads, n_queries=1, backend=backend, **factory)
                 for width in (dim_visual, dim_text)
             )
-        self.vision_proj = nn.Linear(dim_visual, dim, bias=False, **made)
-        self.text_proj = nn.Linear(dim_text, dim, bias=False, **made)
+        self.vision_proj = nn.Linear(dim_visual, dim, bias=False, **factory)
+        self.text_proj = nn.Linear(dim_text, dim, bias=False, **factory)
 
     def forward(
         self,
@@ -286,32 +292,35 @@ class LateFusion(nn.Module):
         vision_lengths: Tensor | None = None,
         text_lengths: Tensor | None = None,
     ) -> FusedPair:
-        """vision [B, Nv, dim_visual], text [B, Nt, dim_text].
+        """The fused pair of vision [B, Nv, dim_visual] and text [B, Nt, dim_text].
 
         Args:
-            vision_lengths, text_lengths: int32 or int64 [B], the real tokens of each; the rest is
-                padding on the right. None: all are real. The mean of none is 0.
+            vision_lengths, text_lengths: int32 or int64 [B], the number of real tokens of each. The
+                others are padding on the right. With None all tokens are real. The mean of no token
+                is 0.
 
         Raises:
-            TypeError, ValueError: an argument of a wrong type, shape, dtype or range.
+            TypeError, ValueError: an argument has a wrong type, shape, dtype or range.
         """
-        of_vision, of_text = check_pair(self, vision, text, vision_lengths, text_lengths)
-        a = self.vision_proj(pooled(self.vision_pool, vision, of_vision))
-        b = self.text_proj(pooled(self.text_pool, text, of_text))
+        vision_lengths, text_lengths = check_pair(self, vision, text, vision_lengths, text_lengths)
+        a = self.vision_proj(pooled(self.vision_pool, vision, vision_lengths))
+        b = self.text_proj(pooled(self.text_pool, text, text_lengths))
         if self.merge == "concat":
             return FusedPair(a, b, torch.cat((a, b), dim=-1))
         return FusedPair(a, b, a + b if self.merge == "add" else a * b)
 
 
 def behind_padding(lengths: Tensor, N: int) -> tuple[Tensor, Tensor]:
-    """(places, back) int64 [B, N]: tokens taken from `places` have their padding on the left, and
-    taken from `back` again are where they were."""
-    here, shift = torch.arange(N, device=lengths.device), N - lengths[:, None]
-    return (here - shift) % max(N, 1), (here + shift) % max(N, 1)
+    """The indices (places, back), int64 [B, N], that move padding to the left and back again.
+
+    A gather of the tokens by `places` moves them, and a gather by `back` undoes it.
+    """
+    position, shift = torch.arange(N, device=lengths.device), N - lengths[:, None]
+    return (position - shift) % max(N, 1), (position + shift) % max(N, 1)
 
 
 def joint_mask(Nv, Nt, vision_lengths, text_lengths, causal_text, device) -> KeyInterval | None:
-    """Of each row among the Nv tokens of vision, padded on the left, and the Nt of text."""
+    """The keys of each row among the Nv tokens of vision, padded on the left, and Nt of text."""
     if vision_lengths is None and text_lengths is None and not causal_text:
         return None
     rows = torch.arange(Nv + Nt, dtype=torch.int32, device=device)
@@ -319,15 +328,15 @@ def joint_mask(Nv, Nt, vision_lengths, text_lengths, causal_text, device) -> Key
     if causal_text:
         mask = KeyInterval(mask.start, (rows + 1).clamp(min=Nv))
     if vision_lengths is not None:
-        seen = masks.padding(vision_lengths, side="left", Nk=Nv)
-        mask &= KeyInterval(seen.start, torch.full_like(seen.start, Nv + Nt))
+        start = masks.padding(vision_lengths, side="left", Nk=Nv).start
+        mask &= KeyInterval(start, torch.full_like(start, Nv + Nt))
     if text_lengths is not None:
         mask &= masks.padding(text_lengths + Nv)
     return mask
 
 
 def pooled(pool: AttentionPooler | None, x: Tensor, lengths: Tensor | None) -> Tensor:
-    """x [B, N, width] -> [B, width], by attention or the mean."""
+    """The vector [B, width] of the tokens x [B, N, width], by attention or as their mean."""
     if pool is not None:
         return pool(x, mask=None if lengths is None else masks.padding(lengths))[:, 0]
     N = x.shape[1]
@@ -342,13 +351,13 @@ def pooled(pool: AttentionPooler | None, x: Tensor, lengths: Tensor | None) -> T
 def check_pair(
     module: nn.Module, vision, text, vision_lengths, text_lengths
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The lengths as int32. Raises naming the argument, what it was and what is allowed."""
+    """The lengths as int32; raises unless tensors and lengths fit `module` and each other."""
     weight = next(module.parameters())
     check_tensor("vision", vision, "[B, Nv, dim_visual]", module.dim_visual, weight)
     check_tensor("text", text, "[B, Nt, dim_text]", module.dim_text, weight)
     if len(vision) != len(text):
         raise ValueError(f"the batch of text, {len(text)}, must be that of vision, {len(vision)}")
-    found = []
+    checked = []
     for name, lengths, t in (("vision", vision_lengths, vision), ("text", text_lengths, text)):
         if lengths is not None:
             lengths = masks.check_lengths(f"{name}_lengths", lengths, most=t.shape[1])
@@ -357,5 +366,5 @@ def check_pair(
                     f"{name}_lengths must be [B] = [{len(t)}] on {t.device}, got "
                     f"{list(lengths.shape)} on {lengths.device}"
                 )
-        found.append(lengths)
-    return tuple(found)
+        checked.append(lengths)
+    return tuple(checked)

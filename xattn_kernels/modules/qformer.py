@@ -1,4 +1,4 @@
-"""`QFormer`: learned queries read an image for a text, in layers of BERT."""
+"""`QFormer`: learned queries read an image for a text, in the layers of a BERT."""
 
 from __future__ import annotations
 
@@ -32,29 +32,31 @@ OBJECTIVES = ("itc", "itm", "itg")
 
 
 class QFormer(nn.Module):
-    """Learned queries read image features, and share their self-attention with a text.
+    """Learned queries that read image features and share their self-attention with a text.
 
-    Layers of BERT, normed after each sum; of the rows h = layernorm([query_tokens; embeddings]),
+    The layers are those of BERT, with a norm after each sum, on h = LN([query_tokens; embeddings]):
 
         h       = LN(h + attention(h, h))                        with the mask of the objective
         queries = LN(queries + crossattention(queries, image))   every cross_attention_every layers
         queries = LN(queries + ff_query(queries))                text = LN(text + ff(text))
 
-    Parameters have the names of Hugging Face's `Blip2QFormerModel`, with `query_tokens` and
-    `embeddings` beside them; those of `Blip2ForImageTextRetrieval` load with their prefix
-    `qformer.`, and `load_bert` starts from a BERT.
+    The parameters have the names of `Blip2QFormerModel` of Hugging Face, plus `query_tokens` and
+    `embeddings`. State dicts of `Blip2ForImageTextRetrieval` load with their prefix `qformer.`, and
+    `load_bert` starts from a BERT.
 
     Args:
-        dim, depth, heads: width, number of layers, heads of every attention.
-        dim_visual: width of the image features; None is dim.
-        num_queries: learned queries.
-        cross_attention_every: layers 0, n, 2n, ... have cross-attention.
-        ff_mult: hidden width of the feed-forwards by dim; their activation is the exact GELU.
-        vocab_size: of the text; None is a module of queries alone, without `embeddings` and
-            without the feed-forwards of the text.
-        max_positions: longest text.
+        dim, depth, heads: width, number of layers, and heads of every attention.
+        dim_visual: width of the image features; None means dim.
+        num_queries: number of learned queries.
+        cross_attention_every: the n by which layers 0, n, 2n, ... have cross-attention.
+        ff_mult: hidden width of the feed-forwards as a multiple of dim; the activation is the exact
+            GELU.
+        vocab_size: number of words; None means queries alone, without `embeddings` and without the
+            feed-forwards of the text.
+        max_positions: length of the longest text.
         norm_eps: eps of the LayerNorms.
-        dropout: in training, of attention weights, embeddings and what layers add; BLIP-2's is 0.1.
+        dropout: probability, in training, for attention weights, embeddings and the results that
+            layers add; 0.1 in BLIP-2.
         backend: "triton", "cuda", "torch" or "eager" for every call; None chooses for each: with
             dropout on a CPU "eager".
 
@@ -80,20 +82,21 @@ class QFormer(nn.Module):
         super().__init__()
         self.hidden_dropout = dropout
         self.dim, self.dim_visual, self.heads = dim, dim_visual, heads
-        made = dict(device=device, dtype=dtype)
-        self.query_tokens = nn.Parameter(torch.empty(1, num_queries, dim, **made))
+        factory = dict(device=device, dtype=dtype)
+        self.query_tokens = nn.Parameter(torch.empty(1, num_queries, dim, **factory))
         self.embeddings = None
         if vocab_size is not None:
             sizes = dict(word_embeddings=vocab_size, position_embeddings=max_positions)
-            tables = {name: nn.Embedding(n, dim, **made) for name, n in sizes.items()}
+            tables = {name: nn.Embedding(n, dim, **factory) for name, n in sizes.items()}
             self.embeddings = nn.ModuleDict(tables)
-        self.layernorm = nn.LayerNorm(dim, eps=norm_eps, **made)
+        self.layernorm = nn.LayerNorm(dim, eps=norm_eps, **factory)
         options = dict(heads=heads, ff_mult=ff_mult, eps=norm_eps, dropout=dropout)
-        options |= dict(backend=backend, made=made)
+        options |= dict(backend=backend, factory=factory)
         layers = nn.ModuleList()
         for n in range(depth):
-            looks = n % cross_attention_every == 0
-            layers.append(Layer(dim, dim_visual if looks else None, vocab_size, **options))
+            has_cross_attention = n % cross_attention_every == 0
+            width = dim_visual if has_cross_attention else None
+            layers.append(Layer(dim, width, vocab_size, **options))
         self.encoder = nn.ModuleDict(dict(layer=layers))
         self.apply(start_as_bert)
         nn.init.normal_(self.query_tokens, std=0.02)
@@ -103,22 +106,24 @@ class QFormer(nn.Module):
         self, image_features: Tensor | None = None, input_ids: Tensor | None = None, *,
         objective: str | None = None, text_lengths: Tensor | None = None, image_mask=None,
     ) -> Tensor:  # fmt: skip
-        """[B, num_queries + T, dim]: the rows of the queries, then those of the text.
+        """The rows of the queries, then those of the text: [B, num_queries + T, dim].
 
         Args:
             image_features: [B, Nk, dim_visual]; None runs the text alone, without queries. Without
                 any key (Nk is 0) cross-attention adds the bias of its `output.dense` alone.
             input_ids: int32 or int64 [B, T], positions from 0; None runs the queries alone.
-            objective: "itc", "itm" or "itg", which rows see which as in `masks.qformer`; needed
-                with input_ids.
-            text_lengths: int32 or int64 [B], the real text of each batch; the rest is padding on
-                the right that no row sees. Its own rows are arbitrary. None: all is real.
-            image_mask: image keys that queries attend to, as in `cross_attention`; None: all.
+            objective: "itc", "itm" or "itg", the mask as in `masks.qformer`; required with
+                input_ids.
+            text_lengths: int32 or int64 [B], the length of the real text in each batch element.
+                The tokens after it are padding that no row sees, and their rows of the result are
+                arbitrary. With None all tokens are real.
+            image_mask: the image keys of the queries, as in `cross_attention`; None means all.
 
         Raises:
-            TypeError, ValueError: an argument of a wrong type, shape, dtype or range, or missing.
+            TypeError, ValueError: an argument has a wrong type, shape, dtype or range, or is
+                missing.
         """
-        check_call(self, image_features, input_ids, objective, text_lengths, image_mask)
+        check_arguments(self, image_features, input_ids, objective, text_lengths, image_mask)
         rows, n_queries, mask = [], 0, None
         if image_features is not None:
             n_queries = self.query_tokens.shape[1]
@@ -129,50 +134,54 @@ class QFormer(nn.Module):
             rows.append(self.embeddings["word_embeddings"](input_ids) + position)
             device = input_ids.device
             mask = masks.qformer(objective, n_queries, T, text_lengths, device=device)
-        h = F.dropout(self.layernorm(torch.cat(rows, dim=1)), dropout_of(self))
+        h = F.dropout(self.layernorm(torch.cat(rows, dim=1)), current_dropout(self))
         for layer in self.encoder["layer"]:
             h = layer(h, n_queries, mask, image_features, image_mask)
         return h
 
     def load_bert(self, state_dict: Mapping[str, Tensor]) -> list[str]:
-        """Starts from a BERT of this size, as BLIP-2 does.
+        """Loads the weights of a BERT of this size, as BLIP-2 does, to start from.
 
-        Its feed-forwards become those of the text and of the queries; its tables of token types,
-        pooler and heads are left out.
+        Each feed-forward becomes that of the text and that of the queries. The table of token
+        types, the pooler and the heads are skipped.
 
         Args:
-            state_dict: of Hugging Face's `BertModel`, or of a model that has one as `bert`.
+            state_dict: the weights of a `BertModel` of Hugging Face, or of a model that has one as
+                `bert`.
 
         Returns:
-            The names of the parameters that stay as they were: queries and cross-attention.
+            The names of the unchanged parameters: queries and cross-attention.
 
         Raises:
             TypeError: state_dict is no mapping.
-            ValueError: a weight is missing, or has another shape.
+            ValueError: a weight is missing or has another shape.
         """
         return load_bert(self, state_dict)
 
 
 class Layer(nn.Module):
-    """A layer of `QFormer`; without dim_visual it does not look, without vocab_size has no text."""
+    """A layer of `QFormer`.
+
+    It has no cross-attention if dim_visual is None, and no feed-forward for text if vocab_size is.
+    """
 
     def __init__(
-        self, dim, dim_visual, vocab_size, *, heads, ff_mult, eps, dropout, backend, made
+        self, dim, dim_visual, vocab_size, *, heads, ff_mult, eps, dropout, backend, factory
     ) -> None:
         super().__init__()
         self.hidden_dropout = dropout
-        options = dict(heads=heads, eps=eps, dropout=dropout, backend=backend, made=made)
+        options = dict(heads=heads, eps=eps, dropout=dropout, backend=backend, factory=factory)
         self.attention = Attention(dim, dim, **options)
         self.crossattention = None
         if dim_visual is not None:
             self.crossattention = Attention(dim, dim_visual, **options)
         for suffix in ("_query",) if vocab_size is None else ("", "_query"):
-            hidden = nn.ModuleDict(dict(dense=nn.Linear(dim, ff_mult * dim, **made)))
+            hidden = nn.ModuleDict(dict(dense=nn.Linear(dim, ff_mult * dim, **factory)))
             self.add_module(f"intermediate{suffix}", hidden)
-            self.add_module(f"output{suffix}", residual(ff_mult * dim, dim, eps, made))
+            self.add_module(f"output{suffix}", residual(ff_mult * dim, dim, eps, factory))
 
     def forward(self, h: Tensor, n_queries: int, mask, image, image_mask) -> Tensor:
-        """h [B, n_queries + T, dim] -> the same."""
+        """The rows [B, n_queries + T, dim] after this layer, in the shape of h."""
         h = self.attention(h, h, mask)
         queries, text = h[:, :n_queries], h[:, n_queries:]
         rows = []
@@ -185,44 +194,49 @@ class Layer(nn.Module):
         return torch.cat(rows, dim=1) if rows else h
 
     def _feed_forward(self, suffix: str, x: Tensor) -> Tensor:
+        """The feed-forward of x, added to x and normed; `suffix` is "" for text, or "_query"."""
         hidden = F.gelu(getattr(self, f"intermediate{suffix}")["dense"](x))
-        return add_and_norm(getattr(self, f"output{suffix}"), hidden, x, dropout_of(self))
+        return add_and_norm(getattr(self, f"output{suffix}"), hidden, x, current_dropout(self))
 
 
 class Attention(nn.Module):
-    """LayerNorm(x + attention of x over `keys`)."""
+    """The LayerNorm of x plus the attention of x to `keys`."""
 
-    def __init__(self, dim, dim_keys, *, heads, eps, dropout, backend, made) -> None:
+    def __init__(self, dim, dim_keys, *, heads, eps, dropout, backend, factory) -> None:
         super().__init__()
         self.dim_head, self.backend = dim // heads, backend
-        self.dropout = self.hidden_dropout = dropout  # of the weights, of what is added
+        self.dropout = self.hidden_dropout = dropout  # for the weights, for the added result
         widths = dict(query=dim, key=dim_keys, value=dim_keys)
-        linears = {name: nn.Linear(width, dim, **made) for name, width in widths.items()}
+        linears = {name: nn.Linear(width, dim, **factory) for name, width in widths.items()}
         self.attention = nn.ModuleDict(linears)
-        self.output = residual(dim, dim, eps, made)
+        self.output = residual(dim, dim, eps, factory)
 
     def forward(self, x: Tensor, keys: Tensor, mask: KeyInterval | Tensor | None) -> Tensor:
-        seen = dict(query=x, key=keys, value=keys)
-        q, k, v = (split_heads(self.attention[n](t), self.dim_head) for n, t in seen.items())
-        call = check_inputs(q, k, v, mask=mask, dropout_p=self.dropout if self.training else 0.0)
-        out = merge_heads(run("QFormer", WITH_DROPOUT, call, self.backend).out)
-        return add_and_norm(self.output, out, x, dropout_of(self))
+        sources = dict(query=x, key=keys, value=keys)
+        q, k, v = (split_heads(self.attention[n](t), self.dim_head) for n, t in sources.items())
+        inputs = check_inputs(q, k, v, mask=mask, dropout_p=self.dropout if self.training else 0.0)
+        out = merge_heads(run("QFormer", WITH_DROPOUT, inputs, self.backend).out)
+        return add_and_norm(self.output, out, x, current_dropout(self))
 
 
-def residual(n_in: int, dim: int, eps: float, made: dict) -> nn.ModuleDict:
-    norm = nn.LayerNorm(dim, eps=eps, **made)
-    return nn.ModuleDict(dict(dense=nn.Linear(n_in, dim, **made), LayerNorm=norm))
+def residual(n_in: int, dim: int, eps: float, factory: dict) -> nn.ModuleDict:
+    """The linear layer of a branch and the norm of its sum, under the names of BERT."""
+    norm = nn.LayerNorm(dim, eps=eps, **factory)
+    return nn.ModuleDict(dict(dense=nn.Linear(n_in, dim, **factory), LayerNorm=norm))
 
 
 def add_and_norm(modules: nn.ModuleDict, branch: Tensor, x: Tensor, dropout: float) -> Tensor:
+    """The LayerNorm of x plus a linear layer of `branch`, after dropout."""
     return modules["LayerNorm"](F.dropout(modules["dense"](branch), dropout) + x)
 
 
-def dropout_of(module: nn.Module) -> float:
+def current_dropout(module: nn.Module) -> float:
+    """The dropout probability of `module` in training, else 0."""
     return module.hidden_dropout if module.training else 0.0
 
 
 def start_as_bert(module: nn.Module) -> None:
+    """Initialises a linear layer or an embedding as BERT does."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear):
@@ -231,29 +245,32 @@ def start_as_bert(module: nn.Module) -> None:
 
 @torch.no_grad()
 def load_bert(module: QFormer, state_dict: Mapping[str, Tensor]) -> list[str]:
+    """Does the work of `QFormer.load_bert`."""
     check_mapping("state_dict", state_dict, "weights by name")
-    found, prefix = {}, "bert." if any(n.startswith("bert.") for n in state_dict) else ""
+    renamed, prefix = {}, "bert." if any(n.startswith("bert.") for n in state_dict) else ""
     kept = [n for n in module.state_dict() if "crossattention" in n or n == "query_tokens"]
     for name, p in module.state_dict().items():
         if name in kept:
             continue
-        theirs = name.replace("_query.", ".").replace(".attention.attention.", ".attention.self.")
-        theirs = prefix + theirs.replace("layernorm.", "embeddings.LayerNorm.")
-        given = state_dict.get(theirs)
-        if given is None or given.shape != p.shape:
-            got = "nothing" if given is None else list(given.shape)
-            raise ValueError(f"state_dict must have {theirs} {list(p.shape)}, got {got}")
-        found[name] = given
-    module.load_state_dict(found, strict=False)
+        in_bert = name.replace("_query.", ".").replace(".attention.attention.", ".attention.self.")
+        in_bert = prefix + in_bert.replace("layernorm.", "embeddings.LayerNorm.")
+        weight = state_dict.get(in_bert)
+        if weight is None or weight.shape != p.shape:
+            got = "nothing" if weight is None else list(weight.shape)
+            raise ValueError(f"state_dict must have {in_bert} {list(p.shape)}, got {got}")
+        renamed[name] = weight
+    module.load_state_dict(renamed, strict=False)
     return kept
 
 
 def without_prefix(module: nn.Module, state_dict: dict, prefix: str, *_) -> None:
+    """Removes the prefix `qformer.` from the names of a state dict, in place."""
     for name in [n for n in state_dict if n.startswith(f"{prefix}qformer.")]:
         state_dict[prefix + name[len(prefix) + len("qformer.") :]] = state_dict.pop(name)
 
 
 def check_options(sizes: dict, vocab_size) -> None:
+    """Raises unless the sizes of a constructor are positive ints that fit each other."""
     check_sizes(**sizes)
     if vocab_size is not None:
         check_sizes(vocab_size=vocab_size)
@@ -261,8 +278,8 @@ def check_options(sizes: dict, vocab_size) -> None:
         raise ValueError(f"heads must divide dim = {sizes['dim']}, got {sizes['heads']}")
 
 
-def check_call(module: QFormer, image, input_ids, objective, text_lengths, image_mask) -> None:
-    """Raises TypeError or ValueError naming the argument, what it was and what is allowed."""
+def check_arguments(module: QFormer, image, input_ids, objective, text_lengths, image_mask) -> None:
+    """Raises unless the arguments of `forward` fit `module` and each other."""
     if image is None and input_ids is None:
         raise ValueError("image_features and input_ids must not both be None")
     if image is not None:
@@ -287,6 +304,7 @@ def check_call(module: QFormer, image, input_ids, objective, text_lengths, image
 
 
 def check_text(module: QFormer, input_ids, text_lengths) -> None:
+    """Raises unless the words fit the tables of `module`, and their lengths fit the words."""
     if module.embeddings is None:
         raise ValueError("input_ids must be None in a module without vocab_size")
     words, positions = (table.weight for table in module.embeddings.values())

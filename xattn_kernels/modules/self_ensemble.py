@@ -1,4 +1,4 @@
-"""`SelfEnsemble`: the words of a language model and of its fusion with an image, in one loss."""
+"""`SelfEnsemble`: one loss of the words of a language model and of its fusion with an image."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ from .masked_cross_attention import check_tensor
 
 
 class SelfEnsemble(nn.Module):
-    """Two heads over one vocabulary, of the language stream before fusion and of the fused one.
+    """Two heads over one vocabulary: one on the language stream, one on the fused stream.
 
         logits = W_G h_gpt + W_fuse h_fuse
 
-    What the language model knows has a way to the words that fusion cannot overwrite. Parameters
-    `W_G.weight` [vocab_size, dim], which may be a language model's own head, and `W_fuse.weight`.
+    The language model thus keeps a path to the words that fusion cannot overwrite. The parameters
+    are `W_G.weight` [vocab_size, dim], which may be the head of a language model, and
+    `W_fuse.weight`.
 
     Args:
-        dim, dim_fused: widths of the two streams; dim_fused=None is dim.
+        dim, dim_fused: widths of the two streams; dim_fused=None means dim.
         vocab_size: number of words.
-        bias: both heads have one; GPT-2's has none.
-        chunk_rows: rows whose logits exist at a time while the loss is computed.
+        bias: whether both heads have a bias; the head of GPT-2 has none.
+        chunk_rows: number of rows whose logits exist at a time in the loss.
 
     Raises:
         TypeError, ValueError: an argument is not among those named here.
@@ -46,12 +47,12 @@ class SelfEnsemble(nn.Module):
         check_bools(bias=bias)
         super().__init__()
         self.chunk_rows = chunk_rows
-        made = dict(bias=bias, device=device, dtype=dtype)
-        self.W_G = nn.Linear(dim, vocab_size, **made)
-        self.W_fuse = nn.Linear(dim_fused, vocab_size, **made)
+        factory = dict(bias=bias, device=device, dtype=dtype)
+        self.W_G = nn.Linear(dim, vocab_size, **factory)
+        self.W_fuse = nn.Linear(dim_fused, vocab_size, **factory)
 
     def forward(self, h_gpt: Tensor, h_fuse: Tensor, target: Tensor | None = None, **options):
-        """`logits(h_gpt, h_fuse)`, or with a target `loss(h_gpt, h_fuse, target, **options)`."""
+        """The `logits` of the two streams, or with a target their `loss` with `options`."""
         if target is not None:
             return self.loss(h_gpt, h_fuse, target, **options)
         if options:
@@ -59,30 +60,31 @@ class SelfEnsemble(nn.Module):
         return self.logits(h_gpt, h_fuse)
 
     def logits(self, h_gpt: Tensor, h_fuse: Tensor) -> Tensor:
-        """h_gpt [B, N, dim], h_fuse [B, N, dim_fused] -> [B, N, vocab_size]."""
+        """The logits [B, N, vocab_size] of h_gpt [B, N, dim] and h_fuse [B, N, dim_fused]."""
         check_streams(self, h_gpt, h_fuse)
         return self.W_G(h_gpt) + self.W_fuse(h_fuse)
 
     def loss(
         self, h_gpt: Tensor, h_fuse: Tensor, target: Tensor, *, ignore_index=-100, reduction="mean"
     ) -> Tensor:
-        """Cross-entropy of `logits`, which are made for `chunk_rows` rows at a time, twice.
+        """The cross-entropy of `logits`, computed for `chunk_rows` rows at a time.
 
-        Memory beside inputs and gradients is that of chunk_rows x vocab_size, forward and
-        backward. Sums are float32's, and so is the result, float64's for float64. The heads'
-        weights are used without calling them: hooks on them do not run.
+        Beside inputs and gradients, forward and backward need memory for chunk_rows x vocab_size
+        logits, which the backward computes again. Sums and the result are float32, or float64 for
+        float64. The loss uses the weights of the heads without calling the heads: hooks on them do
+        not run.
 
         Args:
-            h_gpt, h_fuse: as in `logits`; the rows that predict, so h[:, :-1] of a causal model.
-            target: int64 [B, N], the word of each row, here token[:, 1:].
-            ignore_index: target of rows that do not count.
-            reduction: "mean" over the rows that count (nan if none does), "sum", or "none",
-                [B, N] with 0 for rows that do not count.
+            h_gpt, h_fuse: as in `logits`; the rows that predict, h[:, :-1] of a causal model.
+            target: int64 [B, N], the word of each row, token[:, 1:] for a causal model.
+            ignore_index: the target of rows that do not count.
+            reduction: "mean" over the rows that count (nan if none does), "sum", or "none" for
+                [B, N] with 0 in rows that do not count.
 
         Raises:
-            TypeError, ValueError: an argument of a wrong type, shape, dtype or device; on a CPU
-                also a target that is no word.
-            RuntimeError: a second derivative is asked for.
+            TypeError, ValueError: an argument has a wrong type, shape, dtype or device, or on a
+                CPU a target is no word.
+            RuntimeError: a second derivative is requested.
         """
         check_streams(self, h_gpt, h_fuse)
         check_target(target, h_gpt, self.W_G.out_features, ignore_index)
@@ -107,6 +109,7 @@ class SelfEnsemble(nn.Module):
 
 
 def check_streams(module: SelfEnsemble, h_gpt, h_fuse) -> None:
+    """Raises unless the streams fit the heads of `module` and each other."""
     check_tensor("h_gpt", h_gpt, "[B, N, dim]", module.W_G.in_features, module.W_G.weight)
     width, weight = module.W_fuse.in_features, module.W_fuse.weight
     check_tensor("h_fuse", h_fuse, "[B, N, dim_fused]", width, weight)
@@ -116,6 +119,7 @@ def check_streams(module: SelfEnsemble, h_gpt, h_fuse) -> None:
 
 
 def check_target(target, h: Tensor, vocab_size: int, ignore_index: int) -> None:
+    """Raises unless `target` holds a word or `ignore_index` for each row of `h`."""
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int, got {kind(ignore_index)}")
     if not isinstance(target, Tensor) or target.dtype != torch.int64:

@@ -26,19 +26,19 @@ from .masked_cross_attention import (
     split_heads,
 )
 
-# buffers of the published layer: its causal mask, and what it keeps between tokens
+# buffers of the published layer: its causal mask, and its state between tokens
 BUFFERS = ("attn.bias", "attn.running_keys", "attn.running_values", "enc_dec_attn.bias")
 
 
 class SRAU(nn.Module):
-    """Self-resurrecting activation unit: each number of two streams is gated on or off by itself.
+    """A self-resurrecting activation unit, which gates each element of two streams on or off.
 
         alpha = sigmoid(fc_alpha([a, e]))
         out = alpha 1[alpha > tau] a + (1 - alpha) 1[1 - alpha > tau] e
 
-    A gate below tau is closed, but its complement is then open and has a gradient, which can open
-    it again: with tau < 0.5 never are both closed. The indicators have no gradient. Parameters
-    `fc_alpha.weight` [dim, 2 dim], a first, and `fc_alpha.bias`.
+    A gate below tau is closed. Its complement is then open and has a gradient, which can open the
+    gate again: with tau < 0.5 the two are never closed together. The indicators have no gradient.
+    The parameters are `fc_alpha.weight` [dim, 2 dim], a first, and `fc_alpha.bias`.
 
     Args:
         dim: width of both streams.
@@ -59,7 +59,7 @@ class SRAU(nn.Module):
         self.fc_alpha = nn.Linear(2 * dim, dim, device=device, dtype=dtype)
 
     def forward(self, a: Tensor, e: Tensor) -> Tensor:
-        """a (language), e (vision) [B, N, dim] -> [B, N, dim]."""
+        """The gated sum [B, N, dim] of a (language) and e (vision), both [B, N, dim]."""
         for name, t in {"a": a, "e": e}.items():
             check_tensor(name, t, "[B, N, dim]", self.fc_alpha.out_features, self.fc_alpha.weight)
         if a.shape != e.shape:
@@ -71,6 +71,7 @@ class SRAU(nn.Module):
 
 
 def resurrect(a: Tensor, e: Tensor, fc_alpha: nn.Linear, tau: float) -> Tensor:
+    """The gated sum of a and e by the equation of `SRAU`."""
     alpha = torch.sigmoid(fc_alpha(torch.cat((a, e), dim=-1)))
     return alpha * (alpha > tau) * a + (1 - alpha) * (1 - alpha > tau) * e
 
@@ -81,15 +82,16 @@ class VisualGPTBlock(nn.Module):
         a = x + attn(ln_1(x))               e_l = enc_dec_attn(ln_1(a), ln_1(encoder_output_l))
         y = sum_l srau_l(a, e_l) / sqrt(n_levels)           z = y + mlp(ln_2(y))
 
-    The levels share `enc_dec_attn` and `ln_1`, and each has a gate of its own. State dicts of the
-    published layer load, with `fc_alpha1`, `fc_alpha2`, ... and GPT-2's [in, out] weights; its
-    buffers are left out. Dropout is not part of it.
+    The levels share `enc_dec_attn` and `ln_1`, and each level has its gate. State dicts of the
+    published layer load, with `fc_alpha1`, `fc_alpha2`, ... and the [in, out] weights of GPT-2; its
+    buffers are skipped. The layer has no dropout.
 
     Args:
-        dim, heads: width, and heads of both attentions.
-        n_levels: of the encoder.
+        dim, heads: width, and number of heads of both attentions.
+        n_levels: number of levels of the encoder.
         tau: threshold of the gates, see `SRAU`.
-        ff_mult: hidden width of the feed-forward by dim; its activation is tanh's GELU.
+        ff_mult: hidden width of the feed-forward as a multiple of dim; the activation is the GELU
+            by tanh.
         norm_eps: eps of the LayerNorms.
         backend: "triton", "cuda", "torch" or "eager" for every call; None chooses for each.
 
@@ -111,29 +113,30 @@ class VisualGPTBlock(nn.Module):
         check_choice("backend", backend, None, *BACKENDS)
         super().__init__()
         self.dim, self.heads, self.n_levels, self.tau = dim, heads, n_levels, tau
-        made = dict(device=device, dtype=dtype)
-        self.ln_1, self.ln_2 = (nn.LayerNorm(dim, eps=norm_eps, **made) for _ in range(2))
-        self.attn = SelfAttention(dim, heads, backend, made)
-        self.enc_dec_attn = EncoderAttention(dim, heads, backend, made)
+        factory = dict(device=device, dtype=dtype)
+        self.ln_1, self.ln_2 = (nn.LayerNorm(dim, eps=norm_eps, **factory) for _ in range(2))
+        self.attn = SelfAttention(dim, heads, backend, factory)
+        self.enc_dec_attn = EncoderAttention(dim, heads, backend, factory)
         hidden = ff_mult * dim
         self.mlp = nn.ModuleDict(
-            dict(c_fc=Conv1D(dim, hidden, **made), c_proj=Conv1D(hidden, dim, **made))
+            dict(c_fc=Conv1D(dim, hidden, **factory), c_proj=Conv1D(hidden, dim, **factory))
         )
         for n in range(1, n_levels + 1):
-            self.add_module(f"fc_alpha{n}", nn.Linear(2 * dim, dim, **made))
+            self.add_module(f"fc_alpha{n}", nn.Linear(2 * dim, dim, **factory))
         self.register_load_state_dict_pre_hook(leave_out_buffers)
 
     def forward(
         self, x: Tensor, encoder_output: Tensor, *, mask=None, media_mask=None, row_mask=None
     ) -> Tensor:
-        """x [B, N, dim], encoder_output [B, n_levels, Nk, dim] -> [B, N, dim].
+        """The result z [B, N, dim] of x [B, N, dim], encoder_output [B, n_levels, Nk, dim].
 
         Args:
-            mask: of the self-attention, as in `cross_attention`; None is causal.
-            media_mask: keys of each level that rows attend to, as in `cross_attention`; None: all.
+            mask: the mask of the self-attention, as in `cross_attention`; None means causal.
+            media_mask: the keys of each level for each row, as in `cross_attention`; None means
+                all.
             row_mask: bool [B, N]; rows where it is False (padding) become 0.
         """
-        check_call(self, x, encoder_output, mask, media_mask, row_mask)
+        check_arguments(self, x, encoder_output, mask, media_mask, row_mask)
         if mask is None:
             mask = masks.causal(x.shape[1], x.shape[1], device=x.device)
         a = x + self.attn(self.ln_1(x), mask)
@@ -146,6 +149,7 @@ class VisualGPTBlock(nn.Module):
         return z if row_mask is None else z.masked_fill(~row_mask[..., None], 0.0)
 
     def _gated(self, a: Tensor, levels: list[Tensor]) -> Tensor:
+        """The scaled sum y of the gated levels."""
         total = 0.0
         for n, e in enumerate(levels, 1):
             total = total + resurrect(a, e, getattr(self, f"fc_alpha{n}"), self.tau)
@@ -153,63 +157,66 @@ class VisualGPTBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """GPT-2's: queries, keys and values of one matrix."""
+    """The self-attention of GPT-2: one matrix gives queries, keys and values."""
 
-    def __init__(self, dim: int, heads: int, backend: str | None, made: dict) -> None:
+    def __init__(self, dim: int, heads: int, backend: str | None, factory: dict) -> None:
         super().__init__()
         self.dim_head, self.backend = dim // heads, backend
-        self.c_attn, self.c_proj = Conv1D(dim, 3 * dim, **made), Conv1D(dim, dim, **made)
+        self.c_attn, self.c_proj = Conv1D(dim, 3 * dim, **factory), Conv1D(dim, dim, **factory)
 
     @staticmethod
     def attention_sides(x: Tensor, *_) -> tuple[Tensor, Tensor]:
-        """(queries' side, keys' side), for those who watch the layer."""
+        """The inputs of the queries and of the keys, for a monitor of the layer."""
         return x, x
 
     def forward(self, x: Tensor, mask: KeyInterval | Tensor | None) -> Tensor:
-        """x [B, N, dim] -> the same."""
+        """The attention of x [B, N, dim] to itself, [B, N, dim]."""
         return self.c_proj(attend(self, *self.c_attn(x).chunk(3, dim=-1), mask))
 
 
 class EncoderAttention(nn.Module):
-    """The same projections for every level of an encoder."""
+    """The cross-attention to an encoder, with the same projections for every level."""
 
-    def __init__(self, dim: int, heads: int, backend: str | None, made: dict) -> None:
+    def __init__(self, dim: int, heads: int, backend: str | None, factory: dict) -> None:
         super().__init__()
         self.dim_head, self.backend = dim // heads, backend
-        self.fc_q, self.fc_k, self.fc_v = (nn.Linear(dim, dim, **made) for _ in range(3))
-        self.c_proj = Conv1D(dim, dim, **made)
+        self.fc_q, self.fc_k, self.fc_v = (nn.Linear(dim, dim, **factory) for _ in range(3))
+        self.c_proj = Conv1D(dim, dim, **factory)
 
     def forward(self, x: Tensor, media: Tensor, mask: KeyInterval | Tensor | None) -> list[Tensor]:
-        """x [B, N, dim], media [B, n_levels, Nk, dim] -> what x sees of each level, [B, N, dim]."""
+        """The attention of x [B, N, dim] to each level of media [B, n_levels, Nk, dim]."""
         q, k, v = self.fc_q(x), self.fc_k(media), self.fc_v(media)
-        pairs = zip(k.unbind(1), v.unbind(1), strict=True)
-        return [self.c_proj(attend(self, q, *pair, mask)) for pair in pairs]
+        levels = zip(k.unbind(1), v.unbind(1), strict=True)
+        return [self.c_proj(attend(self, q, *level, mask)) for level in levels]
 
 
 def attend(module, q: Tensor, k: Tensor, v: Tensor, mask: KeyInterval | Tensor | None) -> Tensor:
+    """The attention of projected q to k and v, with heads as in `module`, before its `c_proj`."""
     q, k, v = (split_heads(t, module.dim_head) for t in (q, k, v))
     return merge_heads(cross_attention(q, k, v, mask=mask, backend=module.backend))
 
 
 class Conv1D(nn.Module):
-    """x @ weight + bias: a linear layer whose weight is [in, out], as GPT-2's are."""
+    """The linear layer x @ weight + bias, whose weight is [in, out] as in GPT-2."""
 
     def __init__(self, n_in: int, n_out: int, device=None, dtype=None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_in, n_out, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(n_out, device=device, dtype=dtype))
-        nn.init.normal_(self.weight, std=0.02)  # as GPT-2
+        nn.init.normal_(self.weight, std=0.02)  # as in GPT-2
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.mT, self.bias)
 
 
 def check_tau(tau: float) -> None:
+    """Raises unless tau is a number from 0 to 1."""
     if not 0.0 <= check_number("tau", tau, "a number") <= 1.0:
         raise ValueError(f"tau must be between 0 and 1, got {tau}")
 
 
-def check_call(block: VisualGPTBlock, x, encoder_output, mask, media_mask, row_mask) -> None:
+def check_arguments(block: VisualGPTBlock, x, encoder_output, mask, media_mask, row_mask) -> None:
+    """Raises unless the arguments of `forward` fit `block` and each other."""
     weight = block.ln_1.weight
     check_tensor("x", x, "[B, N, dim]", block.dim, weight)
     check_tensor("encoder_output", encoder_output, "[B, n_levels, Nk, dim]", block.dim, weight)
@@ -233,5 +240,6 @@ def check_call(block: VisualGPTBlock, x, encoder_output, mask, media_mask, row_m
 
 
 def leave_out_buffers(module: nn.Module, state_dict: dict, prefix: str, *_) -> None:
+    """Removes the buffers of the published layer, which this one does not have, in place."""
     for name in BUFFERS:
         state_dict.pop(prefix + name, None)
