@@ -178,7 +178,7 @@ class MultiheadAttention(nn.Module):
         """(out, weights); no weights if `average` is None."""
         backend = choose("MultiheadAttention", BACKENDS, x, self.backend)
         tell(x, backend.name)
-        if backend.name == "torch" and torch.reasons(x):
+        if backend.name == "torch" and torch_attention.reasons(x):
             return torch_weights.attend(replace(x, seed=None), out=True, average_heads=average)
         if backend.name in ("triton", "cuda"):
             (out, lse, *_), lse_low = attend(x, backend.name)
