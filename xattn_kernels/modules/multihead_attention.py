@@ -21,6 +21,7 @@ from ..masks import KeyInterval
 from ..ops.attention_weights import AttentionWeightsInputs, attention_weights
 from ..ops.cross_attention import attend, cross_attention, cuda_reasons
 from ..torch_kernels import attention_weights as torch_weights
+from ..torch_kernels import cross_attention as torch_attention
 
 
 def _cuda_reasons(x: CrossAttentionInputs) -> list[str]:
