@@ -72,7 +72,7 @@ def test_flavours_from_the_cuda_kernels(mode, flavour):
 def test_backend_reaches_every_op_and_masks_are_intervals(backend, gates, monkeypatch):
     asked = []
     for name in ("cross_attention", "gated_residual"):
-        module = sys.modules[f"xattn_kernels.{name}"]
+        module = sys.modules[f"xattn_kernels.ops.{name}"]
 
         def spy(op, backends, x, name, original=module.run):
             asked.append((op, name))

@@ -155,7 +155,7 @@ def test_a_named_backend_is_the_one_that_runs(name, monkeypatch):
     ran = []
     spied = tuple(b._replace(run=lambda x, b=b: ran.append(b.name) or b.run(x)) for b in BACKENDS)
     # the function hides the module of its name
-    module = import_module("xattn_kernels.cross_attention")
+    module = import_module("xattn_kernels.ops.cross_attention")
     monkeypatch.setattr(module, "BACKENDS", spied)
     cross_attention(*tensors(1, 2, 3, 16), backend=name)
     assert ran == [name]

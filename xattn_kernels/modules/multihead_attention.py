@@ -21,6 +21,7 @@ from ..masks import KeyInterval
 from ..ops.attention_weights import AttentionWeightsInputs, attention_weights
 from ..ops.cross_attention import attend, cross_attention, cuda_reasons
 from ..torch_kernels import attention_weights as torch_weights
+from ..torch_kernels import cross_attention as torch_attention
 
 
 def _cuda_reasons(x: CrossAttentionInputs) -> list[str]:
@@ -178,7 +179,7 @@ class MultiheadAttention(nn.Module):
         """(out, weights); no weights if `average` is None."""
         backend = choose("MultiheadAttention", BACKENDS, x, self.backend)
         tell(x, backend.name)
-        if backend.name == "torch" and torch.reasons(x):
+        if backend.name == "torch" and torch_attention.reasons(x):
             return torch_weights.attend(replace(x, seed=None), out=True, average_heads=average)
         if backend.name in ("triton", "cuda"):
             (out, lse, *_), lse_low = attend(x, backend.name)
