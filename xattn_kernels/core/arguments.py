@@ -84,8 +84,8 @@ def check_several(name: str, items, item_type: type, what: str) -> list:
 
 
 def check_range(name: str, indices: Tensor, count: int, ignored: int | None = None) -> None:
-    """Raises ValueError unless indices on a CPU are from 0 to count - 1 or `ignored`; those on a GPU
-    are not checked, as reading them would wait for it."""
+    """Raises ValueError unless indices on a CPU are from 0 to count - 1 or `ignored`; indices on a
+    GPU are not checked, as reading them would wait for it."""
     if type(indices) is not Tensor or not indices.is_cpu or torch.compiler.is_compiling():
         return
     wrong = (indices < 0) | (indices >= count)
