@@ -134,7 +134,7 @@ class GatedCase:
 def build(
     w: GatedWorkload, original: GatedWorkload, device, dtype: torch.dtype, seed: int = 0
 ) -> GatedCase:
-    """A case of random normal tensors, fixed by workload, seed and dtype, with gates of about 0.5."""
+    """A case of random normal tensors and gates near 0.5, fixed by workload, seed and dtype."""
     generator = torch.Generator(device).manual_seed(seed + zlib.crc32(w.name.encode()))
 
     def normal(*shape: int) -> Tensor:
