@@ -1,4 +1,4 @@
-"""What the command line does: choose cases and providers, run them, print, save and draw."""
+"""The commands of the command line: each chooses cases and providers, runs, prints and saves."""
 
 from __future__ import annotations
 
@@ -22,33 +22,36 @@ from .suites import SUITES, Suite
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CPU_DENSE_GFLOP = 10.0
-# q, k, v, out and their gradients, and about as much again for what providers allocate.
+# in units of q, k, v and out: their gradients and what providers allocate come on top
 TENSORS_PER_CASE = 6
 
 
 def run(options: argparse.Namespace) -> int:
-    """Random tensors in real shapes."""
+    """Measures attention of random tensors in real shapes; returns the exit status."""
     return measure(options, SUITES["attention"], "random normal", default_name(options))
 
 
 def main(options: argparse.Namespace) -> int:
-    """The interleaved document of photographs and text."""
+    """Measures attention of the interleaved document of photographs and text."""
     suite = replace(SUITES["attention"], build=document.build)
     return measure(options, suite, document.INPUT, "main")
 
 
 def gated(options: argparse.Namespace) -> int:
-    """The gated residual of random tensors in real shapes."""
+    """Measures the gated residual of random tensors in real shapes."""
     return measure(options, SUITES["gated"], "random normal", "gated")
 
 
 def topk(options: argparse.Namespace) -> int:
-    """Top-k attention of random tensors."""
+    """Measures top-k attention of random tensors."""
     return measure(options, SUITES["topk"], "random normal", "topk")
 
 
-def measure(options: argparse.Namespace, suite: Suite, words: str, name: str) -> int:
-    """Runs, printing each table as it is ready and saving all rows after each."""
+def measure(options: argparse.Namespace, suite: Suite, description: str, name: str) -> int:
+    """Runs a suite, prints each table as it is ready and saves all rows after each.
+
+    The exit status is 1 if a backend of this package gave a wrong result.
+    """
     device, dtype = device_and_dtype(options)
     chosen = pick(options.workload, suite.workloads, "workload")
     providers = suite.chosen(pick(options.provider, suite.providers, "provider"))
@@ -57,7 +60,7 @@ def measure(options: argparse.Namespace, suite: Suite, words: str, name: str) ->
         budget=options.budget_seconds,
         first_call=options.first_call_seconds,
         memory=not options.no_memory,
-        input=words,
+        input=description,
     )
     folder = options.out or machine.RESULTS / machine.slug(device)
     name = options.name or f"{name}-{str(dtype).removeprefix('torch.')}"
@@ -76,6 +79,7 @@ def measure(options: argparse.Namespace, suite: Suite, words: str, name: str) ->
 
 
 def draw(done: list[rows.Row], folder: Path, name: str) -> list[Path]:
+    """Draws the plots and returns their paths, none without matplotlib."""
     try:
         from .harness import plots
     except ImportError as missing:
@@ -85,7 +89,7 @@ def draw(done: list[rows.Row], folder: Path, name: str) -> list[Path]:
 
 
 def warm(options: argparse.Namespace) -> int:
-    """Compiles what compiles, a process per workload, and leaves it in the caches on disk."""
+    """Compiles every provider that compiles, a process per workload, into the caches on disk."""
     chosen = pick(options.workload, SUITES["attention"].workloads, "workload")
     end = time.perf_counter() + options.budget_seconds
     pool = ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn"))
@@ -106,6 +110,7 @@ def warm(options: argparse.Namespace) -> int:
 
 
 def warm_one(options: argparse.Namespace, name: str) -> None:
+    """Calls the providers that compile on one workload."""
     suite = SUITES["attention"]
     (built,) = cases(options, suite, [name])
     for provider in suite.chosen(pick(options.provider, suite.providers, "provider")):
@@ -115,7 +120,7 @@ def warm_one(options: argparse.Namespace, name: str) -> None:
 
 
 def cases(options: argparse.Namespace, suite: Suite, chosen: list[str]) -> Iterator[Case]:
-    """Each workload, scaled to the machine, with tensors; built when it is its turn."""
+    """Each workload with tensors, scaled to the machine and built in its turn."""
     device, dtype = device_and_dtype(options)
     gflop = options.dense_gflop
     if gflop is None:
@@ -135,12 +140,12 @@ def device_and_dtype(options: argparse.Namespace) -> tuple[torch.device, torch.d
     return device, DTYPES[pick(name, DTYPES, "dtype")[0]]
 
 
-def pick(text: str, known: Any, what: str) -> list[str]:
-    """Comma-separated names, "all" for every known one; leaves with a message on another."""
-    chosen = list(known) if text == "all" else text.split(",")
-    unknown = [name for name in chosen if name not in known]
+def pick(text: str, choices: Any, what: str) -> list[str]:
+    """The comma-separated names in `text`, or all choices for "all"; exits on an unknown name."""
+    chosen = list(choices) if text == "all" else text.split(",")
+    unknown = [name for name in chosen if name not in choices]
     if unknown:
-        raise SystemExit(f"unknown {what} {', '.join(unknown)}; there are {', '.join(known)}")
+        raise SystemExit(f"unknown {what} {', '.join(unknown)}; there are {', '.join(choices)}")
     return chosen
 
 

@@ -1,4 +1,7 @@
-"""What can be measured: workloads, who computes them, and how a case of them is made."""
+"""The suites: their workloads, the providers that compute them, and functions that build cases.
+
+Cases name their suite as "benchmarks.suites:<name>", by which a new process finds it.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,13 @@ from .topk import workloads as topk
 
 @dataclass(frozen=True)
 class Suite:
-    """Workloads and providers by name; `fit`, `build` and `truth_of` as those of attention."""
+    """Workloads and providers by name, and functions with the signatures of those of attention."""
 
     workloads: dict[str, Any]
     providers: dict[str, Provider]
     fit: Callable
     build: Callable
-    load: Callable  # a case that its `save` wrote
+    load: Callable  # reads a case that its `save` wrote
     truth_of: Callable
 
     def chosen(self, names: Iterable[str]) -> list[Provider]:

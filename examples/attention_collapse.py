@@ -1,20 +1,20 @@
 """A collapse of attention that the monitor reports, and entropy regularisation that repairs it.
 
 A picture is a mosaic of 16 handwritten digits, each a token, and the question is how many of them
-are, say, a seven: from none to four. Whoever counts has to look at many tokens at once.
+are, for instance, a seven: from none to four. To count, a model has to look at many tokens at once.
 
-The pixels go into the cross-attention as scikit-learn has them, numbers from 0 to 16, and nothing
-on the way norms them. So keys are tens of times as long as queries, scores are large, and the
-softmax hardens while it learns, until each head looks at one digit. Four runs:
+The pixels enter the cross-attention as scikit-learn has them, as numbers from 0 to 16, and nothing
+normalises them. Keys are therefore tens of times as long as queries, scores are large, and the
+softmax hardens during training, until each head looks at one digit. There are four runs:
 
-    collapsed   500 steps, in which `StabilityMonitor` begins to warn
-    unchanged   from there on as before
-    repaired    from there on with `entropy_loss` of the statistics of each layer in the loss
-    normed      from the start again, with pixels from 0 to 1: the cause taken away
+    collapsed   has 500 steps, in which `StabilityMonitor` begins to warn
+    unchanged   continues it as before
+    repaired    continues it with `entropy_loss` of the statistics of each layer in the loss
+    normed      starts again with pixels from 0 to 1, which removes the cause
 
-Printed are entropy, the largest probability, the warnings, and how often held-out mosaics of
-held-out digits are counted right; two pictures are written, what the monitors saw and where the
-heads of the last block look in one mosaic.
+The program prints entropy, the largest probability, the warnings, and how often held-out mosaics of
+held-out digits are counted right. It writes two pictures: the history of the monitors, and where
+the heads of the last block look in one mosaic.
 
     python examples/attention_collapse.py --out plots
 
@@ -51,7 +51,7 @@ try:
 except ImportError as error:
     sys.exit(f"{error}; this example needs: pip install 'xattn-kernels[bench]'")
 
-GRID, PIXELS = 4, 64  # tiles along each side of a mosaic; pixels of a digit
+GRID, PIXELS = 4, 64  # tiles along each side of a mosaic, pixels of a digit
 TILES, MOST = GRID**2, 4
 WORDS = "zeros ones twos threes fours fives sixes sevens eights nines".split()
 EVERY = 25  # steps from one look of the monitor to the next
@@ -61,7 +61,7 @@ EVERY = 25  # steps from one look of the monitor to the next
 
 
 class Mosaics(NamedTuple):
-    """tiles [n, TILES, PIXELS] from 0 to 16, questions [n] of a digit, counts [n] of it."""
+    """Mosaics: tiles [n, TILES, PIXELS] from 0 to 16, the digit asked for [n], its count [n]."""
 
     tiles: Tensor
     questions: Tensor
@@ -72,7 +72,7 @@ class Mosaics(NamedTuple):
 
 
 def draw_mosaics(n: int, held_out: bool, generator: torch.Generator) -> Mosaics:
-    """Of one digit in five, or of the others. Every count is as likely as the next."""
+    """Mosaics of held-out digits, one in five, or of the others; counts are equally likely."""
 
     def draw(high: int | Tensor, *shape: int) -> Tensor:
         return (torch.rand(shape, generator=generator) * high).long()
@@ -98,7 +98,7 @@ def draw_mosaics(n: int, held_out: bool, generator: torch.Generator) -> Mosaics:
 
 
 class Counter(nn.Module):
-    """A question attends to the tiles of a mosaic, twice; how many there are is read off it."""
+    """A model whose question attends twice to the tiles of a mosaic, and yields a count."""
 
     def __init__(self, divide_by: float = 1.0, dim: int = 64) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ class Counter(nn.Module):
 
 
 class Run(NamedTuple):
-    """A trained model, what its monitor saw by name, and how many warnings it gave."""
+    """A trained model, the history and warnings of its monitor, and its held-out accuracy."""
 
     model: Counter
     history: dict[str, list[tuple[int, float]]]
@@ -155,10 +155,10 @@ def train(
     entropy_weight: float = 0.0,
     target: float = 2.0,
 ) -> Run:
-    """Trains in place. With an entropy_weight the entropy of each layer is drawn to `target`."""
+    """Trains the model in place; an entropy_weight draws the entropy of each layer to `target`."""
     generator = torch.Generator().manual_seed(seed + steps.start)
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
-    warnings, seen = [], {}
+    warnings, history = [], {}
     silent = logging.Logger("silent", logging.CRITICAL)  # the warnings are counted below
     monitor = StabilityMonitor(model, every=EVERY, logger=silent)
     with monitor:
@@ -178,24 +178,26 @@ def train(
             warnings += report.warnings if report else []
             optimizer.step()
     for name, points in monitor.history.items():
-        seen[name] = [(steps.start + step, value) for step, value in points]
-    return Run(model, seen, warnings, accuracy(model, held_out))
+        history[name] = [(steps.start + step, value) for step, value in points]
+    return Run(model, history, warnings, accuracy(model, held_out))
 
 
 @torch.no_grad()
 def accuracy(model: Counter, data: Mosaics) -> float:
+    """The share of mosaics that are counted right."""
     return (model(data.tiles, data.questions).argmax(-1) == data.counts).float().mean().item()
 
 
 def last(run: Run, statistic: str) -> list[float]:
-    """The last value of each layer."""
+    """The last value of the statistic in each layer."""
     return [points[-1][1] for name, points in run.history.items() if name.endswith(statistic)]
 
 
-# What the program shows
+# Output
 
 
 def report(runs: dict[str, Run]) -> None:
+    """Prints a table with a row for each run."""
     names = "entropy of the blocks", "largest probability", "warnings", "counted right"
     print(f"{'':10} {names[0]:>22} {names[1]:>20} {names[2]:>9} {names[3]:>14}")
     for name, run in runs.items():
@@ -208,7 +210,7 @@ def report(runs: dict[str, Run]) -> None:
 
 
 def first_warnings(run: Run) -> None:
-    """One line for each kind of warning, when it came first."""
+    """Prints the first warning of each kind."""
     seen = set()
     for warning in run.warnings:
         if (warning.layer, warning.statistic) not in seen:
@@ -217,7 +219,7 @@ def first_warnings(run: Run) -> None:
 
 
 def plot(runs: dict[str, Run], held_out: Mosaics, folder: Path) -> list[Path]:
-    """Entropies and gates step by step, and where heads look in a mosaic with four to be found."""
+    """Writes the history of entropies and gates, and the maps of heads in a mosaic of count 4."""
     files = [folder / "attention_collapse.png", folder / "attention_collapse_maps.png"]
     folder.mkdir(parents=True, exist_ok=True)
     histories = {name: run.history for name, run in runs.items()}

@@ -1,7 +1,7 @@
-"""Pictures of a handwritten digit on a photograph, and the 80 captions that they have.
+"""Pictures of a handwritten digit on a photograph, and their 80 captions.
 
 A picture is a crop of one of scikit-learn's two sample photographs with a digit in one of its
-corners, and its content four choices: photograph, digit, row, column.
+corners; its content consists of four choices: photograph, digit, row, column.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ VOCABULARY = SPECIAL + [w for w in CAPTION.split() if "{" not in w]
 VOCABULARY += [word for words in KINDS.values() for word in words]
 TOKEN = {word: i for i, word in enumerate(VOCABULARY)}
 SLOTS = [1 + CAPTION.split().index(f"{{{kind}}}") for kind in KINDS]
-FIRST = torch.tensor([TOKEN[words[0]] for words in KINDS.values()])  # of each kind
+FIRST = torch.tensor([TOKEN[words[0]] for words in KINDS.values()])  # the first word of each kind
 LENGTH = 1 + len(CAPTION.split())
 SIDE = 32  # pixels along each side of a picture
 
 
 def write(content: Tensor, start: str = "<cls>") -> Tensor:
-    """Which word of each kind, [n, 4] -> tokens [n, LENGTH]."""
+    """The tokens [n, LENGTH] of captions, from the number [n, 4] of the word of each kind."""
     words = [start, *(w if w in TOKEN else start for w in CAPTION.split())]
     tokens = torch.tensor([TOKEN[word] for word in words]).repeat(len(content), 1)
     tokens[:, SLOTS] = FIRST + content
@@ -37,12 +37,12 @@ def write(content: Tensor, start: str = "<cls>") -> Tensor:
 
 
 def every_content() -> Tensor:
-    """[80, 4], each caption there is."""
+    """The contents of all captions, [80, 4]."""
     return torch.cartesian_prod(*(torch.arange(len(words)) for words in KINDS.values()))
 
 
 def number_of(content: Tensor) -> Tensor:
-    """The place of each among `every_content`, [n]."""
+    """The index of each content in `every_content`, [n]."""
     number = torch.zeros(len(content), dtype=torch.long)
     for which, words in zip(content.unbind(1), KINDS.values(), strict=True):
         number = number * len(words) + which
@@ -50,7 +50,7 @@ def number_of(content: Tensor) -> Tensor:
 
 
 class Album:
-    """Pictures of one split: digits and crops that the other split does not have."""
+    """The pictures of one split, with digits and crops that the other split does not have."""
 
     def __init__(self, held_out: bool) -> None:
         data = load_digits()
@@ -58,7 +58,7 @@ class Album:
         paper = 1 - torch.from_numpy(data.images).float()[chosen] / 16
         labels = torch.from_numpy(data.target)[chosen]
         self.digits = F.interpolate(paper[:, None], (SIDE // 2, SIDE // 2), mode="bilinear")
-        self.of_class = [(labels == digit).nonzero()[:, 0] for digit in range(10)]
+        self.by_class = [(labels == digit).nonzero()[:, 0] for digit in range(10)]
         self.photographs = []
         for photo in load_sample_images().images:
             pixels = torch.tensor(photo).permute(2, 0, 1)[None] / 255
@@ -67,13 +67,13 @@ class Album:
             self.photographs.append([middle] if held_out else [left, right])
 
     def draw(self, content: Tensor, generator: torch.Generator) -> Tensor:
-        """A picture [n, 3, SIDE, SIDE] in [-1, 1] for each."""
+        """Pictures [n, 3, SIDE, SIDE] in [-1, 1], one for each content."""
         images, half = [], SIDE // 2
-        luck = torch.rand(len(content), 4, generator=generator).tolist()
+        random = torch.rand(len(content), 4, generator=generator).tolist()
         for (photo, digit, row, column), (part, which, y, x) in zip(
-            content.tolist(), luck, strict=True
+            content.tolist(), random, strict=True
         ):
-            parts, candidates = self.photographs[photo], self.of_class[digit]
+            parts, candidates = self.photographs[photo], self.by_class[digit]
             pixels = parts[int(part * len(parts))]
             top, left = int(y * (pixels.shape[1] - SIDE)), int(x * (pixels.shape[2] - SIDE))
             image = pixels[:, top : top + SIDE, left : left + SIDE].clone()
@@ -84,4 +84,5 @@ class Album:
 
 
 def some_content(n: int, generator: torch.Generator) -> Tensor:
+    """Random contents, [n, 4]."""
     return every_content()[torch.randint(80, (n,), generator=generator)]

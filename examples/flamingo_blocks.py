@@ -3,17 +3,17 @@
 1. A small causal language model in plain PyTorch learns the language of captions, from text alone.
 2. It is frozen, and `GatedCrossAttentionBlock`s are put between its layers. In them each word
    attends to the patches of the last picture before it. Only the blocks and the small convolutions
-   that make patches of pictures are trained.
-3. Pictures that were not trained on get their captions, with a cache of the projected patches.
+   that turn pictures into patches are trained.
+3. It writes captions for held-out pictures, with a cache of the projected patches.
 
 A picture is a crop of one of scikit-learn's two sample photographs, with a handwritten digit in one
 of its corners, and each document holds two pictures with their captions:
 
     <start> <image> china with the digit seven at top left . <image> flower with the digit ...
 
-Held out are one digit in five and the right fifth of each photograph. The program checks that the
+One digit in five and the right fifth of each photograph are held out. The program checks that the
 language model stays the same bit for bit, and that with the gates at 0 so do its outputs. It writes
-a plot of the loss, the gates and where the word for the digit is looked for.
+a plot of the loss, the gates, and the attention from which the word for the digit is predicted.
 
     python examples/flamingo_blocks.py --out plots
 
@@ -70,7 +70,7 @@ SIDE, GRID = 32, 8  # pixels and patches, along each side of a picture
 
 
 class Album:
-    """Documents of one split: digits and crops that the other split does not have."""
+    """The documents of one split, with digits and crops that the other split does not have."""
 
     def __init__(self, held_out: bool) -> None:
         digits = load_digits()
@@ -100,22 +100,23 @@ class Album:
 
 
 def crops(photograph: Tensor, held_out: bool, number: int = 1000) -> Tensor:
-    """Squares [number, 3, SIDE, SIDE] in [0, 1] of a photograph [height, width, 3] of bytes: of its
-    right fifth, or of the rest of it."""
+    """Squares [number, 3, SIDE, SIDE] in [0, 1] from a photograph [height, width, 3] of bytes: from
+    its right fifth if they are held out, else from the rest."""
     pixels = photograph.permute(2, 0, 1)[None] / 255
     border = pixels.shape[3] * 4 // 5
     pixels = pixels[..., border:] if held_out else pixels[..., :border]
-    generator, found = torch.Generator().manual_seed(int(held_out)), []
+    generator, squares = torch.Generator().manual_seed(int(held_out)), []
     for size, top, left in torch.rand(number, 3, generator=generator).tolist():
         size = int(64 + 64 * size)
         top, left = int(top * (pixels.shape[2] - size)), int(left * (pixels.shape[3] - size))
         square = pixels[..., top : top + size, left : left + size]
-        found.append(F.interpolate(square, (SIDE, SIDE), mode="bilinear", antialias=True)[0])
-    return torch.stack(found)
+        squares.append(F.interpolate(square, (SIDE, SIDE), mode="bilinear", antialias=True)[0])
+    return torch.stack(squares)
 
 
 def write(content: Tensor) -> Tensor:
-    """Which of the `WORDS` of each kind, [n, PICTURES, 4] -> tokens [n, 1 + PICTURES * LENGTH]."""
+    """The tokens [n, 1 + PICTURES * LENGTH] of captions, from the numbers [n, PICTURES, 4] of the
+    words of each kind."""
     caption = torch.tensor([TOKEN.get(word, 0) for word in CAPTION.split()])
     tokens = caption.repeat(*content.shape[:2], 1)
     for kind, which in zip(WORDS, content.unbind(2), strict=True):
@@ -124,7 +125,7 @@ def write(content: Tensor) -> Tensor:
 
 
 def random_text(n: int, generator: torch.Generator) -> Tensor:
-    """Tokens [n, 1 + PICTURES * LENGTH] of captions to which there is no picture."""
+    """The tokens [n, 1 + PICTURES * LENGTH] of random captions without pictures."""
     kinds = [torch.randint(len(w), (n, PICTURES), generator=generator) for w in WORDS.values()]
     return write(torch.stack(kinds, dim=2))
 
@@ -137,7 +138,7 @@ def read(tokens: Tensor) -> str:
 
 
 class LanguageModel(nn.Module):
-    """A causal transformer as anyone would write it, which knows nothing of pictures."""
+    """A plain causal transformer, which takes no pictures."""
 
     def __init__(self, dim: int = 64, layers: int = 4, heads: int = 4) -> None:
         super().__init__()
@@ -150,14 +151,14 @@ class LanguageModel(nn.Module):
         self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, len(VOCABULARY))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Tokens [B, N] -> logits [B, N, vocabulary] of the next ones."""
+        """The logits [B, N, vocabulary] of the next tokens, from tokens [B, N]."""
         x, causal = self.embed(tokens)
         for layer in self.layers:
             x = layer(x, src_mask=causal, is_causal=True)
         return self.head(self.norm(x))
 
     def embed(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens [B, N] -> [B, N, dim] and the causal mask [N, N]."""
+        """(the embeddings [B, N, dim] of tokens [B, N], the causal mask [N, N])."""
         N = tokens.shape[1]
         x = self.words(tokens) + self.places.weight[:N]
         return x, nn.Transformer.generate_square_subsequent_mask(N)
@@ -182,16 +183,16 @@ class SeeingModel(nn.Module):
         self.blocks = nn.ModuleList(GatedCrossAttentionBlock(**sizes) for _ in lm.layers[::2])
 
     def patches(self, images: Tensor) -> Tensor:
-        """[B, T, 3, SIDE, SIDE] -> the media of the blocks, [B, T, GRID * GRID, dim]."""
+        """The media [B, T, GRID * GRID, dim] of the blocks, from images [B, T, 3, SIDE, SIDE]."""
         x = self.look(images.flatten(0, 1)).flatten(2).transpose(1, 2)
         return self.norm(x + self.places).unflatten(0, images.shape[:2])
 
     def forward(self, tokens: Tensor, images: Tensor) -> Tensor:
-        """Logits [B, N, vocabulary]; each token sees the last picture at or before it."""
+        """The logits [B, N, vocabulary]; each token sees the last picture at or before it."""
         return self.read(tokens, [self.patches(images)] * len(self.blocks))
 
     def read(self, tokens: Tensor, media: list[Tensor] | list[MediaCache]) -> Tensor:
-        """`forward` with the patches or the cache that each block is to see."""
+        """The logits as in `forward`, from the patches or the cache for each block."""
         x, causal = self.lm.embed(tokens)
         for i, layer in enumerate(self.lm.layers):
             if i % 2 == 0:
@@ -217,7 +218,7 @@ def nats_per_caption(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def pretrain(generator: torch.Generator, steps: int = 200) -> LanguageModel:
-    """A language model that has read captions without pictures."""
+    """A language model that was trained on captions without pictures."""
     lm = LanguageModel()
     optimizer = torch.optim.AdamW(lm.parameters())
     schedule = lr_scheduler.OneCycleLR(optimizer, 6e-3, steps)
@@ -238,14 +239,17 @@ def train(
     steps: int,
     generator: torch.Generator,
 ) -> dict[str, list]:
-    """Trains what is not frozen. Returns the loss and the gates of every step, and the loss on
-    the `held_out` tokens and images of some: {"loss", "gates", "measured", "held out"}."""
+    """The history of a training of the new parts: {"loss", "gates", "measured", "held out"}.
+
+    It has the loss and the gates of every step, and for the steps in "measured" the loss on the
+    `held_out` tokens and images.
+    """
     gates = [gate for block in model.blocks for gate in (block.attn_gate, block.ff_gate)]
     fixed = {*gates, *model.lm.parameters()}
     others = [p for p in model.parameters() if p not in fixed]
     groups = [dict(params=others), dict(params=gates, weight_decay=0.0)]
     optimizer = torch.optim.AdamW(groups)
-    rates = [3e-3, 2e-2]  # Adam moves by its rate, and a gate of 0 has far to go
+    rates = [3e-3, 2e-2]  # a step of Adam is about its rate, and gates start far from their values
     schedule = lr_scheduler.OneCycleLR(optimizer, rates, steps + 1, pct_start=0.2)
     history = {"loss": [], "gates": [], "measured": [], "held out": []}
     for step in range(steps + 1):
@@ -278,7 +282,7 @@ def measure(model: SeeingModel, held_out: tuple[Tensor, Tensor], history: dict[s
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two float32 tensors are the same, 0 and -0 being different."""
+    """Whether two float32 tensors are the same bit for bit, 0 and -0 being different."""
     return torch.equal(a.view(torch.int32), b.view(torch.int32))
 
 
@@ -313,13 +317,15 @@ def closed(model: SeeingModel) -> SeeingModel:
     return model
 
 
-# Captions and where their words come from
+# Captions and attention maps
 
 
 @torch.no_grad()
 def captions(model: SeeingModel, images: Tensor) -> Tensor:
-    """The likeliest next words for images [B, PICTURES, 3, SIDE, SIDE], after each <image>: tokens
-    [B, 1 + PICTURES * LENGTH]. Each block projects the patches once, for all words."""
+    """The tokens [B, 1 + PICTURES * LENGTH] of captions for images [B, PICTURES, 3, SIDE, SIDE].
+
+    After each <image> every next word is the likeliest one. Each block projects the patches once.
+    """
     patches = model.patches(images)
     media = [block.cache_media(patches) for block in model.blocks]
     tokens = torch.full((len(images), 1), TOKEN["<start>"])
@@ -332,14 +338,14 @@ def captions(model: SeeingModel, images: Tensor) -> Tensor:
 
 
 def by_caption(tokens: Tensor) -> Tensor:
-    """[B, 1 + PICTURES * LENGTH, ...] -> [B, PICTURES, LENGTH, ...], without <start>."""
+    """The tokens [B, 1 + PICTURES * LENGTH, ...] as [B, PICTURES, LENGTH, ...], without <start>."""
     return tokens[:, 1:].unflatten(1, (PICTURES, LENGTH))
 
 
 @torch.no_grad()
 def attention_maps(model: SeeingModel, documents: tuple[Tensor, Tensor]) -> Tensor:
-    """Attention over the patches [B, PICTURES, GRID, GRID] in the last block, mean of its heads, of
-    the token that the word for the digit follows."""
+    """The attention [B, PICTURES, GRID, GRID] over the patches in the last block, the mean of its
+    heads, of the token before the word for the digit."""
     tokens, images = documents
     block, inputs = model.blocks[-1], []
     hook = block.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
@@ -349,12 +355,12 @@ def attention_maps(model: SeeingModel, documents: tuple[Tensor, Tensor]) -> Tens
     q = attn.to_q(attn.norm(inputs[0])).unflatten(-1, (-1, attn.dim_head)).transpose(1, 2)
     seen = masks.media(image_here(tokens), tokens_per_media=GRID**2, n_media=PICTURES)
     weights = by_caption(attention_weights(q, k, mask=seen))[:, :, SLOTS["digit"] - 1]
-    # each token sees its own picture only
-    own = weights.unflatten(-1, (PICTURES, -1)).diagonal(dim1=1, dim2=2).transpose(1, 2)
-    return own.unflatten(-1, (GRID, GRID))
+    # each token sees the picture of its caption only
+    per_picture = weights.unflatten(-1, (PICTURES, -1)).diagonal(dim1=1, dim2=2).transpose(1, 2)
+    return per_picture.unflatten(-1, (GRID, GRID))
 
 
-# What the program shows
+# Output
 
 
 def report(written: Tensor, tokens: Tensor, maps: Tensor) -> None:
@@ -374,7 +380,7 @@ def report(written: Tensor, tokens: Tensor, maps: Tensor) -> None:
 
 
 def plot(history: dict, alone: float, images: Tensor, maps: Tensor, text: str, file: Path) -> None:
-    """Loss, gates, and images [PICTURES, 3, SIDE, SIDE] with their maps [PICTURES, GRID, GRID]."""
+    """Plots loss, gates, and images [PICTURES, 3, SIDE, SIDE] with maps [PICTURES, GRID, GRID]."""
     figure, (losses, gates, picture) = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
     losses.plot(history["loss"], lw=1, label="training")
     losses.plot(history["measured"], history["held out"], "o-", label="held out")
@@ -392,7 +398,7 @@ def plot(history: dict, alone: float, images: Tensor, maps: Tensor, text: str, f
 
 
 def draw_maps(axes: plt.Axes, images: Tensor, maps: Tensor) -> None:
-    """The images side by side, and below them their maps on top of their grey values."""
+    """Draws the images side by side, and below them their maps over their grey values."""
     shown = torch.cat([*(images + 1) / 2], dim=2).clamp(0, 1)
     grey, weights = shown.mean(0), torch.cat([*maps], dim=1)
     height, width = grey.shape

@@ -1,26 +1,25 @@
 """BLIP-2's two stages on a CPU: a Q-Former reads a frozen encoder, then feeds a frozen reader.
 
 A picture is a crop of one of scikit-learn's two photographs with a handwritten digit in a corner,
-its caption one of 80: "china with the digit seven at top left .". Held out are one digit in five
-and the middle fifth of each photograph.
+its caption one of 80: "china with the digit seven at top left .". One digit in five and the middle
+fifth of each photograph are held out.
 
-Before     A convolutional encoder learns which digit or photograph each of its features is of, and
-           is frozen. A small language model learns, from text alone, to write the caption when
-           four words are in front of it in any order, and is frozen.
-Stage 1    `QFormer` with ITC, ITM and ITG: one pass for queries, one for text, one for pairs, one
-           for generation, the same weights under three masks. The first half has random
-           negatives for ITM; the second is trained twice from there, with random and with hard
-           ones. (From the start hard ones are too hard here: the matching head learns nothing
-           from them for long.)
-Stage 2    A linear projection of the four queries takes the place of the four words; nothing else
-           is trained.
+Before     A convolutional encoder learns to which digit or photograph each of its features belongs,
+           and is frozen. A small language model learns, from text alone, to write a caption after
+           its four words in any order, and is frozen.
+Stage 1    `QFormer` learns by ITC, ITM and ITG, with one pass for queries, one for text, one for
+           pairs and one for generation: the same weights under three masks. The first half has
+           random negatives for ITM; the second half is trained twice, with random and with hard
+           negatives. (Hard negatives from the start are too hard here: for long the matching head
+           learns nothing from them.)
+Stage 2    A linear projection of the four queries replaces the four words; nothing else is trained.
 
-Printed are recall at 1 among 80 captions and 80 held-out pictures, before and after stage 1, by
-the contrastive similarity and with its eight best judged again by the matching head; how often
-that head puts the true caption before all twelve that differ in one word; and the loss of captions
-in stage 2 with the picture and without. Checked, and an AssertionError where it does not hold: what
-is frozen stays the same bit for bit. Two pictures are written, the losses of stage 1 and where the
-heads of the Q-Former look.
+The program prints recall at 1 among 80 captions and 80 held-out pictures, before and after stage 1,
+by the contrastive similarity and with its eight best reranked by the matching head; how often that
+head prefers the true caption to all twelve that differ in one word; and the loss of captions in
+stage 2 with the right picture and with another. It raises an AssertionError unless the frozen parts
+stay the same bit for bit. It writes two pictures: the losses of stage 1, and where the heads of the
+Q-Former look.
 
     python examples/qformer_alignment.py --out plots
 
@@ -71,14 +70,14 @@ try:
 except ImportError as error:
     sys.exit(f"{error}; this example needs: pip install 'xattn-kernels[bench]'")
 
-GRID, DIM, QUERIES = 8, 64, 4  # of features along each side; their width; of the Q-Former
+GRID, DIM, QUERIES = 8, 64, 4  # features along each side, their width, queries of the Q-Former
 
 
 # Models
 
 
 class Encoder(nn.Module):
-    """Pictures to GRID x GRID features; `digits` is what it learns by."""
+    """An encoder of pictures into GRID x GRID features, which learns by its head `digits`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,12 +91,12 @@ class Encoder(nn.Module):
         self.classify = nn.Linear(DIM, 12)
 
     def forward(self, images: Tensor) -> Tensor:
-        """[n, 3, SIDE, SIDE] -> [n, GRID * GRID, DIM]."""
+        """The features [n, GRID * GRID, DIM] of images [n, 3, SIDE, SIDE]."""
         features = self.look(images).flatten(2).mT
         return F.layer_norm(features, (DIM,)) + self.places
 
     def digits(self, images: Tensor) -> Tensor:
-        """Logits [n, 12, GRID, GRID] of the digit, or else the photograph, of a feature."""
+        """The logits [n, 12, GRID, GRID] of the digit, or else the photograph, at each feature."""
         return self.classify(self.look(images).movedim(1, 3)).movedim(3, 1)
 
 
@@ -124,11 +123,11 @@ class Aligned(nn.Module):
         return self.text_proj(self.qformer(None, tokens, objective="itc")[:, 0])
 
     def match(self, features: Tensor, tokens: Tensor) -> Tensor:
-        """Logits [n, QUERIES, 2] of no and yes."""
+        """The logits [n, QUERIES, 2] of no match and match."""
         return self.itm_head(self.qformer(features, tokens, objective="itm")[:, :QUERIES])
 
     def losses(self, features, content, hard: bool, generator) -> dict[str, Tensor]:
-        """ITC, ITM and ITG of one batch. Without `hard` all negatives are equally likely."""
+        """ITC, ITM and ITG of one batch; without `hard` all negatives are equally likely."""
         tokens, ids = write(content), number_of(content)
         image, text = self.image(features), self.text(tokens)
         options = dict(temperature=self.log_temperature.exp(), ids=ids)
@@ -138,17 +137,17 @@ class Aligned(nn.Module):
             generator=generator, temperature=options["temperature"].detach(), ids=ids,
         )  # fmt: skip
         pairs = matching_pairs(negatives)
-        said = write(content, "<dec>")
-        rows = self.qformer(features, said, objective="itg")[:, QUERIES:]
+        captions = write(content, "<dec>")
+        rows = self.qformer(features, captions, objective="itg")[:, QUERIES:]
         return {
             "itc": itc_loss(image, text, **options),
             "itm": itm_loss(self.match(features[pairs.images], tokens[pairs.texts]), pairs.labels),
-            "itg": lm_loss(self.lm_head(rows), said),
+            "itg": lm_loss(self.lm_head(rows), captions),
         }
 
 
 class LanguageModel(nn.Module):
-    """A causal transformer in plain PyTorch, with something in front of the words."""
+    """A causal transformer in plain PyTorch that takes a prefix of embeddings before the words."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -161,7 +160,7 @@ class LanguageModel(nn.Module):
         self.norm, self.head = nn.LayerNorm(DIM), nn.Linear(DIM, len(VOCABULARY))
 
     def forward(self, prefix: Tensor, tokens: Tensor) -> Tensor:
-        """prefix [n, m, DIM], tokens [n, LENGTH] -> logits [n, m + LENGTH, vocabulary]."""
+        """The logits [n, m + LENGTH, vocabulary] from prefix [n, m, DIM] and tokens [n, LENGTH]."""
         x = torch.cat((prefix, self.words(tokens) + self.places.weight), dim=1)
         causal = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
         for layer in self.layers:
@@ -169,16 +168,16 @@ class LanguageModel(nn.Module):
         return self.head(self.norm(x))
 
     def loss(self, prefix: Tensor, content: Tensor) -> Tensor:
-        """Nats per caption."""
+        """The mean loss of a caption in nats."""
         tokens = write(content, "<dec>")
-        said = tokens.masked_fill(tokens == TOKEN["<dec>"], -100)
+        labels = tokens.masked_fill(tokens == TOKEN["<dec>"], -100)
         logits = self(prefix, tokens)
-        return lm_loss(logits, said, n_prefix=prefix.shape[1]) * (LENGTH - 1)
+        return lm_loss(logits, labels, n_prefix=prefix.shape[1]) * (LENGTH - 1)
 
 
 class Pool(NamedTuple):
-    """What the frozen encoder makes of pictures, once: features [n, GRID * GRID, DIM], content
-    [n, 4]."""
+    """Features [n, GRID * GRID, DIM] that the frozen encoder computed once, and the content [n, 4]
+    of their pictures."""
 
     features: Tensor
     content: Tensor
@@ -189,7 +188,8 @@ class Pool(NamedTuple):
 
 
 @torch.no_grad()
-def see(encoder: Encoder, album: Album, content: Tensor, generator: torch.Generator) -> Pool:
+def encode(encoder: Encoder, album: Album, content: Tensor, generator: torch.Generator) -> Pool:
+    """The pool of pictures of these contents."""
     parts = [encoder(album.draw(part, generator)) for part in content.split(500)]
     return Pool(torch.cat(parts), content)
 
@@ -198,22 +198,23 @@ def see(encoder: Encoder, album: Album, content: Tensor, generator: torch.Genera
 
 
 def fit(modules, steps: int, loss_of, rate: float = 3e-3) -> list[float]:
-    """Trains what of the modules requires a gradient; the loss of each step."""
+    """The loss of each step of a training of the parameters that require a gradient."""
     parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps + 1, pct_start=0.1)
-    found = []
+    losses = []
     for _ in range(steps):
         loss = loss_of()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-        found.append(loss.item())
-    return found
+        losses.append(loss.item())
+    return losses
 
 
 def pretrain_encoder(album: Album, steps: int, generator: torch.Generator) -> Encoder:
+    """An encoder that was trained to name the digit or photograph at each feature."""
     encoder = Encoder()
 
     def loss() -> Tensor:
@@ -231,7 +232,7 @@ def pretrain_encoder(album: Album, steps: int, generator: torch.Generator) -> En
 
 
 def pretrain_reader(steps: int, generator: torch.Generator) -> LanguageModel:
-    """Four words in any order, then the caption with them."""
+    """A language model that was trained to write the caption after its four words in any order."""
     reader = LanguageModel()
 
     def loss() -> Tensor:
@@ -248,32 +249,32 @@ def pretrain_reader(steps: int, generator: torch.Generator) -> LanguageModel:
 
 @torch.no_grad()
 def recalls(model: Aligned, gallery: Pool, again: int = 8) -> dict[str, float]:
-    """Recall at 1 both ways; "again": the best `again` of each are judged by the matching head."""
+    """Recall at 1 both ways, and as "..., again" with the best `again` reranked by matching."""
     features, tokens = gallery.features, write(gallery.content)
     similarity = image_text_similarity(model.image(features), model.text(tokens))
-    found = {}
+    recall = {}
     for name, s in (("image to text", similarity), ("text to image", similarity.T)):
-        own, best = torch.arange(len(s)), s.topk(again, dim=1).indices
-        found[name] = (best[:, 0] == own).float().mean().item()
-        rows = own[:, None].expand_as(best).flatten(), best.flatten()
+        truth, best = torch.arange(len(s)), s.topk(again, dim=1).indices
+        recall[name] = (best[:, 0] == truth).float().mean().item()
+        rows = truth[:, None].expand_as(best).flatten(), best.flatten()
         images, texts = rows if name == "image to text" else rows[::-1]
         yes = model.match(features[images], tokens[texts]).mean(1)
         matched = (yes[:, 1] - yes[:, 0]).unflatten(0, best.shape)
         judged = best.gather(1, matched.argmax(1, keepdim=True))[:, 0]
-        found[f"{name}, again"] = (judged == own).float().mean().item()
-    return found
+        recall[f"{name}, again"] = (judged == truth).float().mean().item()
+    return recall
 
 
 @torch.no_grad()
 def near_misses(model: Aligned, held_out: Pool) -> float:
-    """How often the true caption is before the twelve that differ from it in one word."""
+    """How often the true caption is preferred to the twelve that differ from it in one word."""
     captions = every_content()
     right = []
-    for image, own in zip(*held_out, strict=True):
-        near = captions[(captions != own).sum(1) <= 1]
+    for image, truth in zip(*held_out, strict=True):
+        near = captions[(captions != truth).sum(1) <= 1]
         yes = model.match(image.expand(len(near), -1, -1), write(near)).mean(1)
         best = near[(yes[:, 1] - yes[:, 0]).argmax()]
-        right.append((best == own).all())
+        right.append((best == truth).all())
     return torch.stack(right).float().mean().item()
 
 
@@ -288,7 +289,7 @@ def check_frozen(name: str, module: nn.Module, before: dict[str, Tensor]) -> Non
 
 
 def align(start: Aligned, pool: Pool, steps: range, seed: int, hard: bool) -> tuple[Aligned, dict]:
-    """Stage 1 from a copy of `start`: the trained copy, and {loss: (step, value) pairs}."""
+    """(a copy of `start` trained in stage 1, {loss: (step, value) pairs})."""
     model, generator = copy.deepcopy(start), torch.Generator().manual_seed(seed + steps.start)
     history, now = {name: [] for name in ("itc", "itm", "itg")}, iter(steps)
 
@@ -316,7 +317,7 @@ def generate(
 
 @torch.no_grad()
 def head_maps(model: Aligned, features: Tensor) -> Tensor:
-    """Where the heads of the first query look, the last time: [B, heads, GRID, GRID]."""
+    """The maps [B, heads, GRID, GRID] of the first query in the last cross-attention."""
     layers, seen = [x for x in model.qformer.encoder["layer"] if x.crossattention is not None], []
     look = layers[-1].crossattention
     hook = look.register_forward_pre_hook(lambda _, arguments: seen.append(arguments))
@@ -329,7 +330,7 @@ def head_maps(model: Aligned, features: Tensor) -> Tensor:
     return attention_map(q, k, rows=[0], grid=(GRID, GRID), average_heads=False)[:, :, 0]
 
 
-# What the program shows
+# Output
 
 
 def report(stages: dict[str, Aligned], gallery: Pool, near: Pool) -> None:
@@ -337,24 +338,25 @@ def report(stages: dict[str, Aligned], gallery: Pool, near: Pool) -> None:
     print(f"recall at 1 of {len(gallery.content)}, held out; chance {1 / len(gallery.content):.1%}")
     print(f"{'':18}" + "".join(f"{c:>22}" for c in columns) + f"{'best of 13':>12}")
     for name, model in stages.items():
-        found = recalls(model, gallery)
-        cells = "".join(f"{found[column]:>22.1%}" for column in columns)
+        recall = recalls(model, gallery)
+        cells = "".join(f"{recall[column]:>22.1%}" for column in columns)
         print(f"{name:18}{cells}{near_misses(model, near):>12.1%}")
 
 
 @torch.no_grad()
 def report_reader(model: Aligned, reader, projection: nn.Linear, gallery: Pool) -> None:
     prefix, content = projection(model.qformer(gallery.features)), gallery.content
-    own, other = (reader.loss(p, content) for p in (prefix, prefix.roll(1, 0)))
+    right, other = (reader.loss(p, content) for p in (prefix, prefix.roll(1, 0)))
     told = reader.loss(reader.words(FIRST + content), content)
+    guess = math.log(len(content))
     print(
-        f"stage 2, nats per held-out caption: {own:.2f} with its picture, {other:.2f} with another "
-        f"one,\n  {told:.2f} when told the four words; a guess costs {math.log(len(content)):.2f}"
+        f"stage 2, nats per held-out caption: {right:.2f} with its picture, {other:.2f} with "
+        f"another one,\n  {told:.2f} when told the four words; a guess costs {guess:.2f}"
     )
 
 
 def plot(histories: dict, model: Aligned, features: Tensor, image: Tensor, folder: Path) -> list:
-    """The losses of stage 1, and where a query looks in one held-out picture."""
+    """Writes the losses of stage 1, and where a query looks in one held-out picture."""
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / "qformer_alignment.png", folder / "qformer_alignment_heads.png"]
     viz.history(histories, ("itc", "itm", "itg")).savefig(files[0])
@@ -380,11 +382,11 @@ def main(arguments: list[str] | None = None) -> None:
     album, others = Album(held_out=False), Album(held_out=True)
     encoder = pretrain_encoder(album, 5 * n, generator).eval()
     reader = pretrain_reader(n, generator).eval()
-    pool = see(encoder, album, some_content(4000, generator), generator)
+    pool = encode(encoder, album, some_content(4000, generator), generator)
     pictures = others.draw(every_content(), generator)
     with torch.no_grad():
         gallery = Pool(encoder(pictures), every_content())
-    near = see(encoder, others, some_content(160, generator), generator)
+    near = encode(encoder, others, some_content(160, generator), generator)
 
     stages, histories = {"before": Aligned()}, {}
     first = alignment_stage(vision_encoder=encoder, qformer=stages["before"].qformer)

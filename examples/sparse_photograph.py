@@ -1,23 +1,23 @@
-"""Dense and sparse attention over the 16,640 patches of one photograph: what few keys lose.
+"""Dense and sparse attention over the 16,640 patches of one photograph: the loss with few keys.
 
 The photograph is scikit-learn's china.jpg. Its tokens are windows of 8 x 8 pixels, 4 pixels apart;
 keys are their largest 32 principal components at unit length, values their colours, so that
 attention answers "what colour has the photograph where it looks like this?". Queries are the
 patches of one block in 16, and four words, each the mean key of a small box that shows it.
 
-Measured at a sharp and at a soft temperature, for `topk_attention` with 8 to 4,096 keys a query
-and with blocks of 64 keys that 64 queries share: the error of the output and of its gradient
-beside `cross_attention`, the kept mass, and the time by that of dense attention, in this one run.
-Neighbours in the photograph are neighbours in memory (8 x 8 patches are a block), without which
-blocks would have nothing to go by. Checked, and an AssertionError where it does not hold:
+The program compares `topk_attention` with `cross_attention` at a sharp and at a soft temperature,
+with 8 to 4,096 keys a query and with blocks of 64 keys that 64 queries share. It measures the error
+of the output and of its gradient, the kept mass, and the ratio of times, all in one run.
+Neighbours in the photograph are neighbours in memory (8 x 8 patches are a block), as the keys of a
+block must resemble each other. It checks, and raises an AssertionError where one does not hold:
 
     all keys           give the dense output and gradient, to rounding
     the chosen keys    have the highest scores
-    |out - dense|      is at most 2 (1 - kept mass) max |v|: the chosen keys' weights, m in all, are
-                       divided by m, which moves out by (1 - m) max |v|, the others' are missing,
-                       which moves it by as much again
+    |out - dense|      is at most 2 (1 - kept mass) max |v|: the weights of the chosen keys, m in
+                       all, are divided by m, which moves out by (1 - m) max |v|, and those of the
+                       other keys are missing, which moves it by as much again
 
-Two pictures are written: error by the share of keys, and where the words look, dense and sparse.
+It writes two pictures: the error over the share of keys, and where the words look in both.
 
     python examples/sparse_photograph.py --out plots
 
@@ -69,8 +69,8 @@ WORDS = {
 
 
 class Photograph(NamedTuple):
-    """pixels [height, width, 3] from 0 to 1; k [1, 1, Nk, 32] of unit length and v [1, 1, Nk, 3],
-    block after block."""
+    """A photograph: pixels [height, width, 3] from 0 to 1, and block after block k [1, 1, Nk, 32]
+    of unit length and v [1, 1, Nk, 3]."""
 
     pixels: Tensor
     k: Tensor
@@ -91,19 +91,19 @@ def load() -> Photograph:
 
 
 def by_block(rows: Tensor) -> Tensor:
-    """[Nk, n] in reading order -> [Nk, n], TILE x TILE neighbours after one another."""
+    """The rows [Nk, n] in reading order, rearranged so that TILE x TILE neighbours are adjacent."""
     h, w = (n // TILE for n in GRID)
     return rows.unflatten(0, (h, TILE, w, TILE)).transpose(1, 2).flatten(0, 3)
 
 
 def in_reading_order(rows: Tensor) -> Tensor:
-    """[R, Nk] of blocks -> [R, *GRID]."""
+    """The rows [R, Nk] of blocks, rearranged to [R, *GRID]."""
     h, w = (n // TILE for n in GRID)
     return rows.unflatten(1, (h, w, TILE, TILE)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
 def mean_keys(k: Tensor) -> Tensor:
-    """[1, 1, words, 32]: what each word looks like."""
+    """The mean key of the box of each word, [1, 1, words, 32]."""
     picture = in_reading_order(k[0, 0].T)
     boxes = [picture[:, t : t + h, x : x + w].mean((1, 2)) for t, x, h, w in WORDS.values()]
     return F.normalize(torch.stack(boxes), dim=-1)[None, None]
@@ -118,11 +118,11 @@ class Row(NamedTuple):
     error: float
     dq_error: float
     kept: float
-    time: float  # by that of dense attention
+    time: float  # over that of dense attention
 
 
 def timed(call: Callable[[], Tensor], repeats: int) -> tuple[Tensor, float]:
-    """The result, and the seconds of the quickest call."""
+    """(the result, the seconds of the fastest call)."""
     seconds = []
     for _ in range(repeats):
         started = time.perf_counter()
@@ -132,17 +132,18 @@ def timed(call: Callable[[], Tensor], repeats: int) -> tuple[Tensor, float]:
 
 
 def gradient(out: Tensor, q: Tensor) -> Tensor:
-    """Of a fixed weighting of the outputs."""
+    """The gradient of q for a fixed weighted sum of the outputs."""
     weights = torch.linspace(-1, 1, out.numel()).view_as(out)
     return torch.autograd.grad((out * weights).sum(), q)[0]
 
 
 def distance(a: Tensor, b: Tensor) -> float:
+    """||a - b|| / ||b||."""
     return ((a - b).norm() / b.norm()).item()
 
 
 def compare(q: Tensor, photo: Photograph, scale: float, repeats: int) -> list[Row]:
-    """A row for each number of keys and of blocks, checked."""
+    """A row for each number of keys and of blocks, whose output is checked against the bound."""
     k, v = photo.k, photo.v
     q = q.detach().requires_grad_()
     dense, dense_time = timed(lambda: cross_attention(q, k, v, scale=scale), repeats)
@@ -167,7 +168,7 @@ def check_bound(out: Tensor, dense: Tensor, kept: Tensor, v: Tensor) -> None:
     """Raises AssertionError where an output is farther from dense attention than its kept mass
     allows."""
     moved = (out - dense).norm(dim=-1)
-    allowed = 2 * (1 - kept) * v.norm(dim=-1).max() + 1e-4  # of rounding
+    allowed = 2 * (1 - kept) * v.norm(dim=-1).max() + 1e-4  # for rounding
     if (moved > allowed).any():
         worst = (moved - allowed).max().item()
         raise AssertionError(f"an output is {worst:.2g} farther from dense than its mass allows")
@@ -185,7 +186,7 @@ def check_all_keys(q: Tensor, photo: Photograph, scale: float) -> None:
 
 
 def check_choice(indices: Tensor, q: Tensor, k: Tensor) -> None:
-    """Raises AssertionError where a key was chosen [.., Nq, top_k] and a clearly better was not."""
+    """Raises AssertionError where a key was chosen [.., Nq, top_k] and a better one was not."""
     scores = q.double() @ k.double().mT
     chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, indices.long(), True)
     least = scores.masked_fill(~chosen, torch.inf).amin(-1)
@@ -194,7 +195,7 @@ def check_choice(indices: Tensor, q: Tensor, k: Tensor) -> None:
         raise AssertionError("the chosen keys are not those of the highest scores")
 
 
-# What the program shows
+# Output
 
 
 def report(name: str, scale: float, rows: list[Row], entropy: float) -> None:
@@ -208,12 +209,13 @@ def report(name: str, scale: float, rows: list[Row], entropy: float) -> None:
         )
 
 
-def plot(found: dict[str, list[Row]], photo: Photograph, folder: Path) -> list[Path]:
+def plot(measured: dict[str, list[Row]], photo: Photograph, folder: Path) -> list[Path]:
+    """Writes the errors by the share of keys, and the maps of the words."""
     files = [folder / "sparse_photograph.png", folder / "sparse_photograph_words.png"]
     folder.mkdir(parents=True, exist_ok=True)
     curves = {
         f"{name}, {kind}": [(row.share, row.error) for row in rows if row.name == kind]
-        for name, rows in found.items()
+        for name, rows in measured.items()
         for kind in ("keys", "blocks")
     }
     viz.sparsity_error(curves, ylabel="relative error of out").savefig(files[0])
@@ -235,13 +237,13 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("plots"), help="folder of the pictures")
     parser.add_argument("--every", type=int, default=16, help="queries are each n-th block")
-    parser.add_argument("--repeats", type=int, default=3, help="of what is timed")
+    parser.add_argument("--repeats", type=int, default=3, help="of each timed call")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> dict[str, list[Row]]:
     chosen, started = options(arguments), time.perf_counter()
-    photo, found = load(), {}
+    photo, measured = load(), {}
     blocks = photo.k.unflatten(2, (-1, TILE**2))
     q = blocks[:, :, :: chosen.every].flatten(2, 3)  # whole blocks: 64 neighbours choose together
     for name, temperature in TEMPERATURES.items():
@@ -250,14 +252,14 @@ def main(arguments: list[str] | None = None) -> dict[str, list[Row]]:
         sample = q[:, :, ::16]
         picked = topk_attention(sample, photo.k, photo.v, 64, scale=scale, return_indices=True)
         check_choice(picked.indices, sample, photo.k)
-        everything = dict(scale=scale, return_statistics=True, backend="eager")
-        entropy = cross_attention(sample, photo.k, photo.v, **everything).entropy.mean().item()
-        found[name] = compare(q, photo, scale, chosen.repeats)
-        report(name, scale, found[name], entropy)
+        with_entropy = dict(scale=scale, return_statistics=True, backend="eager")
+        entropy = cross_attention(sample, photo.k, photo.v, **with_entropy).entropy.mean().item()
+        measured[name] = compare(q, photo, scale, chosen.repeats)
+        report(name, scale, measured[name], entropy)
     print("all keys are dense attention, the chosen have the highest scores, the bound holds")
-    files = plot(found, photo, chosen.out)
+    files = plot(measured, photo, chosen.out)
     print(f"pictures: {', '.join(map(str, files))}; {time.perf_counter() - started:.0f} s")
-    return found
+    return measured
 
 
 if __name__ == "__main__":

@@ -1,23 +1,24 @@
-"""A resampler over clips of one to eight frames: a fixed number of latents, whatever the length.
+"""A resampler of clips of one to eight frames into a fixed number of latents.
 
-A clip is a handwritten digit that walks over a photograph, to the left or to the right, and that
-is exchanged for another one on the way. Small convolutions make 36 tokens of every frame;
+A clip is a handwritten digit that moves over a photograph, to the left or to the right, and is
+replaced by another digit on the way. Small convolutions turn every frame into 36 tokens;
 `PerceiverResampler` reads those of all frames into 8 latents, with an embedding for each frame's
-place in time, and four linear heads answer from the latents:
+position in time, and four linear heads answer from the latents:
 
-    first, last     which digit was it at the beginning, which at the end?
-    direction       where to does it walk? (of clips of one frame nobody knows)
-    frames          how many are there?
+    first, last     which digit was it at the beginning, and which at the end?
+    direction       in which direction does it move? (clips of one frame do not show it)
+    frames          how many frames are there?
 
-Clips of a batch are padded to eight frames, with noise, and `key_lengths` says how many tokens are
-real. The digits and crops of the printed accuracies were not trained on. Checked, and an
-AssertionError where it does not hold:
+Clips of a batch are padded to eight frames with noise, and `key_lengths` tells how many tokens are
+real. The digits and crops of the printed accuracies are held out. The program checks, and raises an
+AssertionError where one does not hold:
 
-    padding         whatever it holds, no bit of an output changes
-    batches         a clip alone, without padding, gives what it gives in a batch, to rounding
+    padding         the contents of padding change no bit of an output
+    batches         a clip alone, without padding, gives the outputs that it has in a batch, to
+                    rounding
 
-Three pictures show where some latents look in a clip, how much of each frame all of them take, and
-which tokens are real in a batch.
+Three pictures show where some latents look in a clip, how much attention each frame gets from all
+of them, and which tokens are real in a batch.
 
     python examples/video_resampler.py --out plots
 
@@ -55,8 +56,8 @@ UNKNOWN = -100
 
 
 class Clips(NamedTuple):
-    """frames [n, FRAMES, 3, SIDE, SIDE] in [-1, 1], of which lengths [n] are real and the rest is
-    noise; answers [n, 4] in the order of `ANSWERS`."""
+    """Clips: frames [n, FRAMES, 3, SIDE, SIDE] in [-1, 1], of which the first lengths [n] are real
+    and the others noise, and answers [n, 4] in the order of `ANSWERS`."""
 
     frames: Tensor
     lengths: Tensor
@@ -64,7 +65,7 @@ class Clips(NamedTuple):
 
 
 class Album:
-    """Clips of one split: digits and backgrounds that the other split does not have."""
+    """The clips of one split, with digits and backgrounds that the other split does not have."""
 
     def __init__(self, held_out: bool) -> None:
         data = load_digits()
@@ -80,7 +81,7 @@ class Album:
             self.photographs.append(small[..., border:] if held_out else small[..., :border])
 
     def clips(self, n: int, generator: torch.Generator) -> Clips:
-        """Every length is as likely as the next."""
+        """Random clips, whose lengths are all equally likely."""
 
         def draw(high: int | Tensor, *shape: int) -> Tensor:
             return (torch.rand(shape, generator=generator) * high).long()
@@ -97,27 +98,29 @@ class Album:
                 digit = self.digits[digits[i, int(t >= change[i])]]
                 frames[i, t, :, row[i] : row[i] + DIGIT, column : column + DIGIT] = digit
         shown = torch.where((lengths > 1)[:, None], digits, digits[:, :1])
-        known = torch.where(lengths > 1, direction, UNKNOWN)
-        answers = torch.stack([*self.labels[shown].T, known, lengths - 1], dim=1)
+        direction = torch.where(lengths > 1, direction, UNKNOWN)
+        answers = torch.stack([*self.labels[shown].T, direction, lengths - 1], dim=1)
         return Clips(frames * 2 - 1, lengths, answers)
 
     def _backgrounds(self, n: int, generator: torch.Generator) -> Tensor:
-        """[n, 3, SIDE, SIDE], crops of either photograph."""
-        found = []
+        """Crops [n, 3, SIDE, SIDE] of either photograph."""
+        crops = []
         for which, top, left in torch.rand(n, 3, generator=generator).tolist():
             photo = self.photographs[int(2 * which)]
             top, left = (
                 int(u * (size - SIDE + 1))
                 for u, size in zip((top, left), photo.shape[1:], strict=True)
             )
-            found.append(photo[:, top : top + SIDE, left : left + SIDE])
-        return torch.stack(found)
+            crops.append(photo[:, top : top + SIDE, left : left + SIDE])
+        return torch.stack(crops)
 
 
 # The model
 
 
 class VideoModel(nn.Module):
+    """A model that answers questions on clips from the latents of a resampler."""
+
     def __init__(self, dim: int = 64, num_latents: int = 8) -> None:
         super().__init__()
         self.look = nn.Sequential(
@@ -134,7 +137,7 @@ class VideoModel(nn.Module):
         self.answers = nn.Linear(num_latents * dim, sum(ANSWERS.values()))
 
     def forward(self, frames: Tensor, lengths: Tensor) -> list[Tensor]:
-        """frames [B, F, 3, SIDE, SIDE], lengths [B] -> logits [B, .] of each answer."""
+        """The logits [B, .] of each answer, from frames [B, F, 3, SIDE, SIDE] and lengths [B]."""
         tokens = self.look(frames.flatten(0, 1)).flatten(2).transpose(1, 2) + self.places
         tokens = tokens.unflatten(0, frames.shape[:2])[:, None]  # [B, 1, F, GRID * GRID, dim]
         latents = self.resampler(tokens, key_lengths=lengths * GRID**2)
@@ -142,8 +145,8 @@ class VideoModel(nn.Module):
 
     @torch.no_grad()
     def maps(self, frames: Tensor, lengths: Tensor) -> Tensor:
-        """Where each latent looks in the last layer, frames side by side: [B, num_latents, GRID,
-        F * GRID]. What it looks at in the latents themselves is left out."""
+        """The maps [B, num_latents, GRID, F * GRID] of each latent over adjacent frames in the last
+        layer, without its attention to the latents."""
         attend, seen = self.resampler.layers[-1][0], []
         hook = attend.register_forward_pre_hook(lambda _, arguments: seen.append(arguments))
         self(frames, lengths)
@@ -182,7 +185,7 @@ def train(model: VideoModel, album: Album, steps: int, generator: torch.Generato
 
 @torch.no_grad()
 def check_padding(model: VideoModel, clips: Clips) -> None:
-    """Raises AssertionError where an output depends on what is in the frames that are none."""
+    """Raises AssertionError where an output depends on the contents of padding."""
     frames, lengths, _ = clips
     real = torch.arange(FRAMES) < lengths[:, None]
     blank = torch.where(real[..., None, None, None], frames, 0.0)
@@ -193,7 +196,7 @@ def check_padding(model: VideoModel, clips: Clips) -> None:
 
 @torch.no_grad()
 def check_alone(model: VideoModel, clips: Clips) -> None:
-    """Raises AssertionError where a clip has other answers alone than padded and in a batch."""
+    """Raises AssertionError where the answers for a clip differ alone and in a padded batch."""
     together = torch.cat(model(*clips[:2]), dim=1)
     for i, length in enumerate(clips.lengths.tolist()):
         alone = model(clips.frames[i : i + 1, :length], clips.lengths[i : i + 1])
@@ -202,30 +205,30 @@ def check_alone(model: VideoModel, clips: Clips) -> None:
             raise AssertionError(f"a clip of {length} frames differs by {error:.2g} alone")
 
 
-# What the program shows
+# Output
 
 
 @torch.no_grad()
 def report(model: VideoModel, clips: Clips) -> dict[str, float]:
-    """Prints the accuracies by length, and returns those of all lengths."""
+    """The accuracies over all lengths, after those by length were printed."""
     logits = model(*clips[:2])
     right = torch.stack([a.argmax(1) for a in logits], dim=1) == clips.answers
-    known = clips.answers != UNKNOWN
+    has_answer = clips.answers != UNKNOWN
     print("right of held-out clips, by their number of frames; n are", len(right))
     print("frames   " + "".join(f"{n:>8}" for n in range(1, FRAMES + 1)) + "     all  chance")
-    found = {}
+    accuracies = {}
     for i, (name, n) in enumerate(ANSWERS.items()):
         cells = []
         for length in range(1, FRAMES + 1):
-            rows = (clips.lengths == length) & known[:, i]
+            rows = (clips.lengths == length) & has_answer[:, i]
             cells.append(f"{right[rows, i].float().mean():8.0%}" if rows.any() else f"{'-':>8}")
-        found[name] = right[known[:, i], i].float().mean().item()
-        print(f"{name:9}{''.join(cells)}{found[name]:8.0%}{1 / n:8.0%}")
-    return found
+        accuracies[name] = right[has_answer[:, i], i].float().mean().item()
+        print(f"{name:9}{''.join(cells)}{accuracies[name]:8.0%}{1 / n:8.0%}")
+    return accuracies
 
 
 def plot(model: VideoModel, clips: Clips, folder: Path) -> list[Path]:
-    """Latents over the frames of the longest clip, on them and as a matrix; a batch's intervals."""
+    """Writes the maps of latents over the longest clip, their sums by frame, and intervals."""
     files = [folder / f"video_resampler{part}.png" for part in ("", "_frames", "_lengths")]
     folder.mkdir(parents=True, exist_ok=True)
     i = clips.lengths.argmax()

@@ -1,4 +1,4 @@
-"""`python -m xattn_kernels`: versions, devices, and what each backend says of each device."""
+"""`python -m xattn_kernels`: versions, devices, and which backends can run on each device."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .ops.cross_attention import cross_attention
 from .ops.gated_residual import gated_residual
 from .ops.topk_attention import topk_attention
 
-# What the dispatch reads; shown when set, because it changes which backend is taken.
+# The variables that the dispatch reads; they are shown when set, as they change the choice.
 SWITCHES = ("TRITON_INTERPRET", "XATTN_TRITON_ON_CPU", "XATTN_CUDA_ON_CPU")
-# of a plain call of each op
+# the arguments of a plain call of each op
 CALLS = {
     cross_attention: lambda t: (t, t, t),
     attention_weights: lambda t: (t, t),
@@ -30,7 +30,7 @@ GIB = 2**30
 
 
 def versions() -> list[str]:
-    """One line per part of the software."""
+    """One line for each part of the software."""
     try:
         triton = version("triton")
     except PackageNotFoundError:
@@ -49,6 +49,7 @@ def versions() -> list[str]:
 
 
 def cuda_kernels() -> str:
+    """What the CUDA kernels were compiled with and for, or why they are missing."""
     if (_cuda := launch.extension()) is None:
         return "; ".join(launch.MISSING_EXTENSION)
     major, minor = divmod(_cuda.CUDA_VERSION // 10, 100)
@@ -61,17 +62,17 @@ def devices() -> list[tuple[torch.device, str]]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
     vectors = torch.backends.cpu.get_cpu_capability()
     cpu = f"{platform.machine()} {vectors}, {torch.get_num_threads()} threads, {memory:.1f} GiB"
-    found = [(torch.device("cpu"), cpu)]
+    described = [(torch.device("cpu"), cpu)]
     for index in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(index)
         capability = f"capability {p.major}.{p.minor}"
         gpu = f"{p.name}, {capability}, {p.multi_processor_count} SMs"
-        found.append((torch.device("cuda", index), f"{gpu}, {p.total_memory / GIB:.1f} GiB"))
-    return found
+        described.append((torch.device("cuda", index), f"{gpu}, {p.total_memory / GIB:.1f} GiB"))
+    return described
 
 
 def explain_on(device: torch.device) -> None:
-    """Prints, for each op, what every backend says of a plain call on `device`."""
+    """Prints for each op which backends can run a plain call on `device`."""
     dtype = torch.float32 if device.type == "cpu" else torch.float16
     t = torch.zeros(1, 1, 1, 64, dtype=dtype, device=device)
     for op, arguments in CALLS.items():

@@ -1,4 +1,4 @@
-"""A workload with its tensors: what every provider receives."""
+"""Cases: workloads with their tensors, which every provider receives."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .workloads import Workload
 
 
 class Piece(NamedTuple):
-    """Part of a case: which batches, query heads, key heads, rows and keys."""
+    """A part of a case, by its batches, query heads, key heads, rows and keys."""
 
     b: slice
     q_heads: slice
@@ -31,7 +31,7 @@ class Piece(NamedTuple):
 class Segments(NamedTuple):
     """The same mask for packed (varlen) kernels: cumulative lengths over the flattened batch.
 
-    cu_q, cu_k: int32 [S + 1] on the case's device; max_q, max_k: the longest of each.
+    cu_q, cu_k: int32 [S + 1] on the case's device; max_q, max_k: the greatest lengths.
     """
 
     cu_q: Tensor
@@ -56,11 +56,11 @@ class Case:
     dout: Tensor
     interval: KeyInterval | None
 
-    suite = "attention"
+    suite = "benchmarks.suites:attention"
 
     @property
     def upstream(self) -> tuple[Tensor]:
-        """The gradients of what a provider returns."""
+        """The gradients of the results of a provider."""
         return (self.dout,)
 
     @property
@@ -77,7 +77,7 @@ class Case:
 
     @property
     def groups(self) -> int:
-        """Query heads per key head."""
+        """The number of query heads per key head."""
         return self.workload.Hq // self.workload.Hkv
 
     def flops(self, mode: str) -> int:
@@ -96,7 +96,7 @@ class Case:
 
     @cached_property
     def bounds(self) -> tuple[Tensor, Tensor] | None:
-        """(start, stop) [B, Nq], or with a batch of 1 where all batches are alike; contiguous."""
+        """(start, stop), contiguous [B, Nq], or [1, Nq] where all batches are alike."""
         if self.interval is None:
             return None
         w, mask = self.workload, self.interval
@@ -104,7 +104,7 @@ class Case:
         return tuple(t.contiguous() for t in mask.expand(1 if alike else w.B, w.Nq))
 
     def mask_of(self, piece: Piece) -> KeyInterval | None:
-        """The mask of part of the case, of keys that are counted from the first of them."""
+        """The mask of a piece, whose keys are numbered from its first one."""
         if self.bounds is None:
             return None
         batches = piece.b if self.bounds[0].shape[0] > 1 else slice(None)
@@ -119,7 +119,7 @@ class Case:
         return KeyInterval(*self.bounds).dense(self.workload.Nk)[:, None]
 
     def empty_rows(self) -> Tensor | None:
-        """bool [B or 1, 1, Nq, 1]: rows that attend to nothing; None when there are none."""
+        """bool [B or 1, 1, Nq, 1], True for rows that attend to nothing; None if no row does."""
         if self.bounds is None:
             return None
         empty = (self.bounds[0] >= self.bounds[1])[:, None, :, None]
@@ -135,10 +135,10 @@ class Case:
 
     @cached_property
     def segments(self) -> Segments | None:
-        """Runs of rows with equal intervals as packed sequences over the flattened batch.
+        """The runs of rows with equal intervals, as packed sequences over the flattened batch.
 
-        Keys between two runs become a segment without rows, so K and V are used in place. None
-        where that is impossible: intervals that overlap or go backwards.
+        Keys between two runs become a segment without rows, so that K and V are used in place. It
+        is None if intervals overlap or go backwards.
         """
         w = self.workload
         if self.interval is None:
@@ -153,7 +153,7 @@ class Case:
         return Segments(*cumulative, *lengths.amax(1).tolist())
 
     def first_rows(self, rows: int) -> Case:
-        """The same case with its first `rows` queries only."""
+        """The case of the first `rows` queries."""
         mask = self.bounds and KeyInterval(*(t[:, :rows] for t in self.bounds))
         w = replace(self.workload, Nq=min(rows, self.workload.Nq))
         queries = {"q": self.q[:, :, :rows], "dout": self.dout[:, :, :rows]}
@@ -172,7 +172,7 @@ class Case:
 
 
 def build(w: Workload, original: Workload, device, dtype: torch.dtype, seed: int = 0) -> Case:
-    """Random normal tensors and a random mask; the same for one workload, seed and dtype."""
+    """A case of random normal tensors and a random mask, fixed by workload, seed and dtype."""
     generator = torch.Generator().manual_seed(seed + zlib.crc32(w.name.encode()))
     mask = workloads.interval(w, generator)
     on_device = torch.Generator(device).manual_seed(seed + zlib.crc32(w.name.encode()))
@@ -187,7 +187,7 @@ def build(w: Workload, original: Workload, device, dtype: torch.dtype, seed: int
 
 
 def _segments(start: Tensor, stop: Tensor, Nk: int) -> list[tuple[int, int]] | None:
-    """[(rows, keys), ...] covering all rows and keys of one batch in order, or None."""
+    """[(rows, keys), ...] that cover all rows and keys of one batch in order, or None."""
     runs, counts = torch.stack([start, stop]).unique_consecutive(dim=1, return_counts=True)
     parts, cursor = [], 0
     for (first, last), rows in zip(runs.T.tolist(), counts.tolist(), strict=True):

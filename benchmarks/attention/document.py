@@ -1,9 +1,9 @@
-"""The main job's input: real photographs and real text, interleaved as a Flamingo reads them.
+"""The input of the main job: real photographs and text, interleaved as a Flamingo reads them.
 
 Crops of two photographs are cut into patches whose pixels, under a fixed random projection, are the
-keys and values; the words of the README, hashed to fixed random embeddings, are the queries; an
-image stands where a line of the text begins. Attention patterns are therefore those of correlated
-patches and repeated words, not of independent noise.
+keys and values; the words of the README, hashed to fixed random embeddings, are the queries;
+images are placed where lines of the text begin. Attention patterns are therefore those of
+correlated patches and repeated words, not of independent noise.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ def photographs() -> tuple[Tensor, ...]:
 
 
 def image_patches(n_images: int, tokens: int, generator: torch.Generator) -> Tensor:
-    """[n_images, tokens, 3 * PATCH ** 2]: standardised pixels of the patches of different crops.
+    """[n_images, tokens, 3 * PATCH ** 2], the standardised pixels of patches of different crops.
 
-    A square grid of patches in reading order; tokens beyond it (a class token) are their mean.
+    Patches are a square grid in reading order; tokens beyond it (a class token) are their mean.
     """
     side = math.isqrt(tokens)
     crops = [crop(photographs()[i % 2], side * PATCH, generator) for i in range(n_images)]
@@ -91,19 +91,19 @@ def text(B: int, Nq: int) -> tuple[Tensor, Tensor]:
     """
     pieces, starts = [], []
     for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines():
-        found = re.findall(r"\w{1,6}|[^\w\s]", line)
-        pieces += found
-        starts += [i == 0 for i in range(len(found))]
+        line_pieces = re.findall(r"\w{1,6}|[^\w\s]", line)
+        pieces += line_pieces
+        starts += [i == 0 for i in range(len(line_pieces))]
     rows = torch.arange(B * Nq).view(B, Nq) % len(pieces)
     words = torch.tensor([zlib.crc32(piece.lower().encode()) % VOCABULARY for piece in pieces])
     return words[rows], torch.tensor(starts)[rows]
 
 
 def image_places(w: Workload, line_starts: Tensor) -> Tensor:
-    """Sorted text rows of the images, int64 [B, n_media]: spread evenly over beginnings of lines.
+    """The sorted text rows of the images, int64 [B, n_media], spread evenly over starts of lines.
 
-    The first stands at the first beginning after `empty_rows` rows; where a text has fewer lines
-    than images, any row will do.
+    The first image is at the first start of a line after `empty_rows` rows; if a text has fewer
+    lines than images, any row may have an image.
     """
     places = []
     for starts in line_starts:

@@ -1,7 +1,7 @@
-"""`nn.MultiheadAttention` and ours in its place, called as by default: with averaged weights.
+"""Providers from `nn.MultiheadAttention` and ours, called with averaged weights as by default.
 
-Projections are the identity, so the result is that of the op and is held against the same truth;
-their time is in both. Numbers of attended work count the attention alone.
+Their projections are the identity, so that the results are those of the op and have the same truth.
+The times contain the projections, but the counts of operations and bytes do not.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from .case import Case
 
 
 def module_reasons(case: Case) -> list[str]:
-    """The module knows one head width and one number of heads."""
-    found = ["D != Dv"] if case.workload.D != case.workload.Dv else []
-    return found + (["grouped heads"] if case.groups > 1 else [])
+    """Why the modules, which have one head width and one number of heads, cannot run the case."""
+    reasons = ["D != Dv"] if case.workload.D != case.workload.Dv else []
+    return reasons + (["grouped heads"] if case.groups > 1 else [])
 
 
 def prepare_module(case: Case, ours: bool):
     """attend(q, k, v) for a module of `case`'s sizes, with a KeyInterval or torch's dense mask."""
     w = case.workload
-    kind = xattn_kernels.MultiheadAttention if ours else nn.MultiheadAttention
-    module = kind(w.Hq * w.D, w.Hq, batch_first=True, device=case.device, dtype=case.dtype)
+    module_class = xattn_kernels.MultiheadAttention if ours else nn.MultiheadAttention
+    module = module_class(w.Hq * w.D, w.Hq, batch_first=True, device=case.device, dtype=case.dtype)
     make_identity(module.requires_grad_(False))
     options = {"mask": case.interval} if ours else {"attn_mask": forbidden(case)}
 
@@ -48,6 +48,7 @@ def forbidden(case: Case) -> Tensor | None:
 
 @torch.no_grad()
 def make_identity(module: nn.Module) -> None:
+    """Sets all projections to the identity."""
     eye = torch.eye(module.embed_dim)
     module.in_proj_weight.copy_(eye.repeat(3, 1))
     module.out_proj.weight.copy_(eye)

@@ -1,4 +1,4 @@
-"""Everything that can compute a case of attention, ours and others'; see `harness/provider.py`."""
+"""The providers of attention, ours and those of others; see `harness/provider.py`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..harness.provider import Attend, Provider, needs_half_on_cuda, needs_packa
 from .case import Case
 from .modules import module_reasons, prepare_module
 
-# eager: what a model file contains
+# eager code, as a model file contains it
 
 
 def prepare_eager(case: Case) -> Attend:
@@ -60,12 +60,12 @@ def sdpa_reasons(backend: SDPBackend, case: Case, mode: str) -> list[str]:
     q, k, v = case.inputs(mode != "forward")
     gqa = case.groups > 1 and backend != SDPBackend.EFFICIENT_ATTENTION
     k, v = (k, v) if gqa else repeat_heads(case, k, v)
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         params = dispatch.SDPAParams(q, k, v, case.dense_mask(), 0.0, False, gqa)
         if can_use(params, True):
             return []
-    words = [str(w.message).split(" (Triggered")[0] for w in said]
+    words = [str(w.message).split(" (Triggered")[0] for w in caught]
     return [w for w in words if "not used because" not in w] or ["torch says it cannot"]
 
 
@@ -107,18 +107,18 @@ def prepare_flex(case: Case) -> Attend:
 
 
 def segment_reasons(package: str, case: Case, mode: str) -> list[str]:
-    found = needs_package(package) or needs_half_on_cuda(case)
-    if found:
-        return found
+    reasons = needs_package(package) or needs_half_on_cuda(case)
+    if reasons:
+        return reasons
     if case.workload.D != case.workload.Dv:
-        found.append("D != Dv")
+        reasons.append("D != Dv")
     if case.segments is None:
-        found.append("the intervals are not consecutive segments")
-    return found
+        reasons.append("the intervals are not consecutive segments")
+    return reasons
 
 
 def flatten(t: Tensor) -> Tensor:
-    """[B, H, N, D] to packed [B * N, H, D], a view for a model's layout."""
+    """The packed [B * N, H, D] of [B, H, N, D], a view for a model's layout."""
     return t.transpose(1, 2).flatten(0, 1)
 
 
@@ -161,8 +161,8 @@ def prepare_flash_attn(case: Case) -> Attend:
 
 
 def xformers_reasons(case: Case, mode: str) -> list[str]:
-    found = segment_reasons("xformers", case, mode)
-    return found + (["grouped heads"] if case.groups > 1 else [])
+    reasons = segment_reasons("xformers", case, mode)
+    return reasons + (["grouped heads"] if case.groups > 1 else [])
 
 
 def prepare_xformers(case: Case) -> Attend:
@@ -198,8 +198,8 @@ def prepare_xattn(backend: str, case: Case) -> Attend:
 
 
 def ours(backend: str) -> Provider:
-    how = partial(xattn_reasons, backend), partial(prepare_xattn, backend)
-    return Provider(f"xattn-{backend}", *how, compiles=backend == "triton")
+    functions = partial(xattn_reasons, backend), partial(prepare_xattn, backend)
+    return Provider(f"xattn-{backend}", *functions, compiles=backend == "triton")
 
 
 def sdpa(word: str, backend: SDPBackend) -> Provider:
@@ -207,7 +207,10 @@ def sdpa(word: str, backend: SDPBackend) -> Provider:
 
 
 def module(name: str, is_ours: bool) -> Provider:
-    """Where torch's makes [B, H, Nq, Nk] weights, ours makes their mean; both need [B, Nq, Nk]."""
+    """The provider from torch's module or from ours.
+
+    torch's module makes weights [B, H, Nq, Nk], ours only their mean; both return [B, Nq, Nk].
+    """
 
     def reasons(case: Case, mode: str) -> list[str]:
         return module_reasons(case) or too_large(case, mode, 1 if is_ours else 4)
@@ -215,7 +218,7 @@ def module(name: str, is_ours: bool) -> Provider:
     return Provider(name, reasons, partial(prepare_module, ours=is_ours))
 
 
-# In the order in which they run: where time is short, the last are left out.
+# Providers run in this order; where time is short, the last are left out.
 PROVIDERS = (
     ours("triton"),
     ours("cuda"),

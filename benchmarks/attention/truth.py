@@ -18,10 +18,10 @@ ROWS = 256
 
 
 def truth_of(case: Case, gradients: bool) -> Truth:
-    """Of attention; with `gradients`, dq, dk and dv for the case's dout belong to it.
+    """The truth of attention: out, and with `gradients` dq, dk and dv for the case's dout.
 
-    Computed piece by piece, so that memory stays bounded, and in float64 without keys that no row
-    of a piece attends to.
+    It is computed piece by piece, so that memory stays bounded, and in float64 without keys that no
+    row of a piece attends to.
     """
     truth = compute(case, torch.float64, gradients, row_pieces(case))
     eager = compute(case, case.dtype, gradients, head_pieces(case))
@@ -29,7 +29,7 @@ def truth_of(case: Case, gradients: bool) -> Truth:
 
 
 def head_pieces(case: Case) -> Iterator[Piece]:
-    """Whole rows of some batches and heads: at most CHUNK scores, or one key head."""
+    """Pieces of whole rows of some batches and heads: at most CHUNK scores, or one key head."""
     w = case.workload
     scores = w.Hq * w.Nq * w.Nk
     heads = w.Hkv if scores <= CHUNK[case.device.type] else 1
@@ -42,7 +42,7 @@ def head_pieces(case: Case) -> Iterator[Piece]:
 
 
 def row_pieces(case: Case) -> Iterator[Piece]:
-    """The same, with a mask cut further into blocks of rows over the keys that they attend to."""
+    """The same pieces, with a mask cut into blocks of rows over the keys that they attend to."""
     for piece in head_pieces(case):
         if case.bounds is None:
             yield piece
@@ -66,14 +66,15 @@ def compute(
         b, q_heads, kv_heads, rows, keys = piece
         parts = piece_results(case, dtype, gradients, piece)
         for name, result, part in zip(NAMES, results, parts, strict=False):
-            of_queries = name in ("out", "dq")
-            result[(b, q_heads, rows) if of_queries else (b, kv_heads, keys)] += part
+            by_query = name in ("out", "dq")
+            result[(b, q_heads, rows) if by_query else (b, kv_heads, keys)] += part
     return results
 
 
 def piece_results(
     case: Case, dtype: torch.dtype, gradients: bool, piece: Piece
 ) -> tuple[Tensor, ...]:
+    """(out,) or (out, dq, dk, dv) of one piece, by the eager reference in `dtype`."""
     b, q_heads, kv_heads, rows, keys = piece
     places = ((case.q, q_heads, rows), (case.k, kv_heads, keys), (case.v, kv_heads, keys))
     q, k, v = (t[b, h, n].detach().to(dtype).requires_grad_(gradients) for t, h, n in places)

@@ -1,4 +1,4 @@
-"""Shapes of real models' cross-attention, the work in them, and smaller ones that fit a machine."""
+"""Workloads in the shapes of real models, counts of their work, and smaller ones for a machine."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Workload:
 
     @property
     def dense_flops(self) -> int:
-        """Floating-point operations of a forward pass that computes every pair."""
+        """The floating-point operations of a forward pass over every pair."""
         return 2 * self.B * self.Hq * self.Nq * self.Nk * (self.D + self.Dv)
 
     def label(self, original: Workload) -> str:
@@ -69,10 +69,10 @@ def load() -> dict[str, Workload]:
 
 
 def fit(w: Workload, dense_flops: float = float("inf"), elements: float = float("inf")) -> Workload:
-    """The largest smaller version with at most this many dense FLOPs and tensor elements.
+    """The largest version with at most this many dense FLOPs and tensor elements.
 
-    Batch goes first, then heads in the same grouping, then segments or images, then the longer
-    sequence; head widths, grouping and the size of a packed segment stay those of the model.
+    The batch is reduced first, then heads in the same grouping, then segments or images, then the
+    longer sequence; head widths, grouping and the size of a packed segment stay those of the model.
     """
     while w.dense_flops > dense_flops or count_elements(w) > elements:
         smaller = _smaller(w)
@@ -83,7 +83,7 @@ def fit(w: Workload, dense_flops: float = float("inf"), elements: float = float(
 
 
 def count_elements(w: Workload) -> int:
-    """Elements of q, k, v and out together."""
+    """The number of elements of q, k, v and out together."""
     return w.B * (w.Hq * w.Nq + w.Hkv * w.Nk) * (w.D + w.Dv)
 
 
@@ -93,13 +93,13 @@ def _smaller(w: Workload) -> Workload:
     if w.Hkv > 1:
         return replace(w, Hkv=w.Hkv // 2, Hq=w.Hq // w.Hkv * (w.Hkv // 2))
     if w.segments > 1:
-        kept = w.segments // 2
+        segments = w.segments // 2
         rows, keys = w.Nq // w.segments, w.Nk // w.segments
-        return replace(w, segments=kept, Nq=rows * kept, Nk=keys * kept)
+        return replace(w, segments=segments, Nq=rows * segments, Nk=keys * segments)
     if w.n_media > 1:
-        kept = w.n_media // 2
-        Nq = max(w.Nq * kept // w.n_media, 2 * w.empty_rows, kept)
-        return replace(w, Nk=kept * w.tokens_per_media, Nq=min(Nq, w.Nq))
+        n_media = w.n_media // 2
+        Nq = max(w.Nq * n_media // w.n_media, 2 * w.empty_rows, n_media)
+        return replace(w, Nk=n_media * w.tokens_per_media, Nq=min(Nq, w.Nq))
     if w.Nk > w.Nq:
         Nk = (w.Nk + 1) // 2
         return replace(w, Nk=Nk, tokens_per_media=min(w.tokens_per_media, Nk))
@@ -124,21 +124,21 @@ def interval(w: Workload, generator: torch.Generator) -> KeyInterval | None:
 
 
 def media_last(w: Workload, places: Tensor) -> KeyInterval:
-    """The last image before each text row, for images at the rows `places` [B, n_media]."""
+    """The mask of the last image before each text row, of images at rows `places` [B, n_media]."""
     locations = torch.zeros(w.B, w.Nq, dtype=torch.bool)
     locations.scatter_(1, places, True)
     return masks.media(locations, w.tokens_per_media, w.n_media)
 
 
 def _places(w: Workload, generator: torch.Generator) -> Tensor:
-    """Sorted text rows of the images: the first at `empty_rows`, the others anywhere after it."""
+    """The sorted text rows of the images: the first is at `empty_rows`, the others are after it."""
     others = torch.randperm(w.Nq - w.empty_rows - 1, generator=generator)[: w.n_media - 1]
     first = torch.tensor([w.empty_rows])
     return torch.cat([first, others + w.empty_rows + 1]).sort().values
 
 
 def visible(w: Workload, mask: KeyInterval | None) -> Tensor:
-    """How many keys each row attends to, int64 [B, Nq]."""
+    """The number of keys that each row attends to, int64 [B, Nq]."""
     if mask is None:
         return torch.full((w.B, w.Nq), w.Nk)
     start, stop = mask.expand(w.B, w.Nq)
@@ -146,9 +146,9 @@ def visible(w: Workload, mask: KeyInterval | None) -> Tensor:
 
 
 def flops(w: Workload, mask: KeyInterval | None, mode: str) -> int:
-    """Floating-point operations on attended pairs: s and out forward; s, dp, dq, dk, dv backward.
+    """The operations on attended pairs: s and out forward; s, dp, dq, dk, dv backward.
 
-    With D = Dv: 4 * Hq * D per pair forward and 2.5 times that backward.
+    With D = Dv they are 4 * Hq * D per pair forward and 2.5 times that backward.
     """
     pairs = w.Hq * int(visible(w, mask).sum())
     forward, backward = 2 * pairs * (w.D + w.Dv), 2 * pairs * (3 * w.D + 2 * w.Dv)
@@ -156,7 +156,7 @@ def flops(w: Workload, mask: KeyInterval | None, mode: str) -> int:
 
 
 def min_bytes(w: Workload, mask: KeyInterval | None, mode: str, itemsize: int) -> int:
-    """Fewest bytes that must move: each needed input read once, each output written once.
+    """The fewest bytes that must move: each needed input is read once, each output written once.
 
     Keys that no row attends to are not read; their gradients are still written.
     """
@@ -169,7 +169,7 @@ def min_bytes(w: Workload, mask: KeyInterval | None, mode: str, itemsize: int) -
 
 
 def attended_keys(w: Workload, mask: KeyInterval | None) -> int:
-    """How many keys of the batch at least one row attends to."""
+    """The number of keys of the batch that at least one row attends to."""
     if mask is None:
         return w.B * w.Nk
     start, stop = (bound.long() for bound in mask.expand(w.B, w.Nq))

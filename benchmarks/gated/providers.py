@@ -1,6 +1,6 @@
-"""Everything that can compute a gated residual, ours and others'; see `providers.py`.
+"""The providers of the gated residual, ours and those of others; see `harness/provider.py`.
 
-`prepare(case)` returns a function of the case's leaves that gives y, or (y, normed).
+`prepare(case)` returns a function of the case's leaves that returns y, or (y, normed).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ EPS = 1e-5
 NORMS = ("layer", "rms")
 
 
-# eager: what a model file contains
+# eager code, as a model file contains it
 
 
 def prepare_eager(case: GatedCase) -> Callable:
@@ -70,7 +70,7 @@ def prepare_addmm(case: GatedCase) -> Callable:
     return call
 
 
-# the nearest fused ops elsewhere: x plus a product that is made beforehand, and its norm
+# the nearest fused ops elsewhere: the sum of x and a product computed before, and its norm
 
 
 def others_reasons(package: str, forms: tuple[str, ...], case: GatedCase, mode: str) -> list[str]:
@@ -124,35 +124,35 @@ def prepare_ours(backend: str, case: GatedCase) -> Callable:
 
 
 def ours(backend: str) -> Provider:
-    how = partial(ours_reasons, backend), partial(prepare_ours, backend)
-    return Provider(f"xattn-{backend}", *how, compiles=backend == "triton")
+    functions = partial(ours_reasons, backend), partial(prepare_ours, backend)
+    return Provider(f"xattn-{backend}", *functions, compiles=backend == "triton")
 
 
-def none(case: GatedCase, mode: str) -> list[str]:
+def no_reasons(case: GatedCase, mode: str) -> list[str]:
     return []
 
 
-# In the order in which they run: where time is short, the last are left out.
+# Providers run in this order; where time is short, the last are left out.
 PROVIDERS = (
     ours("triton"),
     ours("cuda"),
-    Provider("eager", none, prepare_eager),
+    Provider("eager", no_reasons, prepare_eager),
     Provider("addmm", partial(only, ("projection",)), prepare_addmm),
     Provider("liger", partial(others_reasons, "liger_kernel", ("rms",)), prepare_liger),
     Provider("flash-attn", partial(others_reasons, "flash_attn", NORMS), prepare_flash_attn),
-    Provider("compiled", none, prepare_compiled, compiles=True),
+    Provider("compiled", no_reasons, prepare_compiled, compiles=True),
     ours("eager"),
 )
 BY_NAME = {p.name: p for p in PROVIDERS}
 
 
 def truth_of(case: GatedCase, gradients: bool) -> Truth:
-    """The results, and with `gradients` those of every leaf, in float64 and in the case's dtype."""
+    """The truth of the results, and with `gradients` of the gradient of every leaf."""
     names = ("y", "normed")[: len(case.upstream)]
     names += tuple(f"d{n}" for n in case.leaves) if gradients else ()
     eager, truth = (compute(case, dtype, gradients) for dtype in (case.dtype, torch.float64))
     size = 0.0
-    if gradients:  # the gate's gradient sums terms of either sign, one for each element of h
+    if gradients:  # the terms of the gate's gradient, one for each element of h, may cancel
         leaves = {n: t.double() for n, t in case.leaves.items()}
         projects = case.workload.form == "projection"
         h = F.linear(leaves["a"], leaves["weight"]) if projects else leaves["h"]
@@ -161,8 +161,9 @@ def truth_of(case: GatedCase, gradients: bool) -> Truth:
 
 
 def compute(case: GatedCase, dtype: torch.dtype, gradients: bool) -> list[Tensor]:
+    """The results, and with `gradients` those of every leaf, by eager code in `dtype`."""
     inputs = [t.detach().to(dtype).requires_grad_(gradients) for t in case.inputs(False)]
-    found = results(prepare_eager(case)(*inputs))
+    outputs = results(prepare_eager(case)(*inputs))
     upstream = [t.to(dtype) for t in case.upstream]
-    grads = torch.autograd.grad(found, inputs, upstream) if gradients else ()
-    return [t.detach() for t in (*found, *grads)]
+    grads = torch.autograd.grad(outputs, inputs, upstream) if gradients else ()
+    return [t.detach() for t in (*outputs, *grads)]

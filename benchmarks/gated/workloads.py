@@ -1,4 +1,4 @@
-"""The gated residual in real models' shapes: workloads, and cases with their tensors."""
+"""Workloads of the gated residual in the shapes of real models, and cases with their tensors."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# As many operations as take the time of one element's way through memory.
+# The number of operations that take as long as one element's way through memory.
 OPERATIONS = 1000
 
 
 @dataclass(frozen=True)
 class GatedWorkload:
-    """`rows` tokens of width `dim`; `form` is "plain", the norm that follows ("layer", "rms"), or
-    "projection": of a linear layer of `width` inputs. `vector`: a gate per channel, or one."""
+    """The gated residual of `rows` tokens of width `dim`.
+
+    `form` is "plain", the norm that follows ("layer", "rms"), or "projection", of a linear layer
+    with `width` inputs. With `vector` there is a gate for each channel, else a single one.
+    """
 
     name: str
     rows: int
@@ -36,12 +39,12 @@ class GatedWorkload:
         return self.rows * self.dim
 
     def label(self, original: GatedWorkload) -> str:
-        """The name, with the rows where they are fewer: `flamingo-9b[rows=16384->2048]`."""
+        """The name, with the rows if they were reduced: `flamingo-9b[rows=16384->2048]`."""
         fewer = f"[rows={original.rows}->{self.rows}]" if self.rows < original.rows else ""
         return self.name + fewer
 
 
-# 8 sequences of 2048 tokens where not said otherwise; the widths are the models'.
+# Most have 8 sequences of 2048 tokens; the widths are those of the models.
 WORKLOADS = (
     GatedWorkload("flamingo-9b", 16384, 4096),
     GatedWorkload("flamingo-9b-norm", 16384, 4096, "layer"),
@@ -57,7 +60,7 @@ BY_NAME = {w.name: w for w in WORKLOADS}
 
 
 def fit(w: GatedWorkload, flops: float = float("inf"), elements: float = float("inf")):
-    """The same with fewer rows, where a tensor takes more time or memory than there is."""
+    """The workload with few enough rows for this many operations and elements of a tensor."""
     while w.rows > 1 and w.elements > min(flops / OPERATIONS, elements):
         w = replace(w, rows=w.rows // 2)
     return w
@@ -65,25 +68,28 @@ def fit(w: GatedWorkload, flops: float = float("inf"), elements: float = float("
 
 @dataclass(frozen=True, eq=False)
 class GatedCase:
-    """`leaves`: x [rows, dim], h like it (a [rows, width] of a projection), gate [1] or [dim], and
-    where there are, weight and bias; `upstream`: the gradients of y and of its norm."""
+    """A workload with its tensors.
+
+    `leaves` holds x [rows, dim], h like it (or a [rows, width] of a projection), gate [1] or [dim],
+    and for forms that have them weight and bias; `upstream` the gradients of y and of its norm.
+    """
 
     workload: GatedWorkload
     original: GatedWorkload
     leaves: dict[str, Tensor]
     upstream: tuple[Tensor, ...]
-    suite = "gated"
+    suite = "benchmarks.suites:gated"
 
     label = property(lambda self: self.workload.label(self.original))
     device = property(lambda self: self.leaves["x"].device)
     dtype = property(lambda self: self.leaves["x"].dtype)
 
     def inputs(self, requires_grad: bool) -> tuple[Tensor, ...]:
-        """The leaves of a fresh graph; no copy."""
+        """The leaves of a fresh graph, without a copy."""
         return tuple(t.detach().requires_grad_(requires_grad) for t in self.leaves.values())
 
     def flops(self, mode: str) -> int | None:
-        """Of a projection's products; the rest is not what takes the time."""
+        """The operations of a projection's products; None for other forms, which memory limits."""
         w = self.workload
         if w.form != "projection":
             return None
@@ -91,12 +97,15 @@ class GatedCase:
         return product * {"forward": 1, "backward": 2, "both": 3}[mode]
 
     def min_bytes(self, mode: str) -> int:
-        """Each input read once, each output written once; dx is dy where there is no norm."""
+        """The fewest bytes that must move: each input is read once, each output written once.
+
+        Without a norm dx is dy and is not written.
+        """
         w, itemsize = self.workload, self.dtype.itemsize
         inputs = sum(t.numel() for t in self.leaves.values())
         results, x = sum(t.numel() for t in self.upstream), w.elements
         forward = inputs + results
-        # read: the gradients, the inputs but x, with a norm y; written: the inputs' gradients
+        # the gradients, all inputs but x, and with a norm y are read; the inputs' are written
         backward = results + (inputs - x) + inputs
         backward += x if len(self.upstream) > 1 else -x
         return itemsize * {
@@ -104,10 +113,10 @@ class GatedCase:
         }[mode]  # fmt: skip
 
     def visible_fraction(self) -> None:
-        """Nothing is masked."""
+        """None, as nothing is masked."""
 
     def first_rows(self, rows: int) -> GatedCase:
-        """The same case with its first `rows` rows only."""
+        """The case of the first `rows` rows."""
         by_row = ("x", "h", "a")
         leaves = {n: t[:rows] if n in by_row else t for n, t in self.leaves.items()}
         upstream = tuple(t[:rows] for t in self.upstream)
@@ -125,7 +134,7 @@ class GatedCase:
 def build(
     w: GatedWorkload, original: GatedWorkload, device, dtype: torch.dtype, seed: int = 0
 ) -> GatedCase:
-    """Random normal tensors, the same for one workload, seed and dtype; gates of about 0.5."""
+    """A case of random normal tensors and gates near 0.5, fixed by workload, seed and dtype."""
     generator = torch.Generator(device).manual_seed(seed + zlib.crc32(w.name.encode()))
 
     def normal(*shape: int) -> Tensor:

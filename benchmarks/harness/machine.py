@@ -1,4 +1,4 @@
-"""What the numbers were measured on: device, versions, commit, date; and its free memory."""
+"""The machine of a measurement: device, versions, commit, date, and free memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 def commit() -> str:
     """The commit of this checkout, "unknown" without git.
 
-    `-dirty` is added when tracked files differ from it, results of earlier runs apart.
+    `-dirty` is added when tracked files other than results of earlier runs differ from it.
     """
 
     def git(*words: str) -> str:
@@ -42,8 +42,8 @@ def device_name(device: torch.device | str) -> str:
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())
-        name = re.sub(r"\((R|TM)\)| CPU| Processor|@.*", "", found[1]).strip() if found else name
+        model = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())
+        name = re.sub(r"\((R|TM)\)| CPU| Processor|@.*", "", model[1]).strip() if model else name
     threads = torch.get_num_threads()
     return f"{name} {threads} thread{'s' * (threads > 1)}"
 
@@ -69,12 +69,12 @@ def provenance(device: torch.device | str) -> dict[str, str]:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that a new tensor may take."""
+    """The bytes that new tensors may take."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
     try:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         return 1024 * int(lines["MemAvailable"].split()[0])
-    except OSError:  # not Linux: what is installed
+    except OSError:  # not Linux: the memory that is installed
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,9 +1,9 @@
-"""Peak extra memory of one call: what it takes beyond its inputs, its preparation included.
+"""Peak extra memory of one call and of its preparation, beyond the inputs.
 
-On a GPU the allocator knows. On a CPU it is the growth of the resident set of a fresh process: a
-call of a few rows loads code and starts threads, then the peak is reset and the preparation and
-the call are measured (of what compiles, a second call only). Processes are forked from a server
-that has only imported torch.
+On a GPU the allocator reports it. On a CPU it is the growth of the resident set of a fresh process:
+a call of a few rows loads code and starts threads, then the peak is reset and the preparation and
+the call are measured (a provider that compiles is measured in a second call only). Processes are
+forked from a server that has only imported the suites.
 """
 
 from __future__ import annotations
@@ -22,19 +22,20 @@ import torch
 from .steps import Step, step
 
 PROC = Path("/proc/self")
-SUITES = "benchmarks.suites"  # a process imports them by name, as they cannot be pickled
 WARM_ROWS = 16
-# Large tensors then come from the system and go back at once, so the resident set is what is alive.
+# With these, large tensors come from the system and return to it at once, so that the resident set
+# is that of live tensors.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 def allocated(device: torch.device) -> int:
-    """Bytes that live tensors hold on a GPU; 0 on a CPU, which does not count them."""
+    """The bytes that live tensors hold on a GPU; 0 on a CPU, which does not count them."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def device_peak(call: Step, before: int, device: torch.device) -> int | None:
-    """Bytes that `call` reaches above `before`, those allocated before it was prepared."""
+    """The bytes that `call` allocates beyond `before`, those allocated before its preparation; None
+    on a CPU."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)
@@ -45,10 +46,13 @@ def device_peak(call: Step, before: int, device: torch.device) -> int | None:
 
 
 def resident_peak(suite: str, name: str, path: Path, mode: str, seconds: float) -> int | None:
-    """Bytes of resident growth for the CPU case that a suite saved at `path`, computed by its
-    provider `name`; None if it cannot be measured."""
+    """The bytes of resident growth for the CPU case that a suite saved at `path`, computed by its
+    provider `name`; None if it cannot be measured.
+
+    `suite` is "module:name": the new process imports it, as a suite cannot be pickled.
+    """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([SUITES])
+    context.set_forkserver_preload([suite.partition(":")[0]])
     receiver, sender = context.Pipe(duplex=False)
     threads = torch.get_num_threads()
     process = context.Process(target=_child, args=(sender, suite, name, path, mode, threads))
@@ -72,7 +76,8 @@ def resident_peak(suite: str, name: str, path: Path, mode: str, seconds: float) 
 
 def _child(sender: Connection, suite: str, name: str, path: Path, mode: str, threads: int) -> None:
     torch.set_num_threads(threads)
-    chosen = import_module(SUITES).SUITES[suite]
+    module, _, key = suite.partition(":")
+    chosen = import_module(module).SUITES[key]
     case, provider = chosen.load(path), chosen.providers[name]
     call = step(provider, case if provider.compiles else case.first_rows(WARM_ROWS), mode)
     call()
@@ -84,7 +89,7 @@ def _child(sender: Connection, suite: str, name: str, path: Path, mode: str, thr
 
 
 def _reset_peak() -> int | None:
-    """Resident bytes now, after the peak was set back to them; None where the system cannot."""
+    """The resident bytes after the peak was reset to them; None where the system cannot do that."""
     gc.collect()
     try:
         ctypes.CDLL(None).malloc_trim(0)

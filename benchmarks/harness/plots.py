@@ -1,4 +1,4 @@
-"""One picture per metric: every provider, workload by workload, a column per mode."""
+"""One picture per metric, with a column per mode and every provider of each workload."""
 
 from __future__ import annotations
 
@@ -66,6 +66,7 @@ def draw(rows: list[Row], folder: Path, name: str) -> list[Path]:
 
 
 def picture(rows: list[Row], metric: Metric, path: Path) -> None:
+    """Writes the picture of one metric."""
     modes = list(dict.fromkeys(r.mode for r in rows))
     heights = [sum(r.mode == mode for r in rows) for mode in modes]
     size = (6.5 * len(modes), 1.6 + 0.24 * max(heights))
@@ -84,7 +85,7 @@ def picture(rows: list[Row], metric: Metric, path: Path) -> None:
 
 
 def panel(axis, rows: list[Row], metric: Metric) -> None:
-    """Rows from top to bottom; the workload's name above each group, the best first in it."""
+    """Draws the rows downwards, a group per workload under its name, the best row first."""
     place, ticks = 0.0, []
     heading = {"transform": axis.get_yaxis_transform(), "va": "center", "weight": "bold"}
     for workload in dict.fromkeys(r.workload for r in rows):
@@ -112,7 +113,7 @@ def panel(axis, rows: list[Row], metric: Metric) -> None:
 
 
 def mark(axis, place: float, row: Row, metric: Metric) -> None:
-    """A dot on a logarithmic axis, where a bar's length would mean nothing; else a bar."""
+    """Draws a value as a bar, or on a logarithmic axis, where length has no meaning, as a dot."""
     value = end = max(getattr(row, metric.field), 1e-3)
     colour = COLOURS.get(row.provider, "black")
     if not metric.log:
@@ -127,5 +128,6 @@ def mark(axis, place: float, row: Row, metric: Metric) -> None:
 
 
 def decades(rows: list[Row], metric: Metric) -> float:
+    """How many powers of ten the values span."""
     values = [max(getattr(r, metric.field), 1e-3) for r in rows]
     return math.log10(max(values) / min(values))

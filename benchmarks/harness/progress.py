@@ -1,4 +1,4 @@
-"""A progress bar, where tqdm is installed; `make gpu` has to do without what the machine lacks."""
+"""A progress bar where tqdm is installed, else a substitute, as a GPU machine may lack it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ try:
 except ModuleNotFoundError:
 
     class Progress:
-        """As much of tqdm as is used here, without a bar."""
+        """The methods of tqdm that the benchmarks use, without a bar."""
 
         def __init__(self, total: int, unit: str):
             pass

@@ -1,8 +1,9 @@
-"""What computes a case, behind one small interface.
+"""Providers, which compute cases behind one small interface.
 
-`reasons(case, mode)` says why a provider cannot (empty: it can); `prepare(case)` builds what a
-model builds once per batch (dense mask, BlockMask, cumulative lengths, compiled function) and
-returns `attend(q, k, v) -> out [B, Hq, Nq, Dv]`, which is timed. Peak memory covers both.
+`reasons(case, mode)` lists why a provider cannot compute a case, and is empty if it can;
+`prepare(case)` builds what a model builds once per batch (dense mask, BlockMask, cumulative
+lengths, compiled function) and returns `attend(q, k, v) -> out [B, Hq, Nq, Dv]`, which is timed.
+Peak memory covers both.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ HALF = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Provider:
-    """`compiles`: the first call of a shape takes seconds, and a cache on disk keeps the result."""
+    """A named way to compute a case; with `compiles` the first call of a shape takes seconds, whose
+    result a cache on disk keeps."""
 
     name: str
     reasons: Callable[[Any, str], list[str]]
@@ -32,7 +34,7 @@ class Provider:
 
 
 def too_large(case: Any, mode: str, tensors: int) -> list[str]:
-    """A reason when this many float32 [B, Hq, Nq, Nk] tensors do not fit in free memory."""
+    """A reason if this many float32 [B, Hq, Nq, Nk] tensors do not fit in free memory."""
     w = case.workload
     need = 4 * tensors * (1 if mode == "forward" else 2) * w.B * w.Hq * w.Nq * w.Nk
     free = free_memory(case.device)

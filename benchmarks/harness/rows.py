@@ -1,4 +1,4 @@
-"""What is kept of a measurement, as CSV, JSON and a table. Field order is column order."""
+"""Records of measurements, as CSV, JSON and tables; the order of fields is that of columns."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ WIDTH = 79
 
 @dataclass(frozen=True)
 class Row:
-    """One provider on one workload in one mode.
+    """The measurement of one provider on one workload in one mode.
 
-    status: "ok", or without numbers "unsupported", "wrong", "error" or "skipped", with a reason.
-    flops (None where arithmetic is not what takes the time) and min_bytes count attended pairs
-    only; percents are of the ceilings measured in the
-    same run (a large matrix product, a large copy). peak_mib is extra memory. error_share is the
-    largest error as a share of what is allowed (twice that of eager code, plus a floor).
+    status is "ok", or for a row without numbers "unsupported", "wrong", "error" or "skipped", with
+    a reason. flops (None where arithmetic does not take the time) and min_bytes count attended
+    pairs only. Percentages are of the ceilings measured in the same run (a large matrix product, a
+    large copy). peak_mib is extra memory. error_share is the largest error as a share of the
+    allowed one (twice that of eager code, plus a floor).
     """
 
     workload: str
@@ -74,7 +74,7 @@ def save(rows: list[Row], folder: Path, name: str) -> list[Path]:
 
 
 def load(path: Path) -> list[Row]:
-    """Rows of a .json or .csv file that `save` wrote."""
+    """The rows of a .json or .csv file that `save` wrote."""
     if path.suffix == ".json":
         return [Row(**row) for row in json.loads(path.read_text())]
     with path.open(newline="") as file:
@@ -82,14 +82,14 @@ def load(path: Path) -> list[Row]:
 
 
 def _parse(column: str, text: str) -> str | float | int | None:
-    kind = Row.__dataclass_fields__[column].type
-    if kind == "str":
+    annotation = Row.__dataclass_fields__[column].type
+    if annotation == "str":
         return text
-    return None if text == "" else (float(text) if kind.startswith("float") else int(text))
+    return None if text == "" else (float(text) if annotation.startswith("float") else int(text))
 
 
 def table(rows: Iterable[Row]) -> str:
-    """One block per workload and mode: every provider that ran, the fastest first."""
+    """One block of text per workload and mode: every provider that ran, the fastest first."""
     blocks = []
     for (workload, mode), group in groupby(rows, key=lambda r: (r.workload, r.mode)):
         group = list(group)
@@ -104,7 +104,7 @@ def table(rows: Iterable[Row]) -> str:
 
 
 def without_times(rows: Iterable[Row]) -> list[str]:
-    """Why there is no time: providers with one reason together, each once."""
+    """Lines on why providers have no time, with the providers of one reason together."""
     reasons = {}
     for r in rows:
         if r.status != "ok":
@@ -115,7 +115,7 @@ def without_times(rows: Iterable[Row]) -> list[str]:
 
 
 def summary(rows: list[Row]) -> str:
-    """A line per workload: our fastest in ms, and how many times that the fastest other takes."""
+    """A line per workload: the ms of our fastest provider, and the ratio of the fastest other."""
     modes = list(dict.fromkeys(r.mode for r in rows))
     head = "".join(f" {mode:>8} {'ratio':>6} {'against':<14}" for mode in modes)
     lines = ["our fastest in ms, and how many times as long the fastest other takes"]
@@ -137,15 +137,15 @@ def summary(rows: list[Row]) -> str:
 
 
 def short(workload: str) -> str:
-    """A name in 22 characters; "~" where the list of scaled sizes has no room."""
+    """The name in 22 characters, with "~" in place of scaled sizes that do not fit."""
     return workload if len(workload) <= 22 else "~" + workload.split("[")[0][:21]
 
 
-YARDSTICKS = ("dense",)  # providers of another result, which no other competes with
+YARDSTICKS = ("dense",)  # providers of another result, which are no rivals
 
 
 def best(rows: list[Row]) -> tuple[Row | None, Row | None]:
-    """The fastest of our backends and the fastest of all others, where there is one."""
+    """(the fastest of our backends, the fastest of all others), None where none ran."""
     ran = sorted((r for r in rows if r.status == "ok"), key=lambda r: r.ms)
     ours = next((r for r in ran if r.provider.startswith("xattn-")), None)
     others = (r for r in ran if not r.provider.startswith("xattn-"))

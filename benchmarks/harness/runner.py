@@ -1,4 +1,4 @@
-"""Runs providers over cases within a time budget: refuse, check, clock, weigh, in that order."""
+"""Runs providers over cases within a time budget: each is refused or checked, timed, weighed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ MOST_CLOCK_SECONDS = 8.0
 
 @dataclass(frozen=True)
 class Settings:
-    """budget: seconds for everything; first_call: most for one provider's compile and check."""
+    """The settings of a run: `budget` is in seconds for everything, `first_call` in seconds for the
+    compilation and check of one provider."""
 
     modes: tuple[str, ...] = ("forward", "both")
     budget: float = 240.0
@@ -32,7 +33,7 @@ class Settings:
 
 
 class Checked(NamedTuple):
-    """A call that gave the right result: peak in bytes where the device knows it, and its error."""
+    """A call with the right result, its peak in bytes if the device counts it, and its error."""
 
     call: Step
     peak: int | None
@@ -46,7 +47,7 @@ def run(
     settings: Settings,
     truth_of: Callable[[Any, bool], Truth],
 ) -> Iterator[list[Row]]:
-    """Yields the rows of one case and mode at a time; `count` is how many cases there will be."""
+    """The rows of one case and mode at a time; `count` is the number of cases."""
     end, groups, facts = time.perf_counter() + settings.budget, count * len(settings.modes), None
     with Progress(total=groups * len(providers), unit="run") as bar:
         for case in cases:
@@ -64,6 +65,7 @@ def run(
 
 
 def ceiling_facts(case: Any) -> dict:
+    """The fields of a row that describe the machine and its ceilings."""
     product, copy = timing.ceilings(case.device, case.dtype)
     facts = machine.provenance(case.device)
     return {"product_tflops": product / 1e12, "copy_gbytes_per_s": copy / 1e9, **facts}
@@ -103,7 +105,7 @@ class Group:
     def rows(self, truth: Truth, share: float, left: float) -> list[Row]:
         """One row per provider, in about `share` seconds; only right results are timed.
 
-        Half of it is for checking: the providers whose turn does not come in it are skipped.
+        Half of it is for checks: providers whose turn comes later are skipped.
         """
         began = time.perf_counter()
         end, checked = began + share, {}
@@ -128,26 +130,27 @@ class Group:
         return rows + [self.timed(n, times[n], peaks.get(n), shares[n]) for n in times]
 
     def check(self, provider: Provider, truth: Truth, left: float) -> Row | Checked:
-        """A row with the reason why there is no time, or the call whose result is right."""
+        """The call if its result is right, else a row with the reason why it has no time."""
         case = self.case
         try:
-            found = provider.reasons(case, self.mode)
-            if found:
-                return self.without_time(provider, "unsupported", "; ".join(found))
+            reasons = provider.reasons(case, self.mode)
+            if reasons:
+                return self.without_time(provider, "unsupported", "; ".join(reasons))
             if left <= 0:
                 return self.without_time(provider, "skipped", "no time was left for it")
             with timing.time_limit(min(self.settings.first_call, left)):
                 before = memory.allocated(case.device)
                 call = step(provider, case, self.mode)
-                wrong, share = truth.of(provider.name).verdict(call())
+                wrong, share = truth.for_provider(provider.name).verdict(call())
                 if wrong:
                     return self.without_time(provider, "wrong", wrong)
                 return Checked(call, memory.device_peak(call, before, case.device), share)
-        except Exception as error:  # whatever a provider raises is its result
+        except Exception as error:  # a provider that raises must not stop the others
             return self.without_time(provider, "error", one_line(error))
 
     def resident_peaks(self, names: list[str], end: float) -> dict[str, int | None]:
-        """On a CPU the growth of a fresh process each, None for those begun after `end`."""
+        """The bytes by which a fresh process grows for each provider, on a CPU; providers that
+        would begin after `end` are left out."""
         if self.case.device.type != "cpu" or not self.settings.memory:
             return {}
         with tempfile.TemporaryDirectory() as folder:
@@ -182,7 +185,7 @@ class Group:
         )
 
     def failed(self, status: str, reason: str) -> list[Row]:
-        """The same status and reason for every provider."""
+        """Rows with the same status and reason for every provider."""
         return [self.without_time(p, status, reason) for p in self.providers]
 
     def without_time(self, provider: Provider, status: str, reason: str) -> Row:
@@ -190,6 +193,6 @@ class Group:
 
 
 def one_line(error: Exception) -> str:
-    """The kind of error and the first line that says something."""
+    """The type of the error and the first line of its message that is not blank."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {text}"[:300]

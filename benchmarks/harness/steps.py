@@ -1,4 +1,4 @@
-"""One call of a provider in one mode, as a closure that checks and clocks alike can run."""
+"""Steps: one call of a provider in one mode, as a closure for checks and clocks."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Step = Callable[[], tuple[Tensor, ...]]
 
 
 def step(provider: Provider, case: Any, mode: str) -> Step:
-    """Prepares the provider and returns a call that gives its results, then the inputs' gradients.
+    """A call of the prepared provider that returns its results, then the inputs' gradients.
 
-    "forward" runs without autograd; "backward" differentiates one retained graph again and again;
-    "both" runs forward and backward, gradients of all inputs included.
+    "forward" runs without autograd, "backward" differentiates one retained graph again and again,
+    and "both" runs forward and backward, with the gradients of all inputs.
     """
     call = provider.prepare(case)
     if mode == "forward":
@@ -25,12 +25,13 @@ def step(provider: Provider, case: Any, mode: str) -> Step:
     inputs = case.inputs(True)
     if mode == "both":
         return lambda: backward(results(call(*inputs)), inputs, case)
-    found = results(call(*inputs))
-    return lambda: backward(found, inputs, case, retain_graph=True)
+    outputs = results(call(*inputs))
+    return lambda: backward(outputs, inputs, case, retain_graph=True)
 
 
-def results(found: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (found,) if isinstance(found, Tensor) else tuple(found)
+def results(returned: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What a call returned, as a tuple."""
+    return (returned,) if isinstance(returned, Tensor) else tuple(returned)
 
 
 @torch.no_grad()
@@ -39,7 +40,8 @@ def forward(call: Callable, case: Any) -> tuple[Tensor, ...]:
 
 
 def backward(
-    found: tuple[Tensor, ...], inputs: tuple[Tensor, ...], case: Any, **options
+    outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], case: Any, **options
 ) -> tuple[Tensor, ...]:
-    grads = torch.autograd.grad(found, inputs, case.upstream, **options)
-    return *(t.detach() for t in found), *grads
+    """The outputs, detached, and the gradients of the inputs."""
+    grads = torch.autograd.grad(outputs, inputs, case.upstream, **options)
+    return *(t.detach() for t in outputs), *grads

@@ -1,4 +1,4 @@
-"""Clocks: interleaved repeats of several calls, and the ceilings that they are compared with."""
+"""Clocks for interleaved repeats of several calls, and the ceilings to compare them with."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ FLUSH_BYTES = 2**28
 def measure(
     calls: dict[str, Callable], device: torch.device, seconds: float
 ) -> dict[str, list[float]]:
-    """Milliseconds of each repeat of each call, in about `seconds` altogether.
+    """The milliseconds of each repeat of each call, measured in about `seconds` altogether.
 
-    Repeats go round over all calls, so that every call sees the same clocks and neighbours. Each
-    call is repeated at least FEWEST times, then until its share of the time or MOST is reached.
-    What a first call compiles or allocates must be done before.
+    Repeats alternate between all calls, so that all of them have the same clocks and neighbours.
+    Each call is repeated at least FEWEST times, then until its share of the time or MOST is
+    reached. The caller makes each call once before, as the first one may compile or allocate.
     """
     once = _clock(device)
     times = {name: [] for name in calls}
@@ -45,7 +45,7 @@ def _clock(device: torch.device) -> Callable[[Callable], float]:
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def device_milliseconds(call: Callable) -> float:
-        flush.zero_()  # so that no call finds its inputs in the second-level cache
+        flush.zero_()  # evicts the inputs of the call from the second-level cache
         start.record()
         call()
         stop.record()
@@ -65,7 +65,7 @@ def _wall_milliseconds(call: Callable) -> float:
 def ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     """(FLOP/s of a large matrix product, bytes/s of a large copy, read and written).
 
-    The best repeat; measured once per process.
+    Each is that of the best repeat, and is measured once per process.
     """
     cuda = device.type == "cuda"
     n, elements = (8192, 2**30) if cuda else (2048, 2**26)
@@ -81,7 +81,8 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """TimeoutError in the block after `seconds`, as soon as Python runs; main thread only."""
+    """A context that raises TimeoutError after `seconds`, as soon as Python runs; it has no limit
+    outside the main thread."""
 
     def stop(signum, frame):
         raise TimeoutError(f"took longer than {seconds:.0f} s")

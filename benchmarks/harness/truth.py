@@ -1,7 +1,7 @@
-"""Right before fast: every result is held against float64 before anything is timed.
+"""Comparison of every result with float64, before anything is timed.
 
-The rule is that of the tests: a largest error of at most twice that of eager code in the same
-dtype, plus a small floor, and inf and nan only where the truth has them.
+The rule is that of the tests: the largest error is at most twice that of eager code in the same
+dtype, plus a small floor, and no result has inf or nan.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ FLOOR = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 1e-3, torch.b
 
 @dataclass(frozen=True)
 class Truth:
-    """A case's results in float64, and for each the error that is allowed."""
+    """The results of a case in float64, and the allowed error of each."""
 
     names: tuple[str, ...]
     truth: list[Tensor]
     allowed: list[float]
 
-    def of(self, provider: str) -> Truth:
-        """What this provider is held against; another truth where it computes something else."""
+    def for_provider(self, provider: str) -> Truth:
+        """The truth of this provider, another one if it computes another function."""
         return self
 
     def verdict(self, results: tuple[Tensor, ...]) -> tuple[str, float]:
-        """("", largest share of an allowed error) if right, else what is wrong and its share."""
+        """("", the largest share of an allowed error) if right, else (what is wrong, its share)."""
         worst = 0.0
         expected = zip(self.names, self.truth, self.allowed, strict=True)
         for (name, truth, allowed), result in zip(expected, results, strict=False):
@@ -52,8 +52,10 @@ def allow(
     dtype: torch.dtype,
     **sizes: float,
 ) -> Truth:
-    """The truth with the errors that eager code of this dtype allows; `sizes` by name: that of the
-    terms of a sum, where they may cancel."""
+    """The truth, with allowed errors from those of eager code in this dtype.
+
+    `sizes` holds by name the size of the terms of a result that is a sum, as they may cancel.
+    """
     allowed = []
     for name, rough, exact in zip(names, eager, truth, strict=True):
         size = max(largest(exact), sizes.get(name, 0.0), 1e-3)

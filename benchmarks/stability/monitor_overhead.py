@@ -1,14 +1,14 @@
-"""What `StabilityMonitor` costs of a training: each kind of step, and the share of all steps.
+"""The cost of `StabilityMonitor` in a training: of each kind of step, and as a share of all steps.
 
     python -m benchmarks.stability.monitor_overhead [--device cuda] [--seconds 60]
         [--dim 512] [--text 256] [--out FOLDER]
 
 A step is forward, backward and AdamW of a small Flamingo: `layers` decoder layers of PyTorch, each
-before a gated block, over 4 images of 64 features. "plain" has no monitor and "look" is a step that
+after a gated block, over 4 images of 64 features. "plain" has no monitor and "look" is a step that
 the monitor looks at, 1 of 100. In 9 it checks gradients, in 90 it does nothing: these steps have no
-hooks, so what they have beyond a plain one is the call `monitor.step`, which is timed alone, as
-"finite" and "between"; the difference of two long steps would be noise. With --out the medians go
-into a file of that folder, in parts of a plain step, whose own time is beside them.
+hooks, so that they differ from a plain one by the call `monitor.step` alone. That call is timed as
+"finite" and "between", as the difference of two long steps would be noise. With --out a file of
+that folder gets the medians, as ratios to the median of a plain step.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ..harness.timing import measure
 
 EVERY, NAN_EVERY = 100, 10
 STEPS = {"look": 1, "finite": EVERY // NAN_EVERY - 1, "between": EVERY - EVERY // NAN_EVERY}
-FIRST = {"look": 0, "finite": NAN_EVERY, "between": 1}  # the number of such a step
+FIRST = {"look": 0, "finite": NAN_EVERY, "between": 1}  # the number of the first such step
 IMAGES, FEATURES, WORDS = 4, 64, 1000
 
 
@@ -57,7 +57,7 @@ class Model(nn.Module):
 
 
 def steps_of(device: torch.device, dim: int, text: int, layers: int) -> dict[str, Callable]:
-    """A call for each kind of step, all of one model."""
+    """A call for each kind of step of one model."""
     torch.manual_seed(0)
     model = Model(dim, layers).to(device)
     gates_(model)
@@ -74,19 +74,19 @@ def steps_of(device: torch.device, dim: int, text: int, layers: int) -> dict[str
         loss = model(tokens, media)
         loss.backward()
         if kind == "look":
-            of_monitor(kind, loss)
+            monitor_step(kind, loss)
         optimizer.step()
 
-    def of_monitor(kind: str, loss: Tensor = torch.ones((), device=device)) -> None:  # noqa: B008
+    def monitor_step(kind: str, loss: Tensor = torch.ones((), device=device)) -> None:  # noqa: B008
         monitor.steps = FIRST[kind]
         monitor.step(loss)
 
     whole = {kind: lambda kind=kind: step(kind) for kind in ("plain", "look")}
-    return whole | {k: lambda k=k: of_monitor(k) for k in ("finite", "between")}
+    return whole | {k: lambda k=k: monitor_step(k) for k in ("finite", "between")}
 
 
 def share(milliseconds: dict[str, float]) -> float:
-    """Of the time of EVERY steps, what they have beyond plain ones."""
+    """The time of EVERY steps beyond that of plain ones, as a share of the latter."""
     plain = milliseconds["plain"]
     beyond = milliseconds | {"look": milliseconds["look"] - plain}
     return sum(n * beyond[kind] for kind, n in STEPS.items()) / (EVERY * plain)
@@ -104,19 +104,19 @@ def main(arguments: list[str] | None = None) -> int:
     calls = steps_of(device, options.dim, options.text, options.layers)
     for call in calls.values():
         call()
-    found = measure(calls, device, options.seconds)
-    middle = {kind: median(times) for kind, times in found.items()}
+    times_of = measure(calls, device, options.seconds)
+    medians = {kind: median(times) for kind, times in times_of.items()}
     facts = machine.provenance(device)
     print(", ".join(facts.values()))
-    for kind, times in found.items():
-        print(f"{kind:<8} {middle[kind]:11.4f} ms, median of {len(times)}")
-    print(f"share of every={EVERY}, nan_every={NAN_EVERY}: {share(middle):.2%}")
+    for kind, times in times_of.items():
+        print(f"{kind:<8} {medians[kind]:11.4f} ms, median of {len(times)}")
+    print(f"share of every={EVERY}, nan_every={NAN_EVERY}: {share(medians):.2%}")
     if options.out is not None:
-        of_model = {name: getattr(options, name) for name in ("dim", "text", "layers")}
-        of_plain = {kind: time / middle["plain"] for kind, time in middle.items()}
-        calls = {kind: len(times) for kind, times in found.items()}
-        record = facts | dict(model=of_model, plain_ms=middle["plain"], of_plain=of_plain)
-        record |= dict(calls=calls, every=EVERY, nan_every=NAN_EVERY, share=share(middle))
+        sizes = {name: getattr(options, name) for name in ("dim", "text", "layers")}
+        ratios = {kind: time / medians["plain"] for kind, time in medians.items()}
+        repeats = {kind: len(times) for kind, times in times_of.items()}
+        record = facts | dict(model=sizes, plain_ms=medians["plain"], of_plain=ratios)
+        record |= dict(calls=repeats, every=EVERY, nan_every=NAN_EVERY, share=share(medians))
         options.out.mkdir(parents=True, exist_ok=True)
         path = options.out / f"monitor-overhead-dim{options.dim}.json"
         path.write_text(json.dumps(record, indent=1) + "\n")

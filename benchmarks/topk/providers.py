@@ -1,6 +1,6 @@
-"""Everything that can attend to the highest-scoring keys, ours and others'; see `providers.py`.
+"""The providers of top-k attention, ours and those of others; see `harness/provider.py`.
 
-All work on the keys of a call is timed: the choice belongs to it, and so do masks made of it.
+All work on the keys of a call is timed, the choice and masks that are made of it included.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ def keys_only(case: TopKCase, mode: str) -> list[str]:
     return ["chooses keys, not blocks of them"] if case.workload.topk_blocks else []
 
 
-# eager: the composition that the literature describes
+# eager code, the composition that the literature describes
 
 
 def eager_reasons(case: TopKCase, mode: str) -> list[str]:
-    """Scores, their gradient's zeros and a copy, and the gathered values of every row."""
+    """Why the scores, the zeros and a copy of their gradient, and gathered values do not fit."""
     w = case.workload
     return keys_only(case, mode) or too_large(case, mode, 3 + -(-w.kept * w.Dv // w.Nk))
 
@@ -59,7 +59,7 @@ def prepare_eager(case: TopKCase) -> Attend:
 
 @torch.no_grad()
 def dense_mask(case: TopKCase, q: Tensor, k: Tensor) -> Tensor:
-    """bool [B, Hq, Nq, Nk]; a positive scale would not change the order."""
+    """The chosen keys, bool [B, Hq, Nq, Nk]; a positive scale would not change the choice."""
     s = q @ repeat_heads(case, k)[0].mT
     return named(s.topk(case.workload.top_k, sorted=False).indices, k.shape[2])
 
@@ -124,7 +124,7 @@ def prepare_dense(case: TopKCase) -> Attend:
 
 
 def provider(name: str, reasons: Callable, prepare: Callable, compiles: bool = False) -> Provider:
-    """None is timed where rounding leaves too few rows to say that its choice is right."""
+    """A provider that is not timed where rounding leaves too few rows with a certain choice."""
 
     def all_reasons(case: TopKCase, mode: str) -> list[str]:
         rows = int((~case.left_out).sum())
@@ -136,20 +136,20 @@ def provider(name: str, reasons: Callable, prepare: Callable, compiles: bool = F
 
 
 def ours(backend: str) -> Provider:
-    how = partial(ours_reasons, backend), partial(prepare_ours, backend)
-    return provider(f"xattn-{backend}", *how, compiles=backend == "triton")
+    functions = partial(ours_reasons, backend), partial(prepare_ours, backend)
+    return provider(f"xattn-{backend}", *functions, compiles=backend == "triton")
 
 
-def none(case: TopKCase, mode: str) -> list[str]:
+def no_reasons(case: TopKCase, mode: str) -> list[str]:
     return []
 
 
-# In the order in which they run: where time is short, the last are left out.
+# Providers run in this order; where time is short, the last are left out.
 PROVIDERS = (
     ours("triton"),
     ours("cuda"),
     ours("torch"),
-    provider("dense", none, prepare_dense),
+    provider("dense", no_reasons, prepare_dense),
     provider("sdpa-mask", mask_reasons, prepare_mask),
     provider("eager-topk", eager_reasons, prepare_eager),
     provider("flex", chosen_flex_reasons, prepare_flex, compiles=True),
@@ -160,12 +160,13 @@ BY_NAME = {p.name: p for p in PROVIDERS}
 
 @dataclass(frozen=True)
 class TopKTruth(Truth):
-    """left_out: bool [B, Hq, Nq], rows whose out need only be finite; `dense` attends to all."""
+    """The truth of top-k attention: `left_out`, bool [B, Hq, Nq], marks rows whose out need only be
+    finite, and `dense` is the truth of attention to all keys."""
 
     left_out: Tensor
     dense: Truth
 
-    def of(self, provider: str) -> Truth:
+    def for_provider(self, provider: str) -> Truth:
         return self.dense if provider == "dense" else self
 
     def verdict(self, results: tuple[Tensor, ...]) -> tuple[str, float]:
@@ -177,7 +178,7 @@ class TopKTruth(Truth):
 
 
 def truth_of(case: TopKCase, gradients: bool) -> TopKTruth:
-    """Attention under exactly the keys that float64 chooses."""
-    found = truth_of_attention(case, gradients)
+    """The truth of attention to exactly the keys that float64 chooses."""
+    chosen = truth_of_attention(case, gradients)
     dense = truth_of_attention(case.dense(), gradients)
-    return TopKTruth(**vars(found), left_out=case.left_out, dense=dense)
+    return TopKTruth(**vars(chosen), left_out=case.left_out, dense=dense)

@@ -1,8 +1,8 @@
-"""Top-k attention of random tensors: workloads, and cases with the keys that float64 chooses.
+"""Workloads of top-k attention, and cases with random tensors and the keys that float64 chooses.
 
 A provider may choose another key than float64 where two scores differ by rounding alone. Rows whose
-choice rounding may change get an upstream gradient of zero, so that they count in no gradient, and
-their out is not compared.
+choice rounding may change get an upstream gradient of zero, so that they contribute to no gradient,
+and their out is not compared.
 """
 
 from __future__ import annotations
@@ -34,29 +34,29 @@ TOP_K = (16, 64, 128, 512)
 
 @dataclass(frozen=True)
 class TopKWorkload(Workload):
-    """One of `top_k` and `topk_blocks`, as in `xattn_kernels.topk_attention`."""
+    """A workload with `top_k` or `topk_blocks`, as in `xattn_kernels.topk_attention`."""
 
     top_k: int | None = None
     topk_blocks: tuple[int, int] | None = None
 
     @property
     def choice(self) -> dict:
-        """The arguments that say what is chosen."""
+        """The arguments that determine the choice."""
         return {"top_k": self.top_k, "topk_blocks": self.topk_blocks}
 
     @property
     def kept(self) -> int:
-        """Keys that a query attends to."""
+        """The number of keys that a query attends to."""
         return self.top_k or self.topk_blocks[0] * self.topk_blocks[1]
 
     @property
     def compared(self) -> int:
-        """What each query is multiplied with in order to choose: keys, or means of blocks."""
+        """The number of keys, or of means of blocks, that a query is multiplied with to choose."""
         return self.Nk // (self.topk_blocks[0] if self.topk_blocks else 1)
 
 
 def workload(Nk: int, top_k: int | None = None, topk_blocks: tuple[int, int] | None = None):
-    """Few queries beside many keys, as the scores of a rival would not fit otherwise."""
+    """A workload with few queries beside many keys, as the scores of a rival must fit."""
     sizes = dict(B=2, Nq=64 if Nk >= 65536 else 512, Nk=Nk, Hq=16, Hkv=16, D=64, Dv=64)
     choice = f"k{top_k}" if top_k else "blocks{}x{}".format(*topk_blocks)
     name = f"Nk{Nk}-{choice}"
@@ -74,8 +74,10 @@ BY_NAME = {w.name: w for w in WORKLOADS}
 
 
 def fit(w: Workload, flops: float = float("inf"), elements: float = float("inf")):
-    """The same with fewer queries, down to a tile that shares its blocks, then with fewer batches
-    and heads: what dense attention costs is then at most `flops`."""
+    """The workload reduced until dense attention takes at most `flops` and its tensors `elements`.
+
+    Queries are reduced first, down to a tile that shares its blocks, then batches, then heads.
+    """
     while w.dense_flops > flops or count_elements(w) > elements:
         if w.Nq > QUERIES_PER_CHOICE:
             w = replace(w, Nq=max(w.Nq // 2, QUERIES_PER_CHOICE))
@@ -92,42 +94,43 @@ def fit(w: Workload, flops: float = float("inf"), elements: float = float("inf")
 
 @dataclass(frozen=True, eq=False)
 class TopKCase(Case):
-    """chosen: int32 [B, Hq, Nq, kept], the keys that float64 chooses; left_out: bool [B, Hq, Nq],
-    rows whose choice rounding may change."""
+    """A workload with its tensors, `chosen` int32 [B, Hq, Nq, kept], the keys that float64 chooses,
+    and `left_out` bool [B, Hq, Nq], the rows whose choice rounding may change."""
 
     chosen: Tensor
     left_out: Tensor
 
-    suite = "topk"
+    suite = "benchmarks.suites:topk"
 
     def mask_of(self, piece: Piece) -> Tensor:
-        """bool [b, q_heads, rows, keys]: the chosen keys."""
+        """The chosen keys of a piece, bool [b, q_heads, rows, keys]."""
         chosen = self.chosen[piece.b, piece.q_heads, piece.rows]
         return named(chosen, self.workload.Nk)[..., piece.keys]
 
     def dense(self) -> Case:
-        """Attention of the same tensors over all keys."""
+        """The case of attention of the same tensors over all keys."""
         return Case(self.workload, self.original, self.q, self.k, self.v, self.dout, self.interval)
 
     @cached_property
     def attended_keys(self) -> int:
-        """How many keys of all key heads at least one row attends to."""
+        """The number of keys, over all key heads, that at least one row attends to."""
         w = self.workload
         seen = torch.zeros((w.B, w.Hkv, w.Nk), dtype=torch.bool, device=self.device)
         seen.scatter_(2, self.chosen.reshape(w.B, w.Hkv, -1).long(), True)
         return int(seen.sum())
 
     def flops(self, mode: str) -> int:
-        """Of every score that the choice needs, and of the chosen pairs only what follows."""
+        """The operations of all scores that the choice needs, then of the chosen pairs."""
         w = self.workload
         rows = w.B * w.Hq * w.Nq
-        again = w.D if w.topk_blocks else 0  # the scores of single keys are not yet known
-        forward = 2 * rows * (w.compared * w.D + w.kept * (again + w.Dv))
+        rescored = w.D if w.topk_blocks else 0  # a choice of blocks leaves the keys without scores
+        forward = 2 * rows * (w.compared * w.D + w.kept * (rescored + w.Dv))
         backward = 2 * rows * w.kept * (3 * w.D + 2 * w.Dv)
         return {"forward": forward, "backward": backward, "both": forward + backward}[mode]
 
     def min_bytes(self, mode: str) -> int:
-        """Forward all of k is read, of v what is chosen; backward of both what is chosen."""
+        """The fewest bytes that must move: the forward reads all of k and the chosen values, the
+        backward the chosen keys and values."""
         w = self.workload
         q, out = (w.B * w.Hq * w.Nq * width for width in (w.D, w.Dv))
         k, dk_dv = (w.B * w.Hkv * w.Nk * width for width in (w.D, w.D + w.Dv))
@@ -157,24 +160,26 @@ class TopKCase(Case):
 def build(
     w: TopKWorkload, original: TopKWorkload, device, dtype: torch.dtype, seed: int = 0
 ) -> TopKCase:
-    """Random normal tensors, the same for one workload, seed and dtype."""
+    """A case of random normal tensors, which depend on workload, seed and dtype."""
     plain = case.build(w, original, device, dtype, seed)
     shape = (w.B, w.Hq, w.Nq)
     chosen = torch.empty((*shape, w.kept), dtype=torch.int32, device=device)
     left_out = torch.empty(shape, dtype=torch.bool, device=device)
     choose = choose_blocks if w.topk_blocks else choose_keys
     for piece in head_pieces(plain):
-        at = piece.b, piece.q_heads
-        q, k = plain.q[at], plain.k[piece.b, piece.kv_heads]
-        chosen[at], left_out[at] = choose(q, k, w)
+        heads = piece.b, piece.q_heads
+        q, k = plain.q[heads], plain.k[piece.b, piece.kv_heads]
+        chosen[heads], left_out[heads] = choose(q, k, w)
     dout = plain.dout.masked_fill(left_out[..., None], 0.0)
     return TopKCase(w, original, plain.q, plain.k, plain.v, dout, None, chosen, left_out)
 
 
 def choose_keys(q: Tensor, k: Tensor, w: TopKWorkload) -> tuple[Tensor, Tensor]:
-    """(indices, rows to leave out) of scores in float64. A row is left out unless its k-th and
-    (k+1)-th score stay in order when both are wrong by the bound of a float32 sum of D products
-    and are then rounded to the dtype."""
+    """(indices, rows to leave out) of scores in float64.
+
+    A row is left out unless its k-th and (k+1)-th score stay in order when both are wrong by the
+    bound of a float32 sum of D products and are then rounded to the dtype.
+    """
     scale, dtype = w.D**-0.5, q.dtype
     q, k = (t.double() for t in (q, k.repeat_interleave(w.Hq // w.Hkv, 1)))
     top = (scale * q @ k.mT).topk(w.top_k + 1)
@@ -185,9 +190,11 @@ def choose_keys(q: Tensor, k: Tensor, w: TopKWorkload) -> tuple[Tensor, Tensor]:
 
 
 def choose_blocks(q: Tensor, k: Tensor, w: TopKWorkload) -> tuple[Tensor, Tensor]:
-    """The same of all keys of the most important blocks. A tile of rows is left out where the gap
-    is within the errors that two importances may have, each FACTOR times as large as the largest
-    of the eager backend's in this dtype."""
+    """(indices of all keys of the most important blocks, rows to leave out), in float64.
+
+    A tile of rows is left out if the gap is within the errors that two importances may have, each
+    FACTOR times the largest error of the eager backend in this dtype.
+    """
     size, n = w.topk_blocks
     rough, exact = (weights_of_blocks(t, q, k, w).double() for t in (q.dtype, torch.float64))
     top = exact.topk(n + 1)

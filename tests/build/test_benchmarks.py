@@ -214,7 +214,7 @@ def test_peak_memory_sees_what_a_provider_allocates(tmp_path):
     w = replace(TINY, Nq=1024, Nk=1024)
     case.build(w, w, "cpu", torch.float32).save(tmp_path / "case.pt")
     scores = 4 * w.B * w.Hq * w.Nq * w.Nk
-    peak = memory.resident_peak("attention", "eager", tmp_path / "case.pt", "forward", 60.0)
+    peak = memory.resident_peak(case.Case.suite, "eager", tmp_path / "case.pt", "forward", 60.0)
     if peak is None:
         pytest.skip("this system cannot reset the peak of a process")
     assert 2 * scores <= peak <= 8 * scores

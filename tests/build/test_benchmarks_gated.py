@@ -85,7 +85,7 @@ def test_few_rows_fit_a_small_machine_and_the_label_says_so():
 def test_peak_memory_sees_what_eager_code_allocates(tmp_path):
     w = replace(TINY["plain"], rows=4096, dim=256)
     gated.build(w, w, "cpu", torch.float32).save(tmp_path / "case.pt")
-    peak = memory.resident_peak("gated", "eager", tmp_path / "case.pt", "forward", 60.0)
+    peak = memory.resident_peak(GatedCase.suite, "eager", tmp_path / "case.pt", "forward", 60.0)
     if peak is None:
         pytest.skip("this system cannot reset the peak of a process")
     assert 1.9 * 4 * w.elements <= peak <= 4 * 4 * w.elements  # the product and the sum

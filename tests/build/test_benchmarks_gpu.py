@@ -26,7 +26,7 @@ def test_gpu_phases_end_by_themselves_or_at_their_limit(tmp_path):
 
 def test_gpu_phases_fit_ten_minutes_with_the_tests_last():
     parser = argparse.ArgumentParser()
-    gpu.options(parser)
+    gpu.add_options(parser)
     chosen = parser.parse_args([])
     phases = gpu.phases(chosen, gpu.RESULTS)
     assert 60 * chosen.minutes <= 570 and sum(p.seconds for p in phases[:-1]) < 60 * chosen.minutes

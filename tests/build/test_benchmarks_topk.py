@@ -122,7 +122,7 @@ def test_rows_whose_choice_rounding_may_change_count_in_nothing(kind, monkeypatc
     other = torch.zeros_like(case.dout)  # as any other choice would be
     assert truth.verdict((other,))[0] == ""
     assert "inf or nan" in truth.verdict((other * float("nan"),))[0]
-    assert truth.of("dense").verdict((other,))[0].startswith("out: error")
+    assert truth.for_provider("dense").verdict((other,))[0].startswith("out: error")
 
 
 @pytest.mark.parametrize("name", ["Nk4096-k64", "Nk65536-k512", "Nk16384-blocks64x16"])
@@ -172,7 +172,7 @@ def test_dense_attention_is_a_yardstick_and_nobodys_rival():
 def test_peak_memory_sees_the_gathered_values(tmp_path):
     w = replace(TINY["keys"], Nq=512, Dv=64)
     topk.build(w, w, "cpu", torch.float32).save(tmp_path / "case.pt")
-    peak = memory.resident_peak("topk", "eager-topk", tmp_path / "case.pt", "forward", 60.0)
+    peak = memory.resident_peak(TopKCase.suite, "eager-topk", tmp_path / "case.pt", "forward", 60.0)
     if peak is None:
         pytest.skip("this system cannot reset the peak of a process")
     gathered = 4 * w.B * w.Hq * w.Nq * w.top_k * w.Dv

@@ -147,7 +147,7 @@ $L__BB0_2:
 
 def test_loops_know_what_is_inside_another():
     outer, inner = sorted(sass.loops(sass.parse_sass(NESTED)), key=lambda loop: -len(loop.body))
-    assert inner.body < outer.body and not inner.body & outer.own
+    assert inner.body < outer.body and not inner.body & outer.exclusive
     # what comes after EXIT is reached by nothing, so it is no loop
     assert len(sass.loops(sass.parse_sass(NESTED))) == 2
 

@@ -18,7 +18,7 @@ from xattn_kernels import (
     entropy_loss,
 )
 from xattn_kernels.core.dispatch import OBSERVERS
-from xattn_kernels.stability.layers import Call, sides
+from xattn_kernels.stability.layers import ObservedCall, sides
 
 DIM = 32
 
@@ -160,7 +160,7 @@ def test_sides_of_a_resampler():
     assert found[name].entropy.shape[-1] == 4
     module = resampler.get_submodule(name)
     media, latents = torch.randn(2, 9, DIM), torch.randn(2, 4, DIM)
-    queries, keys = sides(Call(name, module, (media, latents), calls, "eager"))
+    queries, keys = sides(ObservedCall(name, module, (media, latents), calls, "eager"))
     assert queries is latents and keys is media
 
 

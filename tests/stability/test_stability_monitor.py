@@ -158,7 +158,7 @@ def counted(f, calls):
 
 def test_numbers_that_come_late_are_of_their_step(monkeypatch):
     """As from a GPU: nobody waits, until `flush`."""
-    monkeypatch.setattr(stability.host_copies.Pending, "arrived", lambda self: False)
+    monkeypatch.setattr(stability.host_copies.HostCopies, "arrived", lambda self: False)
     model, received = Model(), []
     with StabilityMonitor(model, every=2, nan_every=None, callbacks=[received.append]) as monitor:
         assert trained(model, monitor, 4) == [None] * 4 and not received

@@ -1,8 +1,8 @@
-"""`make gpu`: everything that a machine with a GPU can prove, unattended, offline, in ten minutes.
+"""`make gpu`: the tests and benchmarks that need a GPU, unattended and offline, in ten minutes.
 
-Phases are processes with a time limit each and one deadline for all; a phase that fails or runs out
-of time is reported and the next one starts. The summary at the end fits a screen; full outputs are
-in `logs/` beside the results.
+Each phase is a process with a time limit, and all share one deadline; a phase that fails or runs
+out of time is reported, and the next one starts. The summary at the end fits a screen; the full
+outputs are in `logs/` beside the results.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from .. import evidence
 
 PYTHON = sys.executable
 MINUTES = 9.5
-CASES = "tests/ops/test_cross_attention.py"  # every named case: most of the kernels' variants
+CASES = "tests/ops/test_cross_attention.py"  # all named cases, of most kernel variants
 PROBE = Path(__file__).with_name("sanitizer_probe.py")
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A command that gets at most `seconds`; `missing` says why it cannot run at all."""
+    """A command that may take `seconds`; `missing` says why it cannot run, if it cannot."""
 
     name: str
     command: list[str]
@@ -53,10 +53,10 @@ class Outcome:
         return text[:100]
 
 
-def options(parser: argparse.ArgumentParser) -> None:
+def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--device", default="cuda", help="cpu rehearses the phases without a GPU (%(default)s)")
-    add("--minutes", type=float, default=MINUTES, help="for everything (%(default)s)")
+    add("--minutes", type=float, default=MINUTES, help="the time for everything (%(default)s)")
     add("--workload", default="all")
     add("--provider", default="all")
     add("--dense-gflop", type=float, default=None)
@@ -66,12 +66,12 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m tools.gpu", description=__doc__.split("\n")[0])
-    options(parser)
+    add_options(parser)
     return prove(parser.parse_args(arguments))
 
 
 def prove(chosen: argparse.Namespace) -> int:
-    """Every phase, one after the other; 1 where one failed."""
+    """Runs every phase in turn; the exit status is 1 if one failed."""
     if chosen.device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device is visible to torch; --device cpu rehearses the phases")
         return 2
@@ -80,7 +80,7 @@ def prove(chosen: argparse.Namespace) -> int:
     began, end = time.time(), time.monotonic() + 60 * chosen.minutes
     launches = out / "logs" / "launches"
     shutil.rmtree(launches, ignore_errors=True)
-    os.environ["XATTN_EVIDENCE"] = str(launches)  # for the tests
+    os.environ["XATTN_EVIDENCE"] = str(launches)  # where the tests record their launches
     outcomes = []
     for phase in phases(chosen, out):
         print(f"--- {phase.name}: {' '.join(phase.command)}", flush=True)
@@ -93,7 +93,7 @@ def prove(chosen: argparse.Namespace) -> int:
 
 
 def phases(chosen: argparse.Namespace, out: Path) -> list[Phase]:
-    """What is run, in order of worth: what comes last gets the time that is left."""
+    """The phases, the most valuable first, as the last ones get the time that is left."""
     minute = 60 * chosen.minutes / MINUTES
     jobs = str(max(1, min((os.cpu_count() or 2) // 2, 8)))
     tests = [PYTHON, "-m", "tools.gpu.sharded_tests", jobs, chosen.tests, "-q", "--tb=short"]
@@ -113,7 +113,7 @@ def phases(chosen: argparse.Namespace, out: Path) -> list[Phase]:
     real = ["--dtype", "bfloat16", "--workload", chosen.workload]
     gated = ["--dtype", "bfloat16", "--provider", "all"]
     gated += ["--workload", "flamingo-9b,flamingo-9b-norm,mllama-11b-norm,flamingo-9b-out"]
-    # bfloat16 rounds scores so coarsely that the choice of few rows would be certain
+    # bfloat16 rounds scores so coarsely that few rows would have a certain choice
     topk = ["--dtype", "float16", "--provider", "all", "--first-call-seconds", "15"]
     topk += ["--workload", "Nk4096-k64,Nk16384-k64,Nk65536-k512,Nk16384-blocks64x16"]
     return [
@@ -132,7 +132,8 @@ def phases(chosen: argparse.Namespace, out: Path) -> list[Phase]:
 
 
 def perform(phase: Phase, logs: Path, left: float) -> Outcome:
-    """Runs one phase within its limit and what is left, its whole output in a log file."""
+    """The outcome of one phase, run within its limit and the seconds `left`; all of its output goes
+    into a log file."""
     if phase.missing:
         return Outcome(phase, "missing", 0.0, phase.missing)
     if left < 1.0:
@@ -153,7 +154,10 @@ def perform(phase: Phase, logs: Path, left: float) -> Outcome:
 
 
 def wait(process: subprocess.Popen, seconds: float) -> int | None:
-    """The exit status, or None after `seconds`: interrupted first, so that pytest can sum up."""
+    """The exit status, or None if the process took longer than `seconds` and was stopped.
+
+    It is interrupted before it is killed, so that pytest can print its summary.
+    """
     for limit, sent in ((seconds, signal.SIGINT), (5.0, signal.SIGKILL), (5.0, None)):
         try:
             status = process.wait(limit)
@@ -165,6 +169,7 @@ def wait(process: subprocess.Popen, seconds: float) -> int | None:
 
 
 def verdict(phase: Phase, status: int | None, text: str) -> str:
+    """One or two words on a phase with this exit status and this output."""
     if status is None:
         return "time up"
     if status == 5 and "tools.gpu.sharded_tests" in phase.command:
@@ -175,13 +180,13 @@ def verdict(phase: Phase, status: int | None, text: str) -> str:
 
 
 def last_line(text: str) -> str:
-    """The last line that says something, without progress bars and decoration."""
+    """The last line that is not blank, without progress bars and decoration."""
     lines = [line.rsplit("\r", 1)[-1].strip(" =\n") for line in text.splitlines()]
     return next((line for line in reversed(lines) if line), "")
 
 
 def report(outcomes: list[Outcome], out: Path, device: str, began: float) -> str:
-    """The screen at the end: phases, then a line per workload from what this run has written."""
+    """The summary: a line for each phase, then one for each workload that this run measured."""
     facts = machine.provenance(device)
     lines = ["", ", ".join(f"{name} {value}" for name, value in facts.items())]
     lines += [outcome.line for outcome in outcomes]

@@ -1,6 +1,6 @@
-"""Every op once, small, forward and backward, for compute-sanitizer to watch.
+"""A small forward and backward of every op, which compute-sanitizer observes.
 
-Sizes are odd on purpose: the last tile of every loop is a partial one.
+The sizes are odd so that the last tile of every loop is a partial one.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from xattn_kernels import (
 from xattn_kernels.cuda_kernels import launch
 
 B, HQ, HKV, NQ, NK, D, DV = 2, 4, 2, 37, 83, 40, 24
-SCORED = ("mask", "bias", "scale", "softcap")  # what attention_weights takes of it
+SCORED = ("mask", "bias", "scale", "softcap")  # the options that attention_weights takes
 
 
 def calls(device: str) -> dict[str, dict]:
-    """Arguments of `cross_attention` that together use every flag."""
+    """Arguments of calls of `cross_attention` that together use every flag."""
     lengths = torch.tensor([NK, 19], dtype=torch.int32, device=device)
     images = torch.zeros(B, NQ, dtype=torch.bool, device=device)
     images[:, [5, 20]] = True
@@ -45,11 +45,13 @@ def calls(device: str) -> dict[str, dict]:
 
 
 def finite_sum(parts) -> torch.Tensor:
+    """The sum of all tensors among `parts`, with the lse of rows without keys as 0."""
     finite = [t.nan_to_num(neginf=0.0).float() for t in parts if t is not None]
     return sum(t.sum() for t in finite)
 
 
 def attend(device: str, backend: str, name: str, nq: int, nk: int, options: dict) -> None:
+    """Runs the attention ops that take these options on one backend."""
     dtype = torch.float32 if "bias" in options else torch.bfloat16
     shapes = ((B, HQ, nq, D), (B, HKV, nk, D), (B, HKV, nk, DV))
     q, k, v = (torch.randn(s, device=device, dtype=dtype, requires_grad=True) for s in shapes)
@@ -67,6 +69,7 @@ def attend(device: str, backend: str, name: str, nq: int, nk: int, options: dict
 
 
 def add_gated(device: str, backend: str) -> None:
+    """Runs the gated residual on one backend, with and without a norm."""
     shapes = ((NQ, DV * 8), (NQ, DV * 8), (1,), (DV * 8,))
     leaves = [torch.randn(s, device=device, requires_grad=True) for s in shapes]
     rows = torch.rand(NQ, device=device) < 0.7
@@ -83,7 +86,7 @@ def main(device: str) -> int:
     for backend in backends if device == "cuda" else ["eager"]:
         for name, options in calls(device).items():
             attend(device, backend, name, NQ, NK, options)
-        # split over keys, and merged
+        # few queries beside many keys are split over keys and merged
         attend(device, backend, "few queries", 3, 1501, {"return_statistics": True})
         add_gated(device, backend)
     if device == "cuda":

@@ -2,7 +2,7 @@
 
     python -m tools.gpu.sharded_tests JOBS [pytest's arguments]
 
-Compiling takes most of a GPU test's time, and no one else on a GPU machine needs its cores.
+Compilation takes most of the time of a GPU test, and a GPU machine has idle cores.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LAST_LINE = re.compile(r"(\d+) (failed|passed|skipped|errors?|xfailed)")
 
 
 def run(jobs: int, arguments: list[str]) -> int:
-    """The worst exit status; prints what the processes say, then the sum of their last lines."""
+    """The worst exit status; prints the output of each process, then the sums of their counts."""
     outputs = [tempfile.TemporaryFile("w+") for _ in range(jobs)]
     processes = [
         subprocess.Popen(
@@ -33,7 +33,7 @@ def run(jobs: int, arguments: list[str]) -> int:
         waits = [pool.submit(process.wait) for process in processes]
         try:
             codes = [w.result() for w in waits]
-        except KeyboardInterrupt:  # which the processes got too, and sum up
+        except KeyboardInterrupt:  # the processes got it too, and print their summaries
             codes = [w.result() for w in waits]
     total = Counter()
     for output in outputs:

@@ -1,8 +1,8 @@
-"""What a multiprocessor holds and what it does per cycle: occupancy, and a bound from counts.
+"""The capacity and the rates of a multiprocessor: occupancy, and a bound from instruction counts.
 
 Limits of residency are those of the CUDA C++ programming guide, table "Technical specifications per
-compute capability"; registers are allocated to a warp by 256, and a block takes 1 KiB of shared
-memory beside its own.
+compute capability"; registers are allocated to a warp in units of 256, and a block takes 1 KiB of
+shared memory beyond what it asks for.
 
 The bound says which fraction of the tensor cores' dense peak the main loop cannot exceed. Per
 iteration of one block, in cycles of a multiprocessor, each unit on its own and all overlapped:
@@ -68,25 +68,25 @@ MATRICES = re.compile(r"\.(?:x)?([24])\b")
 def blocks_per_multiprocessor(
     arch: int, num_warps: int, registers: int, shared: int, tensor_memory: int = 0
 ) -> int:
-    """How many blocks are resident at once."""
+    """The number of blocks that are resident at once."""
     has = MULTIPROCESSORS[arch]
     per_warp = -(-registers * 32 // 256) * 256
-    # warps are spread over the schedulers, each with its own quarter of the registers
+    # warps are spread over the schedulers, each of which has a quarter of the registers
     warps = has.registers // SCHEDULERS // per_warp * SCHEDULERS
-    found = [has.blocks, has.warps // num_warps, warps // num_warps]
-    found.append(has.shared // (shared + 1024))
+    limits = [has.blocks, has.warps // num_warps, warps // num_warps]
+    limits.append(has.shared // (shared + 1024))
     if tensor_memory:
-        found.append(has.tensor_memory // tensor_memory)
-    return min(found)
+        limits.append(has.tensor_memory // tensor_memory)
+    return min(limits)
 
 
 def shared_bytes(instruction: Instruction) -> int:
-    """Bytes of shared memory that a warp's instruction moves; 0 for other instructions."""
+    """The bytes that a warp's instruction moves from or to shared memory; 0 for others."""
     if instruction.predicate == "@!PT" or instruction.root not in ("LDS", "LDSM", "STS", "STSM"):
         return 0
     if instruction.root in ("LDSM", "STSM"):  # 8x8 matrices of 16-bit elements
-        found = MATRICES.search(instruction.opcode)
-        return 128 * int(found[1]) if found else 128
+        count = MATRICES.search(instruction.opcode)
+        return 128 * int(count[1]) if count else 128
     for bits in (128, 64):
         if f".{bits}" in instruction.opcode:
             return 32 * bits // 8
@@ -103,8 +103,11 @@ def pipe(instruction: Instruction) -> str | None:
 
 
 def tensor_cycles(arch: int, instructions: list[Instruction], needed: int, tf32: bool) -> float:
-    """Cycles of one warp's `instructions` in all warps of a block that needs `needed`
-    multiply-adds; tcgen05 products do not say their shape, they do what the others leave."""
+    """The cycles of the tensor-core `instructions` of a block that needs `needed` multiply-adds.
+
+    The opcode of a tcgen05 product does not contain its shape, so such products count as all
+    multiply-adds that the others leave.
+    """
     has, half = MULTIPROCESSORS[arch], 2 if tf32 else 1
     sync = sum(i.macs for i in instructions if i.root in ("HMMA", "QMMA"))
     group = sum(i.macs for i in instructions if i.root in ("HGMMA", "QGMMA"))
@@ -114,27 +117,27 @@ def tensor_cycles(arch: int, instructions: list[Instruction], needed: int, tf32:
 
 
 def cycles(arch: int, loop: MainLoop, num_warps: int, needed: int, tf32: bool) -> dict[str, float]:
-    """Cycles of each unit for one iteration of a block that needs `needed` multiply-adds."""
+    """The cycles of each unit for one iteration of a block that needs `needed` multiply-adds."""
     has = MULTIPROCESSORS[arch]
     rates = {"exp": has.exp, "fma": has.fma, "imad": has.imad, "alu": has.alu}
-    found = dict.fromkeys(("issue", "tensor", *rates, "shared"), 0.0)
+    by_unit = dict.fromkeys(("issue", "tensor", *rates, "shared"), 0.0)
     products: list[Instruction] = []
     for part, warps in ((loop.always, num_warps), (loop.one_warp, 1)):
-        found["issue"] += len(part) * warps / SCHEDULERS
+        by_unit["issue"] += len(part) * warps / SCHEDULERS
         products += [i for i in part if i.unit == "tensor"] * warps
         for i in part:
-            if at := pipe(i):
-                results = 2 if i.root.endswith("2") and i.root[0] == "F" and at == "fma" else 1
-                found[at] += 32 * warps * results / rates[at]
+            if unit := pipe(i):
+                results = 2 if i.root.endswith("2") and i.root[0] == "F" and unit == "fma" else 1
+                by_unit[unit] += 32 * warps * results / rates[unit]
             if i.root == "IMAD":
-                found["imad"] += 32 * warps / rates["imad"]
-            found["shared"] += shared_bytes(i) * warps / SHARED_BYTES
-    found["tensor"] = tensor_cycles(arch, products, needed, tf32)
-    return found
+                by_unit["imad"] += 32 * warps / rates["imad"]
+            by_unit["shared"] += shared_bytes(i) * warps / SHARED_BYTES
+    by_unit["tensor"] = tensor_cycles(arch, products, needed, tf32)
+    return by_unit
 
 
-def bound(arch: int, found: dict[str, float], needed: int, tf32: bool) -> tuple[float, str]:
-    """(fraction of the tensor cores' peak that cannot be exceeded, the unit that sets it)."""
-    limiter = max(found, key=found.__getitem__)
+def bound(arch: int, by_unit: dict[str, float], needed: int, tf32: bool) -> tuple[float, str]:
+    """(the fraction of the tensor cores' peak that cannot be exceeded, the unit that sets it)."""
+    limiter = max(by_unit, key=by_unit.__getitem__)
     useful = needed * (2 if tf32 else 1) / MULTIPROCESSORS[arch].tensor
-    return min(1.0, useful / found[limiter]), limiter
+    return min(1.0, useful / by_unit[limiter]), limiter

@@ -1,8 +1,8 @@
-"""Compiles csrc/ for every architecture and reports what the assembler says of each kernel.
+"""Compiles csrc/ for every architecture and tabulates what the assembler reports of each kernel.
 
     python -m tools.machine_code.cuda_grid --out benchmarks/results/static
 
-No GPU is needed, but nvcc is, on PATH. Every kernel that the extension ships is in the table: its
+It needs no GPU, but nvcc on PATH. The table has every kernel that the extension ships, with its
 registers, stack, spilled bytes and static shared memory.
 """
 
@@ -30,14 +30,14 @@ ENTRY = re.compile(
     r"(?P<spills>\d+) bytes spill.*?\n"
     r".*?Used (?P<registers>\d+) registers(?:.*?(?P<shared>\d+) bytes smem)?"
 )
-# each length in a mangled symbol, and what follows it
+# each length in a mangled symbol, and the text after it
 NAME = re.compile(r"(?<!\d)(?=(?P<length>\d+)(?P<rest>[a-z]\w*))")
 
 
 @dataclass(frozen=True)
 class CudaRow:
     """One kernel of one architecture; `symbol` is its mangled name with all template arguments,
-    `code` what `code()` was."""
+    `code` the result of `code()` when it was compiled."""
 
     code: str
     nvcc: str
@@ -58,20 +58,20 @@ class CudaRow:
 
 def kernel_of(symbol: str) -> str:
     """The name of the function in a mangled symbol, without namespaces and template arguments."""
-    for found in NAME.finditer(symbol):
-        name = found["rest"][: int(found["length"])]
+    for match in NAME.finditer(symbol):
+        name = match["rest"][: int(match["length"])]
         if name.endswith("_kernel"):
             return name
     raise ValueError(f"{symbol} names no kernel")
 
 
 def function_of(name: str) -> str:
-    """Of the C++ expression that names a kernel, with namespaces and template arguments."""
+    """The function's name in a C++ expression with namespaces and template arguments."""
     return name.partition("<")[0].rpartition("::")[2]
 
 
 def source_of(name: str) -> str:
-    """C++ that holds the kernel of that name alone, and a function `kernel` that returns it."""
+    """C++ source with the kernel of that name alone, and a function `kernel` that returns it."""
     file = next(f for f in CSRC.glob("*.cuh") if f" {function_of(name)}(" in f.read_text())
     return f"""#include "{file.name}"
 using namespace xattn;
@@ -80,33 +80,34 @@ void* kernel() {{ return (void*)&{name}; }}
 
 
 def code() -> str:
-    """A digest of csrc/, without comments and white space: the kernels of a table with it are
-    those that are here."""
+    """A digest of csrc/ without comments and white space, by which a table of another source is
+    recognised."""
     files = sorted(file for kind in ("*.cu", "*.cuh", "*.h") for file in CSRC.glob(kind))
     text = "\n".join(re.sub(r"//.*", "", file.read_text()) for file in files)
     return hashlib.sha256("".join(text.split()).encode()).hexdigest()[:12]
 
 
 def compile_source(source: Path, arch: int) -> list[CudaRow]:
+    """The rows of the kernels of one file; raises RuntimeError if it does not compile."""
     with tempfile.TemporaryDirectory() as folder:
         command = ["nvcc", "-std=c++17", "-O3", f"-arch=sm_{arch}", "-Xptxas=-v"]
         command += ["-c", str(source), "-o", f"{folder}/out.o"]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{source.name} for sm_{arch}:\n{done.stderr}")
-    known = (code(), nvcc_version())
+    versions = (code(), nvcc_version())
     return [
         CudaRow(
-            *known, arch, source.name, kernel_of(found["symbol"]), found["symbol"],
-            *(int(found[name] or 0) for name in ("registers", "stack", "spills", "shared")),
+            *versions, arch, source.name, kernel_of(entry["symbol"]), entry["symbol"],
+            *(int(entry[name] or 0) for name in ("registers", "stack", "spills", "shared")),
         )
-        for found in ENTRY.finditer(done.stderr)
+        for entry in ENTRY.finditer(done.stderr)
     ]  # fmt: skip
 
 
 def nvcc_version() -> str:
-    said = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
-    return re.search(r"V(\d+\.\d+\.\d+)", said)[1]
+    text = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"V(\d+\.\d+\.\d+)", text)[1]
 
 
 def path_of(folder: Path) -> Path:
@@ -123,10 +124,10 @@ def write(rows: list[CudaRow], folder: Path) -> None:
 
 
 def load(folder: Path) -> list[CudaRow]:
-    kinds = CudaRow.__annotations__
+    types = CudaRow.__annotations__
     with path_of(folder).open() as file:
         return [
-            CudaRow(**{n: int(t) if kinds[n] == "int" else t for n, t in row.items()})
+            CudaRow(**{n: int(t) if types[n] == "int" else t for n, t in row.items()})
             for row in csv.DictReader(file)
         ]
 
@@ -138,7 +139,7 @@ def main() -> int:
     args = parser.parse_args()
     tasks = [(source, arch) for source in SOURCES for arch in ARCHS]
     with ThreadPoolExecutor(args.jobs) as pool:
-        rows = [row for found in pool.map(lambda t: compile_source(*t), tasks) for row in found]
+        rows = [row for task in pool.map(lambda t: compile_source(*t), tasks) for row in task]
     for row in rows:
         if row.faults:
             print(f"sm_{row.arch} {row.symbol}: {', '.join(row.faults)}")

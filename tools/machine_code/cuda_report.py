@@ -1,11 +1,11 @@
-"""Machine code of the CUDA kernels as numbers, in the terms of `static_report`.
+"""The machine code of the CUDA kernels as numbers, in the terms of `triton_report`.
 
     python -m tools.machine_code.cuda_report --out benchmarks/results/static
 
-Plain bfloat16 attention of width 64, forward and backward, and the choice of top keys; wider
-kernels leave out columns behind branches, so no way through their loops is the one that runs. A
-kernel's blocks and shared memory are those of a call's plan; no GPU is needed, but nvcc is, on
-PATH, and Triton's disassembler. The pairs of an iteration are what its products are of.
+It counts plain bfloat16 attention of width 64, forward and backward, and the choice of top keys;
+wider kernels skip columns by branches, so no single way through their loops is the one that runs.
+The blocks and the shared memory of a kernel are those of a call's plan. No GPU is needed, but nvcc
+on PATH and Triton's disassembler. The pairs of an iteration follow from its products.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ PRODUCTS = {"cross_attention_forward": 2, "dq": 3, "dkdv": 4, "topk_selection": 
 
 
 def plans() -> dict[str, tuple[int, int]]:
-    """Of the kernels of PRODUCTS in a call, by C++ name: warps, and dynamic shared memory."""
-    found = {}
+    """(warps, dynamic shared memory) of the kernels of PRODUCTS in a call, by C++ name."""
+    launches = {}
 
     def note(op, params, device) -> None:
         for name, _, block, shared, _ in getattr(launch.extension(), f"{op}_plan")(params):
             if cuda_grid.function_of(name).removesuffix("_kernel") in PRODUCTS:
-                found[name] = (block[0] // 32, shared)
+                launches[name] = (block[0] // 32, shared)
 
     q, k, v = (torch.zeros(1, 1, 64, WIDTH, dtype=torch.bfloat16) for _ in "qkv")
     bounds = torch.tensor([0, 64], dtype=torch.int32)
@@ -64,10 +64,11 @@ def plans() -> dict[str, tuple[int, int]]:
         torch.autograd.grad(out, leaves, out.detach())
         topk_attention(q.detach(), k.detach(), v.detach(), 8, backend="cuda")
     # the attention to the chosen keys is another variant
-    return {name: plan for name, plan in found.items() if "false" not in name}
+    return {name: plan for name, plan in launches.items() if "false" not in name}
 
 
 def report(arch: int, name: str, num_warps: int, dynamic: int) -> KernelReport:
+    """The report of one kernel, with `dynamic` bytes of dynamic shared memory."""
     kernel = cuda_grid.function_of(name).removesuffix("_kernel")
     with tempfile.TemporaryDirectory() as folder:
         source, cubin = Path(folder, "kernel.cu"), Path(folder, "kernel.cubin")
@@ -111,12 +112,12 @@ def main() -> int:
         return 2
     tasks = [(arch, name, *plan) for name, plan in plans().items() for arch in args.arch]
     with ThreadPoolExecutor(args.jobs) as pool:
-        found = list(pool.map(lambda task: report(*task), tasks))
-    for r in found:
+        reports = list(pool.map(lambda task: report(*task), tasks))
+    for r in reports:
         print(f"sm_{r.arch} {r.kernel}: {r.per_1000} / {r.per_1000_cut}, {r.bound:.0%} {r.limiter}")
     if args.out:
         old = [r for r in read(path_of(args.out)) if r.arch not in args.arch]
-        write([*old, *found], path_of(args.out))
+        write([*old, *reports], path_of(args.out))
     return 0
 
 

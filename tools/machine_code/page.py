@@ -128,12 +128,12 @@ def pairs(full: float, masked: float) -> str:
 
 
 def by_arch(shown: Iterable[static_report.KernelReport], cases: tuple[str, ...], cell) -> str:
-    """A row for each case and kernel, and `cell` of the report of each architecture."""
-    found = {r.key: r for r in shown}
-    kernels = sorted({(cases.index(case), case, kernel) for _, case, kernel in found})
+    """A table with a row for each case and kernel, and a `cell` for each architecture."""
+    by_key = {r.key: r for r in shown}
+    kernels = sorted({(cases.index(case), case, kernel) for _, case, kernel in by_key})
     rows = []
     for _, case, kernel in kernels:
-        reports = [found.get((arch, case, kernel)) for arch in ARCHS]
+        reports = [by_key.get((arch, case, kernel)) for arch in ARCHS]
         rows.append([f"`{case}`", kernel, *(r and cell(r) or "" for r in reports)])
     return table(["case", "kernel", *(f"sm_{arch}" for arch in ARCHS)], rows)
 
@@ -191,7 +191,7 @@ def cuda_tables(folder: Path, triton: list[static_report.KernelReport]) -> str:
 
 
 def mix_table(rows: list, names: Iterable[str], name_of) -> str:
-    """Instructions per 1,000 pairs by unit, of a full tile."""
+    """A table of instructions per 1,000 pairs of a full tile, by unit."""
     used = [u for u in (*UNITS, "other") if any(u in row.always for row in rows)]
     lines = []
     for row in rows:
@@ -220,7 +220,7 @@ def rival_tables(rows: list[compare.RivalRow], torch: str) -> str:
 
 
 def not_lowest(rows: list[compare.RivalRow]) -> str:
-    """Where another provider has fewer instructions than ours, and the units that differ most."""
+    """Lines on where a rival has fewer instructions than ours, with the units that differ most."""
     lines = []
     for ours in (row for row in rows if row.provider == "ours"):
         same = [r for r in rows if (r.arch, r.D, r.kernel) == (ours.arch, ours.D, ours.kernel)]
@@ -246,23 +246,23 @@ def not_lowest(rows: list[compare.RivalRow]) -> str:
 
 
 def masked_excess(rows: list[compare.RivalRow]) -> str:
-    """The same of masked tiles, in a sentence: the textbook's mask is another one."""
+    """A sentence on where masked tiles of the textbook have fewer instructions than ours."""
     by_key = {(r.arch, r.D, r.kernel, r.provider): r.per_1000_masked for r in rows}
-    found = []
+    places = []
     for (arch, D, kernel, provider), ours in by_key.items():
         theirs = by_key.get((arch, D, kernel, "textbook"), 0)
         if provider == "ours" and theirs and ours > theirs:
-            found.append(f"{ours / theirs - 1:.0%} in sm_{arch}, D = {D}, {kernel}")
-    if not found:
+            places.append(f"{ours / theirs - 1:.0%} in sm_{arch}, D = {D}, {kernel}")
+    if not places:
         return ""
     return textwrap.fill(
         "Tiles that a mask cuts have two bounds for every row in ours and one comparison with the "
-        f"diagonal in the textbook's. There ours takes more by {', '.join(found)}.", 130
+        f"diagonal in the textbook's. There ours takes more by {', '.join(places)}.", 130
     ) + "\n"  # fmt: skip
 
 
 def page(folder: Path, triton: str) -> str:
-    """The whole text, from the files of one Triton version."""
+    """The whole text of the page, from the files of one Triton version."""
     reports = static_report.read(static_report.report_file(folder, triton))
     text = INTRODUCTION.format(triton=triton) + "\n" + our_tables(reports)
     shown = [r for r in reports if r.arch in MIX_ARCHS and r.case == ALWAYS[0] and r.per_1000]

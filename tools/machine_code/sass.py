@@ -1,6 +1,6 @@
 """Machine code as loops and counts: disassembly, flow graph, the main loop, instructions by unit.
 
-The main loop of a kernel is the one whose own blocks, those of no loop inside it, do the most
+The main loop of a kernel is the one whose exclusive blocks, those in no loop inside it, do the most
 tensor-core work, or the most arithmetic where the kernel has no tensor-core instruction. Its
 instructions fall into these parts:
 
@@ -48,7 +48,7 @@ UNITS = {
     "branch": "BRA BRX JMP CALL RET EXIT BSSY BSYNC BREAK BPT KILL YIELD",
 }
 UNIT_OF = {opcode: unit for unit, opcodes in UNITS.items() for opcode in opcodes.split()}
-# multiply-adds of one warp's instruction; a warpgroup's is issued by each of its four warps
+# The shapes of one warp's products; each of the four warps of a warpgroup issues the group's.
 MMA_SHAPE = re.compile(r"^[HQI]MMA\.(16)(8)(\d+)\b")
 GMMA_SHAPE = re.compile(r"^[HQI]GMMA\.(\d+)x(\d+)x(\d+)\b")
 SASS_LABEL = re.compile(r"^(\.L\w+):")
@@ -60,7 +60,7 @@ PTX_LINE = re.compile(r"^\s*(@!?[%$]\w+\s+)?([a-z][\w.:]*)\s*([^;]*);")
 
 @dataclass(frozen=True)
 class Instruction:
-    """An instruction, where it may branch to, and whether the next one may follow it."""
+    """An instruction, the label that it may branch to, and whether the next one may follow it."""
 
     opcode: str  # with its modifiers
     predicate: str = ""
@@ -81,17 +81,17 @@ class Instruction:
 
     @property
     def macs(self) -> int:
-        """Multiply-adds of one warp, 0 where the instruction does not say its shape."""
+        """The multiply-adds of one warp, 0 where the opcode does not contain the shape."""
         for shape, warps in ((MMA_SHAPE, 1), (GMMA_SHAPE, 4)):
-            if found := shape.match(self.opcode):
-                m, n, k = map(int, found.groups())
+            if match := shape.match(self.opcode):
+                m, n, k = map(int, match.groups())
                 return m * n * k // warps
         return 0
 
 
 @dataclass(frozen=True)
 class Code:
-    """Straight-line blocks and the blocks that may follow each."""
+    """The flow graph of a program: straight-line blocks, and the blocks that may follow each."""
 
     blocks: tuple[tuple[Instruction, ...], ...]
     successors: tuple[tuple[int, ...], ...]
@@ -102,12 +102,12 @@ class Loop:
     head: int
     latches: frozenset[int]
     body: frozenset[int]
-    own: frozenset[int]  # without the bodies of loops inside
+    exclusive: frozenset[int]  # the body without those of loops inside
 
 
 @dataclass(frozen=True)
 class MainLoop:
-    """Instructions of one iteration, by whom they are executed; see the module."""
+    """The instructions of one iteration in parts, which the module describes."""
 
     always: tuple[Instruction, ...]
     one_warp: tuple[Instruction, ...]
@@ -116,7 +116,7 @@ class MainLoop:
 
 
 def disassemble(cubin: bytes) -> str:
-    """What Triton's nvdisasm prints of a kernel."""
+    """The text that Triton's nvdisasm prints of a kernel."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -128,10 +128,10 @@ def disassemble(cubin: bytes) -> str:
 
 def parse_sass(text: str) -> Code:
     """The flow graph of a disassembly; a call of a subroutine is one instruction."""
-    found: list[str | Instruction] = []
+    program: list[str | Instruction] = []
     for line in text.splitlines():
         if label := SASS_LABEL.match(line):
-            found.append(label[1])
+            program.append(label[1])
         elif match := SASS_LINE.match(line):
             predicate, opcode, operands = (match[1] or "").strip(), match[2], match[3]
             predicate = "" if predicate == "@PT" else predicate
@@ -142,26 +142,26 @@ def parse_sass(text: str) -> Code:
                 falls = bool(predicate or to[1].strip())
             elif root in ("EXIT", "RET", "KILL", "BRX", "JMX"):
                 falls = bool(predicate)
-            found.append(Instruction(opcode, predicate, target, falls))
-    return graph(found)
+            program.append(Instruction(opcode, predicate, target, falls))
+    return graph(program)
 
 
 def parse_ptx(text: str) -> Code:
     """The flow graph of a kernel's PTX."""
-    found: list[str | Instruction] = []
+    program: list[str | Instruction] = []
     for line in text.splitlines():
         if label := PTX_LABEL.match(line):
-            found.append(label[1])
+            program.append(label[1])
         elif match := PTX_LINE.match(line):
             predicate, opcode, operands = (match[1] or "").strip(), match[2], match[3].strip()
             target = operands if opcode.partition(".")[0] == "bra" else None
             falls = bool(predicate) or opcode not in ("ret", "exit", "trap") and target is None
-            found.append(Instruction(opcode, predicate, target, falls))
-    return graph(found)
+            program.append(Instruction(opcode, predicate, target, falls))
+    return graph(program)
 
 
 def graph(program: list[str | Instruction]) -> Code:
-    """Blocks and successors of labels and instructions in program order."""
+    """The flow graph of labels and instructions in program order."""
     blocks: list[list[Instruction]] = [[]]
     block_of = {}
     for item in program:
@@ -184,7 +184,7 @@ def graph(program: list[str | Instruction]) -> Code:
 
 
 def dominators(code: Code) -> dict[int, set[int]]:
-    """The blocks that every way from the entry to a reachable block passes."""
+    """For each reachable block the blocks that every way from the entry to it passes."""
     order, seen, stack = [], set(), [0]
     while stack:
         n = stack.pop()
@@ -193,19 +193,19 @@ def dominators(code: Code) -> dict[int, set[int]]:
             order.append(n)
             stack.extend(code.successors[n])
     before = {n: [m for m in order if n in code.successors[m]] for n in order}
-    found = {n: set(order) for n in order} | {0: {0}}
+    dominated_by = {n: set(order) for n in order} | {0: {0}}
     changed = True
     while changed:
         changed = False
         for n in order[1:]:
-            new = {n} | set.intersection(*(found[m] for m in before[n]))
-            changed |= new != found[n]
-            found[n] = new
-    return found
+            new = {n} | set.intersection(*(dominated_by[m] for m in before[n]))
+            changed |= new != dominated_by[n]
+            dominated_by[n] = new
+    return dominated_by
 
 
 def loops(code: Code) -> list[Loop]:
-    """The natural loops: branches back to a block that dominates them, and what reaches them."""
+    """The natural loops: the blocks that reach a branch back to a block that dominates it."""
     dominated_by = dominators(code)
     latches: dict[int, set[int]] = {}
     for n in dominated_by:
@@ -225,12 +225,12 @@ def loops(code: Code) -> list[Loop]:
                 body.add(n)
                 stack.extend(before[n])
         bodies[head] = body
-    found = []
+    natural = []
     for head, body in bodies.items():
         inner = [b for h, b in bodies.items() if h != head and h in body]
-        own = body.difference(*inner)
-        found.append(Loop(head, frozenset(latches[head]), frozenset(body), frozenset(own)))
-    return found
+        exclusive = frozenset(body.difference(*inner))
+        natural.append(Loop(head, frozenset(latches[head]), frozenset(body), exclusive))
+    return natural
 
 
 def shortest_way(code: Code, loop: Loop) -> set[int]:
@@ -255,17 +255,17 @@ def shortest_way(code: Code, loop: Loop) -> set[int]:
 
 
 def heaviest_loops(code: Code, weight: Callable[[Instruction], int]) -> list[Loop]:
-    """The loops whose own blocks weigh the most, none where nothing weighs anything."""
+    """The loops whose exclusive blocks weigh the most, smallest first; none if all weigh 0."""
     weights = {
-        loop: sum(weight(i) for n in loop.own for i in code.blocks[n]) for loop in loops(code)
+        loop: sum(weight(i) for n in loop.exclusive for i in code.blocks[n]) for loop in loops(code)
     }
     most = max(weights.values(), default=0)
-    found = [loop for loop, total in weights.items() if total == most > 0]
-    return sorted(found, key=lambda loop: len(loop.body))
+    heaviest = [loop for loop, total in weights.items() if total == most > 0]
+    return sorted(heaviest, key=lambda loop: len(loop.body))
 
 
 def one_iteration(code: Code, loop: Loop) -> MainLoop:
-    """What one iteration of `loop` executes."""
+    """The instructions that one iteration of `loop` executes."""
     way = shortest_way(code, loop)
     always, one_warp, sometimes = [], [], []
     for n in sorted(loop.body):
@@ -273,33 +273,34 @@ def one_iteration(code: Code, loop: Loop) -> MainLoop:
             always.extend(code.blocks[n])
         elif any(i.root.startswith("UTC") for i in code.blocks[n]):
             one_warp.extend(code.blocks[n])
-        elif n in loop.own:
+        elif n in loop.exclusive:
             sometimes.extend(code.blocks[n])
     return MainLoop(tuple(always), tuple(one_warp), tuple(sometimes))
 
 
 def main_loop(code: Code) -> MainLoop | None:
     """One iteration of the main loop, None for a kernel without one."""
-    found = heaviest_loops(code, lambda i: i.unit == "tensor")
-    if not found:
-        found = heaviest_loops(code, lambda i: i.unit in ("float", "exp"))[:1]
-    if not found:
+    heaviest = heaviest_loops(code, lambda i: i.unit == "tensor")
+    if not heaviest:
+        heaviest = heaviest_loops(code, lambda i: i.unit in ("float", "exp"))[:1]
+    if not heaviest:
         return None
-    whole, *others = sorted((one_iteration(code, n) for n in found), key=lambda n: len(n.always))
+    iterations = (one_iteration(code, loop) for loop in heaviest)
+    whole, *others = sorted(iterations, key=lambda loop: len(loop.always))
     return replace(whole, cut=others[-1].always) if others else whole
 
 
 def tensor_loops(code: Code) -> list[MainLoop]:
-    """One iteration of every loop whose own blocks use tensor cores, the shortest first."""
-    found = [
+    """One iteration of every loop whose exclusive blocks use tensor cores, the shortest first."""
+    iterations = [
         one_iteration(code, loop)
         for loop in loops(code)
-        if any(i.unit == "tensor" for n in loop.own for i in code.blocks[n])
+        if any(i.unit == "tensor" for n in loop.exclusive for i in code.blocks[n])
     ]
-    return sorted(found, key=lambda loop: len(loop.always))
+    return sorted(iterations, key=lambda loop: len(loop.always))
 
 
 def count_units(instructions: tuple[Instruction, ...]) -> dict[str, int]:
-    """Instructions per unit, in the order of UNITS, then "other"; without zeros."""
+    """The number of instructions per unit, in the order of UNITS, then "other", without zeros."""
     counts = Counter(i.unit for i in instructions)
     return {unit: counts[unit] for unit in [*UNITS, "other"] if counts[unit]}

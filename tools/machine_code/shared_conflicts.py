@@ -1,8 +1,8 @@
 """Bank conflicts of shared memory, counted while the PTX simulator executes a few cases.
 
 A wavefront is one cycle's access of up to 128 bytes; an access whose threads meet in a bank takes
-more wavefronts than its bytes need. What wgmma and asynchronous copies move is not counted. Needs
-`ptxsim`, on sys.path, in $PTXSIM_PATH or in ../shared/ptxsim.
+more wavefronts than its bytes need. The accesses of wgmma and of asynchronous copies are not
+counted. It needs `ptxsim` on sys.path, in $PTXSIM_PATH or in ../shared/ptxsim.
 
     python -m tools.machine_code.shared_conflicts --out benchmarks/results/static
 """
@@ -31,7 +31,7 @@ from xattn_kernels import (
 
 KEYS = 256
 ARCHS = (80, 90)
-PLACES = (os.environ.get("PTXSIM_PATH"), str(ROOT.parent / "shared" / "ptxsim"))
+PTXSIM_FOLDERS = (os.environ.get("PTXSIM_PATH"), str(ROOT.parent / "shared" / "ptxsim"))
 
 
 def normal(*shape: int) -> Tensor:
@@ -39,7 +39,7 @@ def normal(*shape: int) -> Tensor:
 
 
 def attend(rows: int, D: int, biased: bool = False, **options) -> None:
-    """Forward and backward of 2 heads, the last 16 keys masked."""
+    """Runs forward and backward of 2 heads, with the last 16 keys masked."""
     q, k, v = normal(1, 2, rows, D), normal(1, 2, KEYS, D), normal(1, 2, KEYS, D)
     start = torch.zeros(1, rows, dtype=torch.int32)
     mask = KeyInterval(start, start + KEYS - 16)
@@ -49,11 +49,13 @@ def attend(rows: int, D: int, biased: bool = False, **options) -> None:
 
 
 def weigh(rows: int, D: int) -> None:
+    """Runs forward and backward of the attention weights of 2 heads."""
     weights = attention_weights(normal(1, 2, rows, D), normal(1, 2, KEYS, D), backend="triton")
     weights.backward(torch.randn_like(weights))
 
 
 def gate(rows: int, dim: int, norm: str) -> None:
+    """Runs forward and backward of a gated residual with a norm."""
     x, h, weight = normal(rows, dim), normal(rows, dim), normal(dim)
     y, normed = gated_residual_norm(x, h, normal(dim), weight, norm=norm, backend="triton")
     torch.autograd.backward((y, normed), (torch.randn_like(y), torch.randn_like(y)))
@@ -73,7 +75,7 @@ CASES: dict[str, Callable[[], None]] = {
 
 @dataclass(frozen=True)
 class ConflictRow:
-    """Wavefronts of one launch and of the same accesses without conflicts."""
+    """The wavefronts of one launch, and those of the same accesses without conflicts."""
 
     arch: int
     case: str
@@ -85,17 +87,17 @@ class ConflictRow:
 
 
 def run_case(arch: int, case: str) -> list[ConflictRow]:
-    """Every launch of a case in the simulator that uses shared memory."""
+    """The rows of the launches of a case that use shared memory, in the simulator."""
     import ptxsim
 
     torch.manual_seed(0)
     with ptxsim.triton_on_cpu(arch=arch) as session:
         CASES[case]()
-    found = [
+    launches = [
         ConflictRow(arch, case, name.removesuffix("_kernel"), *stats.shared_wavefronts)
         for name, _, stats in session.launches
     ]
-    return [row for row in found if row.load or row.store]
+    return [row for row in launches if row.load or row.store]
 
 
 def conflicts_file(folder: Path, triton: str) -> Path:
@@ -113,7 +115,7 @@ def main() -> int:
     parser.add_argument("--arch", type=int, nargs="*", default=list(ARCHS))
     parser.add_argument("--out", type=Path, help="folder for shared_conflicts_triton<version>.json")
     args = parser.parse_args()
-    sys.path += [place for place in PLACES if place]
+    sys.path += [folder for folder in PTXSIM_FOLDERS if folder]
     os.environ["XATTN_TRITON_ON_CPU"] = "1"
     rows = [row for arch in args.arch for case in CASES for row in run_case(arch, case)]
     for r in rows:

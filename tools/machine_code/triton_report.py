@@ -1,8 +1,8 @@
 """The machine code of every kernel as numbers: resources, and the main loop's instructions by unit.
 
 Every case of the compile grid is compiled once, without a GPU; the same pass can write the grid's
-table. What counts as the main loop, and which of its instructions every iteration executes, is
-defined in `sass`; occupancy and the bound are defined in `ceilings`. The measure that compares
+table. `sass` defines the main loop and which of its instructions every iteration executes,
+`ceilings` defines occupancy and the bound. The measure that compares
 tiles of different sizes is instructions per 1,000 query-key pairs: the warp instructions of one
 iteration, of all warps of a block, over the pairs that the iteration covers.
 
@@ -47,7 +47,7 @@ from .triton_grid import (
 )
 
 RESULTS = machine.RESULTS / "static"
-# of one tile [block_q, block_k]: how many products sum over D, and how many over Dv
+# for one tile [block_q, block_k] the number of products over D, and of those over Dv
 PRODUCTS = {
     "forward": (1, 1),
     "dq": (2, 1),
@@ -61,12 +61,12 @@ PRODUCTS = {
 }
 PTX_TENSOR = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
 PARTS = ("always", "one_warp", "sometimes", "cut")  # of a main loop, see `sass`
-GROWTH = 1.03  # of instructions per pair, beyond which a change has made a kernel worse
+GROWTH = 1.03  # the growth of instructions per pair beyond which a kernel counts as worse
 
 
 @dataclass(frozen=True)
 class KernelReport:
-    """One kernel of one case; the order of the fields is that of the file."""
+    """The numbers of one kernel of one case, in the order of the file."""
 
     arch: int
     case: str
@@ -97,16 +97,16 @@ class KernelReport:
 
 
 def kernel_name(name: str, kernel) -> str:
-    """The name of its rows in the configuration table, or of the function without "_kernel"."""
+    """The kernel's name in the configuration table: that of the function without "_kernel"."""
     source = kernel.src
-    names = [source.fn.arg_names[at] for (at, *_), v in source.constants.items() if v is None]
+    names = [source.fn.arg_names[index] for (index, *_), v in source.constants.items() if v is None]
     if name == "dq_kernel" and "dk" not in names:
         return "fused"
     return name.removesuffix("_kernel")
 
 
 def tiles_per_iteration(loop: MainLoop, ptx: str) -> int:
-    """How often the assembler has unrolled the loop: its products over those of the loop in PTX."""
+    """The number of times that the assembler unrolled the loop: its products over those in PTX."""
 
     def is_product(i: Instruction) -> bool:
         return i.opcode.startswith(PTX_TENSOR)
@@ -132,7 +132,7 @@ def loop_fields(arch: int, loop: MainLoop, tile: tuple, num_warps: int, ptx: str
     if loop.cut:
         cut = len(loop.cut) * num_warps + len(loop.one_warp)
     thousands = tiles * block_q * block_k / 1000
-    found = counts | {
+    numbers = counts | {
         "tiles": tiles,
         "per_1000": round(issued / thousands, 1),
         "per_1000_cut": round(cut / thousands, 1),
@@ -140,11 +140,11 @@ def loop_fields(arch: int, loop: MainLoop, tile: tuple, num_warps: int, ptx: str
     if any(i.unit == "tensor" for i in loop.always + loop.one_warp):
         unit_cycles = cycles(arch, loop, num_warps, tiles * macs, tf32)
         fraction, limiter = bound(arch, unit_cycles, tiles * macs, tf32)
-        found |= {"bound": round(fraction, 3), "limiter": limiter}
+        numbers |= {"bound": round(fraction, 3), "limiter": limiter}
         if not loop.one_warp:
             done = sum(i.macs for i in loop.always) * num_warps
-            found["work"] = round(done / (tiles * macs), 3)
-    return found
+            numbers["work"] = round(done / (tiles * macs), 3)
+    return numbers
 
 
 def describe(arch: int, case: str, name: str, kernel, tile: tuple, log: str) -> KernelReport:
@@ -152,7 +152,7 @@ def describe(arch: int, case: str, name: str, kernel, tile: tuple, log: str) -> 
     loop = main_loop(parse_sass(disassemble(kernel.asm["cubin"])))
     used, metadata = resources(log), kernel.metadata
     stack = re.search(r"(\d+) bytes stack frame", log)
-    found = {} if loop is None else loop_fields(
+    of_loop = {} if loop is None else loop_fields(
         arch, loop, tile, metadata.num_warps, kernel.asm["ptx"]
     )  # fmt: skip
     return KernelReport(
@@ -161,12 +161,12 @@ def describe(arch: int, case: str, name: str, kernel, tile: tuple, log: str) -> 
         blocks_per_sm=blocks_per_multiprocessor(
             arch, metadata.num_warps, used["registers"], metadata.shared, metadata.tmem_size
         ),
-        block_q=tile[0], block_k=tile[1], **found,
+        block_q=tile[0], block_k=tile[1], **of_loop,
     )  # fmt: skip
 
 
 def report_case(task: tuple[int, Case]) -> tuple[list[compile_grid.Row], list[KernelReport]]:
-    """Both tables' rows of one case on one architecture, from one compilation."""
+    """The rows of both tables for one case on one architecture, from one compilation."""
     arch, case = task
     rows, compiled = compile_kernels(task)
     reports = []
@@ -181,18 +181,18 @@ def report_case(task: tuple[int, Case]) -> tuple[list[compile_grid.Row], list[Ke
 
 
 def regressions(old: KernelReport, new: KernelReport) -> list[str]:
-    """What a change has made worse, in words."""
-    where, found = f"sm_{new.arch} {new.case} {new.kernel}", []
+    """Sentences on what a change has made worse in a kernel."""
+    where, worse = f"sm_{new.arch} {new.case} {new.kernel}", []
     if new.spills > old.spills:
-        found.append(f"{where}: {old.spills} spilled bytes became {new.spills}")
+        worse.append(f"{where}: {old.spills} spilled bytes became {new.spills}")
     products, left = (r.always.get("tensor", 0) + r.one_warp.get("tensor", 0) for r in (old, new))
     if products and not left:
-        found.append(f"{where}: the main loop lost its {products} tensor-core instructions")
+        worse.append(f"{where}: the main loop lost its {products} tensor-core instructions")
     if old.cut and not new.cut:
-        found.append(f"{where}: the loop over whole tiles is gone, every tile is masked")
+        worse.append(f"{where}: the loop over whole tiles is gone, every tile is masked")
     tiles = (("whole", old.per_1000, new.per_1000), ("cut", old.per_1000_cut, new.per_1000_cut))
     counts = [(f"per 1,000 pairs of a {tile} tile", *pairs) for tile, *pairs in tiles]
-    if not products:  # none, or behind a branch, as in dbias, whose loop visits every tile
+    if not products:  # there are none, or as in dbias a branch skips them in some turns
         totals = (
             sum(n for part in (r.always, r.one_warp, r.sometimes) for n in part.values())
             for r in (old, new)
@@ -200,23 +200,24 @@ def regressions(old: KernelReport, new: KernelReport) -> list[str]:
         counts = [("per turn of the main loop", *totals)]
     for what, before, after in counts:
         if after > before * GROWTH:
-            found.append(
+            worse.append(
                 f"{where}: {before:g} instructions {what} became {after:g}, {old.always} became "
                 f"{new.always}"
             )
-    return found
+    return worse
 
 
 def all_regressions(old: list[KernelReport], new: list[KernelReport]) -> list[str]:
-    """Of every kernel; those with one key, such as the two dq of attention weights, by order."""
+    """The regressions of every kernel; those with one key, such as the two dq of attention weights,
+    are matched by their order."""
     before = defaultdict(list)
     for report in old:
         before[report.key].append(report)
-    found = []
+    worse = []
     for report in new:
         if before[report.key]:
-            found += regressions(before[report.key].pop(0), report)
-    return found
+            worse += regressions(before[report.key].pop(0), report)
+    return worse
 
 
 def report_file(folder: Path, triton: str) -> Path:
@@ -229,7 +230,7 @@ def read(path: Path) -> list[KernelReport]:
 
 
 def write(reports: Iterable[KernelReport], path: Path) -> None:
-    """One row a line, without fields that hold their default."""
+    """Writes one row a line, without fields that have their default."""
     optional = {
         f.name: f.default_factory() if f.default is MISSING else f.default
         for f in fields(KernelReport)
@@ -244,7 +245,7 @@ def write(reports: Iterable[KernelReport], path: Path) -> None:
 
 
 def merge(old: list[KernelReport], new: list[KernelReport]) -> list[KernelReport]:
-    """`new`, and the rows of `old` whose case is in the grid and was not compiled again."""
+    """`new`, and those rows of `old` whose case is in the grid and was not compiled again."""
     names = {case.name for case in cases()}
     again = {(report.arch, report.case) for report in new}
     kept = [r for r in old if r.case in names and (r.arch, r.case) not in again]
@@ -263,8 +264,8 @@ def main() -> int:
         "--grid", action="store_true", help="write the compile grid's table as well"
     )
     args = parser.parse_args()
-    found = [c for c in cases() if args.match in c.name and (not args.case or c.name in args.case)]
-    tasks = [(arch, c) for c in found for arch in args.arch][:: args.every]
+    named = [c for c in cases() if args.match in c.name and (not args.case or c.name in args.case)]
+    tasks = [(arch, c) for c in named for arch in args.arch][:: args.every]
     rows, reports, n_faults = [], [], 0
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
         for n, (grid, new) in enumerate(pool.imap_unordered(report_case, tasks), 1):

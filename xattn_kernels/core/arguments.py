@@ -1,4 +1,4 @@
-"""Checks of plain arguments: each raises naming the argument, what it was and what is allowed."""
+"""Checks of plain arguments, whose errors name the argument, what it was and what is allowed."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 
 def check_number(name: str, value, allowed: str) -> float:
+    """The number as a float, also of NumPy's and of torch's symbolic numbers."""
     if isinstance(value, bool) or not isinstance(value, (Real, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name} must be {allowed}, got {type(value).__name__} {value!r}")
-    return float(value)  # Triton and autograd know no numbers of numpy
+    return float(value)  # Triton and autograd take no NumPy numbers
 
 
 def check_positive(name: str, value: float) -> None:
@@ -29,8 +30,8 @@ def check_counts(**counts: int) -> None:
     check_ints(counts, 0)
 
 
-def check_ints(named: Mapping[str, int], least: int) -> None:
-    for name, n in named.items():
+def check_ints(ints: Mapping[str, int], least: int) -> None:
+    for name, n in ints.items():
         if isinstance(n, bool) or not isinstance(n, int):
             raise TypeError(f"{name} must be an int, got {kind(n)}")
         if n < least:
@@ -58,9 +59,9 @@ def check_rule(name: str, rule) -> None:
         check_function(name, rule, "a function or None")
 
 
-def check_mapping(name: str, given, what: str) -> None:
-    if not isinstance(given, Mapping):
-        raise TypeError(f"{name} must be a mapping of {what}, got {kind(given)}")
+def check_mapping(name: str, value, contents: str) -> None:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a mapping of {contents}, got {kind(value)}")
 
 
 def check_module(name: str, module) -> None:
@@ -68,21 +69,23 @@ def check_module(name: str, module) -> None:
         raise TypeError(f"{name} must be an nn.Module, got {kind(module)}")
 
 
-def check_several(name: str, things, of: type, what: str) -> list:
-    """The list of an iterable, which may be one that ends; at least one thing, all of a type."""
-    if not isinstance(things, Iterable) or isinstance(things, (str, Tensor)):
-        raise TypeError(f"{name} must be a list, each {what}, got {kind(things)}")
-    things = list(things)
-    if not things:
+def check_several(name: str, items, item_type: type, what: str) -> list:
+    """The items of an iterable as a list: at least one, all of `item_type`, which errors call
+    `what`. The iterable may be a generator, which is read once."""
+    if not isinstance(items, Iterable) or isinstance(items, (str, Tensor)):
+        raise TypeError(f"{name} must be a list, each {what}, got {kind(items)}")
+    items = list(items)
+    if not items:
         raise ValueError(f"{name} must have at least one, each {what}, got none")
-    for i, thing in enumerate(things):
-        if not isinstance(thing, of):
-            raise TypeError(f"{name}[{i}] must be {what}, got {kind(thing)}")
-    return things
+    for i, item in enumerate(items):
+        if not isinstance(item, item_type):
+            raise TypeError(f"{name}[{i}] must be {what}, got {kind(item)}")
+    return items
 
 
 def check_range(name: str, indices: Tensor, count: int, ignored: int | None = None) -> None:
-    """Of indices from 0 to count - 1, on a CPU alone: reading a GPU's would wait for it."""
+    """Raises ValueError unless indices on a CPU are from 0 to count - 1 or `ignored`; indices on a
+    GPU are not checked, as reading them would wait for it."""
     if type(indices) is not Tensor or not indices.is_cpu or torch.compiler.is_compiling():
         return
     wrong = (indices < 0) | (indices >= count)
@@ -93,4 +96,5 @@ def check_range(name: str, indices: Tensor, count: int, ignored: int | None = No
 
 
 def kind(value) -> str:
+    """What errors call a value: its type, or the dtype of a tensor."""
     return f"a {value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__

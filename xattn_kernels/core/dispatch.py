@@ -1,4 +1,4 @@
-"""Choosing a backend: an ordered tuple, and for each backend the reasons why it cannot run."""
+"""The choice of a backend from an ordered tuple, by the reasons why each cannot run."""
 
 from __future__ import annotations
 
@@ -18,26 +18,28 @@ TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def missing_triton() -> list[str]:
-    """Why no device can run Triton kernels: without an import of Triton, which takes seconds."""
+    """Why no device can run Triton kernels; Triton is not imported, as that takes seconds."""
     if find_spec("triton") is None:
         return ["triton is not installed (pip install triton)"]
     for name in ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-rocm"):
         try:
-            found = metadata.version(name)
+            installed = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-        if tuple(map(int, re.findall(r"\d+", found)[:2])) < OLDEST_TRITON:
-            return [f"Triton {found} is older than {'.'.join(map(str, OLDEST_TRITON))}"]
+        if tuple(map(int, re.findall(r"\d+", installed)[:2])) < OLDEST_TRITON:
+            return [f"Triton {installed} is older than {'.'.join(map(str, OLDEST_TRITON))}"]
         break
     return []
 
 
-MISSING_TRITON = missing_triton()  # once: a trace of torch.compile cannot look
+MISSING_TRITON = missing_triton()  # looked up once, as a trace of torch.compile cannot do it
 
 
 class Backend(NamedTuple):
-    """reasons(inputs) is empty when run(inputs) will work; `by_name` keeps it out of defaults;
-    `note` is what `explain` adds."""
+    """One implementation of an op: `reasons(inputs)` is empty if `run(inputs)` will work.
+
+    A backend with `by_name` runs only if asked for; `note` is what `explain` adds to its line.
+    """
 
     name: str
     reasons: Callable[[Any], list[str]]
@@ -47,17 +49,20 @@ class Backend(NamedTuple):
 
 
 def choose(op: str, backends: Sequence[Backend], inputs: Any, name: str | None) -> Backend:
-    """The backend called `name`, or the first that can run; raises with every reason otherwise."""
+    """The backend called `name`, or without a name the first that can run.
+
+    Raises ValueError for an unknown name, else RuntimeError with the reasons of every backend.
+    """
     if name is not None:
         named = [b for b in backends if b.name == name]
         if name == "sdpa":
             raise ValueError(f"{op}: the backend 'sdpa' is called 'torch'")
         if not named:
-            known = ", ".join(repr(b.name) for b in backends)
-            raise ValueError(f"{op}: unknown backend {name!r}; there are {known}")
-        found = named[0].reasons(inputs)
-        if found:
-            raise RuntimeError(f"{op}: backend {name!r} cannot run this call: {'; '.join(found)}")
+            names = ", ".join(repr(b.name) for b in backends)
+            raise ValueError(f"{op}: unknown backend {name!r}; there are {names}")
+        reasons = named[0].reasons(inputs)
+        if reasons:
+            raise RuntimeError(f"{op}: backend {name!r} cannot run this call: {'; '.join(reasons)}")
         return named[0]
     for backend in backends:
         if not backend.by_name and not backend.reasons(inputs):
@@ -66,7 +71,7 @@ def choose(op: str, backends: Sequence[Backend], inputs: Any, name: str | None) 
 
 
 def run(op: str, backends: Sequence[Backend], inputs: Any, name: str | None) -> Any:
-    """What the chosen backend makes of `inputs`, in the dtypes that they have."""
+    """The result of the chosen backend, computed in the dtypes of `inputs`."""
     backend = choose(op, backends, inputs, name)
     tell(inputs, backend.name)
     with without_autocast(inputs.device):
@@ -78,8 +83,11 @@ OBSERVERS: ContextVar[tuple[Observer, ...]] = ContextVar("xattn_kernels_observer
 
 
 def tell(inputs: Any, backend: str) -> None:
-    """Each of OBSERVERS is called with this, before the op runs; who chooses a backend without
-    `run` says so here. What an observer calls is told to nobody, nor what torch.compile traces."""
+    """Calls each of OBSERVERS with `inputs` and the backend's name, before the op runs.
+
+    Code that chooses a backend without `run` calls this itself. Calls by an observer are not
+    observed, nor is anything that torch.compile traces.
+    """
     if torch.compiler.is_compiling() or not (observers := OBSERVERS.get()):
         return
     token = OBSERVERS.set(())
@@ -91,13 +99,13 @@ def tell(inputs: Any, backend: str) -> None:
 
 
 def autocasts(device: torch.device) -> bool:
-    """Whether autocast is on for `device`; a meta device knows none."""
-    kind = device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    """Whether autocast is on for `device`; a meta device has none."""
+    name = device.type
+    return torch.amp.is_autocast_available(name) and torch.is_autocast_enabled(name)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
-    """Autocast is off inside, where it is on for `device`; a meta device knows no autocast."""
+    """A context in which autocast is off for `device`."""
     if autocasts(device):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
@@ -107,9 +115,9 @@ def report(backends: Sequence[Backend], inputs: Any) -> str:
     """One line per backend: its reasons, or that it can run."""
     lines = []
     for b in backends:
-        can = "can run" + (f" when asked for: backend={b.name!r}" if b.by_name else "")
-        can += f" ({b.note})" if b.note else ""
-        lines.append(f"  {b.name:<8} {'; '.join(b.reasons(inputs)) or can}")
+        can_run = "can run" + (f" when asked for: backend={b.name!r}" if b.by_name else "")
+        can_run += f" ({b.note})" if b.note else ""
+        lines.append(f"  {b.name:<8} {'; '.join(b.reasons(inputs)) or can_run}")
     return "\n".join(lines)
 
 
@@ -119,10 +127,10 @@ def explain(op: Callable, *args, **kwargs) -> None:
 
 
 def explanation(op: Callable, *args, **kwargs) -> str:
-    """What `explain` prints; nothing is run, but the arguments are checked."""
+    """The text that `explain` prints; the arguments are checked, but nothing is run."""
     if not hasattr(op, "backends"):
-        own = f"; {type(op).__name__} has explain() of its own" if hasattr(op, "explain") else ""
-        raise TypeError(f"explain needs one of the package's ops, got {op!r}{own}")
+        hint = f"; {type(op).__name__} has explain() of its own" if hasattr(op, "explain") else ""
+        raise TypeError(f"explain needs one of the package's ops, got {op!r}{hint}")
     kwargs = dict(kwargs)
     name = kwargs.pop("backend", None)
     if kwargs.get("dropout_p") and kwargs.get("seed") is None:
@@ -131,7 +139,7 @@ def explanation(op: Callable, *args, **kwargs) -> str:
 
 
 def choice(op: str, backends: Sequence[Backend], inputs: Any, name: str | None) -> str:
-    """What `choose` does with the same arguments, in words, and the report."""
+    """The result of `choose` in words, and below it the report."""
     try:
         chosen = f"takes {choose(op, backends, inputs, name).name!r}"
     except RuntimeError:
@@ -158,7 +166,7 @@ def triton_device_reasons(device: torch.device) -> list[str]:
     return [f"tensors are on {device.type}, Triton needs a GPU (or TRITON_INTERPRET=1 to debug)"]
 
 
-@torch.compiler.assume_constant_result  # the settings are not tensors; a trace keeps today's
+@torch.compiler.assume_constant_result  # a trace keeps the settings of its time
 def allow_tf32() -> bool:
     """Whether the user lets float32 products use TF32, by either of torch's two settings."""
     matmul = torch.backends.cuda.matmul

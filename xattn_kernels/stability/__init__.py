@@ -1,4 +1,4 @@
-"""What keeps cross-attention stable in training; every public name is also at the top."""
+"""Tools that keep cross-attention stable in training; the package exports all of them as well."""
 
 from .clipping import AdaptiveClip, clip_gradients
 from .initialisers import (

@@ -1,8 +1,8 @@
-"""Initialisers that know where queries, keys, values and outputs are in attention modules.
+"""Initialisers of the projections to queries, keys, values and outputs, and of gates.
 
-A module's projections are found by name: `in_proj_weight` (torch's packed one), `q_proj_weight` and
-its kin, and linear layers called as in this package, OpenFlamingo, transformers and OpenCLIP, also
-GPT-2's `Conv1D`, whose weights are [in, out], and BERT's `output.dense` beside its attention.
+Projections are recognised by name: `in_proj_weight` (torch's packed one), `q_proj_weight` and
+its kin, and linear layers called as in this package, OpenFlamingo, transformers and OpenCLIP,
+also GPT-2's `Conv1D`, whose weights are [in, out], and BERT's `output.dense` beside its attention.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ LINEAR = {
     "out": ("to_out", "out_proj", "o_proj", "wo", "c_proj"),
 }
 ROLES = {name: role for role, names in LINEAR.items() for name in names}
-PACKED = {"q_proj_weight": "q", "k_proj_weight": "k", "v_proj_weight": "v"}
+UNPACKED = {"q_proj_weight": "q", "k_proj_weight": "k", "v_proj_weight": "v"}
 
 
 class Projection(NamedTuple):
-    """Rows of a weight [out, in], and of its bias, that make queries, keys, values or outputs."""
+    """The rows of a weight [out, in] and of its bias that make queries, keys, values or outputs."""
 
     name: str
     role: str
@@ -38,7 +38,7 @@ class Projection(NamedTuple):
 
 
 def projections(model: nn.Module) -> Iterator[Projection]:
-    """Of every attention in `model`; queries, keys and values that share a matrix come apart."""
+    """The projections of every attention in `model`, one each where several share a matrix."""
     for path, module in model.named_modules():
         above, _, last = path.rpartition(".")
         if last in LINEAR["out"] and not attends(model.get_submodule(above)):
@@ -48,31 +48,31 @@ def projections(model: nn.Module) -> Iterator[Projection]:
             if any(map(attends, model.get_submodule(above.rpartition(".")[0]).children())):
                 yield Projection(path, "out", weight, module.bias)
         elif weight is not None:
-            yield from cut(path, parts_of(last, weight), weight, module.bias)
-        elif isinstance(module, nn.Sequential) and last == "to_out":  # diffusers, with its dropout
+            yield from split_rows(path, roles_of(last, weight), weight, module.bias)
+        elif isinstance(module, nn.Sequential) and last == "to_out":  # diffusers adds a dropout
             first = module[0]
             if isinstance(first, nn.Linear):
                 yield Projection(path, "out", first.weight, first.bias)
-        own = dict(module.named_parameters(recurse=False))
-        biases = own.get("in_proj_bias")
-        if "in_proj_weight" in own:
-            yield from cut(path, ("q", "k", "v"), own["in_proj_weight"], biases)
-        for i, (name, role) in enumerate(PACKED.items()):
-            if name in own:
+        parameters = dict(module.named_parameters(recurse=False))
+        biases = parameters.get("in_proj_bias")
+        if "in_proj_weight" in parameters:
+            yield from split_rows(path, ("q", "k", "v"), parameters["in_proj_weight"], biases)
+        for i, (name, role) in enumerate(UNPACKED.items()):
+            if name in parameters:
                 bias = None if biases is None else biases.chunk(3)[i]
-                yield Projection(path, role, own[name], bias)
+                yield Projection(path, role, parameters[name], bias)
 
 
 def weight_of(module: nn.Module) -> Tensor | None:
-    """[out, in] of a linear layer, whichever way round it is stored."""
+    """The weight [out, in] of a linear layer, in whichever order it is stored; None of others."""
     if type(module).__name__ == "Conv1D":
         return module.weight.mT
     return module.weight if isinstance(module, nn.Linear) else None
 
 
-def parts_of(name: str, weight: Tensor) -> tuple[str, ...]:
-    """The roles of equal parts of a weight [out, in], by its module's name."""
-    if name == "c_attn":  # GPT-2's, which has no queries in cross-attention
+def roles_of(name: str, weight: Tensor) -> tuple[str, ...]:
+    """The roles of the equal parts of a weight [out, in], by its module's name."""
+    if name == "c_attn":  # in cross-attention GPT-2's has no queries
         n_parts = {3 * weight.shape[1]: 3, 2 * weight.shape[1]: 2}.get(len(weight), 0)
         return ("q", "k", "v")[3 - n_parts :]
     role = ROLES.get(name)
@@ -80,12 +80,16 @@ def parts_of(name: str, weight: Tensor) -> tuple[str, ...]:
 
 
 def attends(module: nn.Module) -> bool:
-    """Whether it has queries too: a feed-forward's `c_proj` is none of attention's outputs."""
+    """Whether `module` projects queries, as the owner of an output projection must: a
+    feed-forward, whose `c_proj` has the same name, does not."""
     queries = (*LINEAR["q"], "c_attn", "in_proj_weight", "q_proj_weight")
     return any(hasattr(module, name) for name in queries)
 
 
-def cut(path: str, roles: tuple[str, ...], weight: Tensor, bias: Tensor | None):
+def split_rows(
+    path: str, roles: tuple[str, ...], weight: Tensor, bias: Tensor | None
+) -> Iterator[Projection]:
+    """A projection for each role, in the order of the equal parts of `weight`."""
     if not roles:
         return
     n = len(roles)
@@ -94,7 +98,8 @@ def cut(path: str, roles: tuple[str, ...], weight: Tensor, bias: Tensor | None):
         yield Projection(path, role, w, b)
 
 
-def found(model: nn.Module, *roles: str) -> list[Projection]:
+def require_projections(model: nn.Module, *roles: str) -> list[Projection]:
+    """The projections of these roles; raises ValueError where the model has none."""
     check_module("model", model)
     chosen = [p for p in projections(model) if p.role in roles]
     if not chosen:
@@ -104,18 +109,19 @@ def found(model: nn.Module, *roles: str) -> list[Projection]:
 
 @torch.no_grad()
 def xavier_(model: nn.Module, *, gain: float = 1.0) -> list[str]:
-    """Xavier-uniform projections of every attention in `model`, biases 0; returns their names.
+    """Makes attention projections in `model` Xavier-uniform, their biases 0; returns their names.
 
-    Of a packed matrix each of queries, keys and values has its own fans; `xavier_uniform_` of the
-    whole would make them smaller, by sqrt(2) for three square ones.
+    Queries, keys and values in one packed matrix each have their own fans; `xavier_uniform_` of
+    the whole matrix would make them smaller, by sqrt(2) if the three are square.
 
-    Raises TypeError or ValueError: model is no module, or has no projection; gain is not positive.
+    Raises TypeError or ValueError: model is no module or has no projection, or gain is not
+        positive.
 
     Source: Glorot and Bengio, "Understanding the difficulty of training deep feedforward neural
     networks" (2010).
     """
     check_positive("gain", gain)
-    chosen = found(model, "q", "k", "v", "out")
+    chosen = require_projections(model, "q", "k", "v", "out")
     for p in chosen:
         nn.init.xavier_uniform_(p.weight, gain)
         zero_(p.bias)
@@ -124,13 +130,13 @@ def xavier_(model: nn.Module, *, gain: float = 1.0) -> list[str]:
 
 @torch.no_grad()
 def small_queries_(model: nn.Module, *, std: float = 0.02) -> list[str]:
-    """Normal query projections of a small `std`, biases 0, so that attention begins almost even;
-    returns their names.
+    """Makes the query projections normal with a small `std` and their biases 0, so that attention
+    begins almost uniform; returns their names.
 
-    Raises TypeError or ValueError: model is no module, or has no projection; std is not positive.
+    Raises TypeError or ValueError: model is no module or has no projection, or std is not positive.
     """
     check_positive("std", std)
-    chosen = found(model, "q")
+    chosen = require_projections(model, "q")
     for p in chosen:
         nn.init.normal_(p.weight, std=std)
         zero_(p.bias)
@@ -139,22 +145,22 @@ def small_queries_(model: nn.Module, *, std: float = 0.02) -> list[str]:
 
 @torch.no_grad()
 def zero_outputs_(model: nn.Module) -> list[str]:
-    """Output projections of 0, so that each attention begins as the identity of its residual;
-    returns their names.
+    """Makes the output projections 0, so that each block begins as the identity; returns their
+    names.
 
-    One of both is enough, this or a closed gate: behind a gate of exactly 0 a projection of 0 gets
-    no gradient, and the gate, which multiplies 0, gets none either. Such a layer never learns.
+    Either this or a closed gate is enough: behind a gate of exactly 0 a projection of 0 gets no
+    gradient, and the gate, which multiplies 0, gets none either. Such a layer never learns.
 
     Raises TypeError or ValueError: model is no module, has no output projection, or has one that
         would be 0 behind a gate of 0; see `gates_` for the other order.
     """
-    chosen = found(model, "out")
+    chosen = require_projections(model, "out")
     closed = closed_gates(model)
     for p in chosen:
-        if shut := [g for g in closed if gates(g, p.name)]:
+        if closed_here := [g for g in closed if governs(g, p.name)]:
             raise ValueError(
-                f"{p.name} must not be 0 behind the closed gate {shut[0]}, as neither would get a "
-                "gradient; open the gate (gates_(model, value=0.1)) or leave the projection"
+                f"{p.name} must not be 0 behind the closed gate {closed_here[0]}, as neither would "
+                "get a gradient; open the gate (gates_(model, value=0.1)) or leave the projection"
             )
     for p in chosen:
         nn.init.zeros_(p.weight)
@@ -164,9 +170,9 @@ def zero_outputs_(model: nn.Module) -> list[str]:
 
 @torch.no_grad()
 def gates_(model: nn.Module, *, value: float = 0.1) -> list[str]:
-    """Sets every tanh gate so that tanh(gate) is `value`: small and open; returns their names.
+    """Sets every tanh gate so that tanh(gate) is `value`; returns their names.
 
-    0 is Flamingo's beginning, the identity; a small value lets gradients reach what is behind.
+    Flamingo begins with 0, the identity; a small value lets gradients reach the layers behind it.
 
     Raises TypeError or ValueError: model is no module or has no gate, value is not between -1 and
         1, or it is 0 and the projection behind a gate is 0 too.
@@ -178,10 +184,10 @@ def gates_(model: nn.Module, *, value: float = 0.1) -> list[str]:
         raise ValueError("model must have a gate, found none by name")
     if value == 0.0:
         zeros = [p.name for p in projections(model) if p.role == "out" and not p.weight.any()]
-        if shut := [(g, n) for g in parameters for n in zeros if gates(g, n)]:
+        if dead := [(g, n) for g in parameters for n in zeros if governs(g, n)]:
             raise ValueError(
                 "value must not be 0 for {} while {} is 0, as neither would get a gradient".format(
-                    *shut[0]
+                    *dead[0]
                 )
             )
     for gate in parameters.values():
@@ -193,8 +199,8 @@ def closed_gates(model: nn.Module) -> list[str]:
     return [name for name, gate in gate_parameters(model).items() if not gate.any()]
 
 
-def gates(gate: str, projection: str) -> bool:
-    """Whether the gate is a parameter of a module that the projection is in."""
+def governs(gate: str, projection: str) -> bool:
+    """Whether the gate is a parameter of a module that contains the projection."""
     owner = gate.rpartition(".")[0]
     return not owner or projection == owner or projection.startswith(f"{owner}.")
 

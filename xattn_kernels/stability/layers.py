@@ -1,4 +1,4 @@
-"""Which layers attend: found while a model runs, from the calls of the ops themselves."""
+"""Layers that attend, observed through the calls of the ops while a model runs."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from ..core.call import (
 from ..core.dispatch import OBSERVERS
 from .row_statistics import row_statistics
 
-ATTENTION = (CrossAttentionInputs, TopKAttentionInputs)  # but no op that only looks at weights
+ATTENTION = (CrossAttentionInputs, TopKAttentionInputs)  # but no op that returns weights alone
 Sides = tuple[Tensor | None, Tensor | None]
 
 
-class Call(NamedTuple):
-    """One call of an op: the checked inputs, and the innermost module that made it with its
-    arguments."""
+class ObservedCall(NamedTuple):
+    """One call of an op: its checked inputs, and the innermost module that called it with the
+    arguments of that module."""
 
     name: str
     module: nn.Module
@@ -38,14 +38,14 @@ class Call(NamedTuple):
 class Watch:
     """Hooks on every module of `model` that name the module behind each call of an op.
 
-    `told(call)` runs before the op does. Between `start()` and `stop()` only are there any hooks,
-    and they do nothing in what torch.compile traces.
+    `on_call(call)` runs before the op does. The hooks exist between `start()` and `stop()` only,
+    and they do nothing while torch.compile traces.
     """
 
-    def __init__(self, model: nn.Module, told: Callable[[Call], None]) -> None:
-        self.model, self.told = model, told
+    def __init__(self, model: nn.Module, on_call: Callable[[ObservedCall], None]) -> None:
+        self.model, self.on_call = model, on_call
         self.stack: list[tuple[str, nn.Module, tuple]] = []
-        self.before: tuple = ()
+        self.outer_observers: tuple = ()
         self.handles: list = []
 
     def start(self) -> None:
@@ -64,35 +64,35 @@ class Watch:
         self.handles.clear()
         if self.stack:  # stopped within a forward
             self.stack.clear()
-            OBSERVERS.set(self.before)
+            OBSERVERS.set(self.outer_observers)
 
     def enter(self, name: str, module, args, kwargs) -> None:
         if not self.stack:
-            self.before = OBSERVERS.get()
-            OBSERVERS.set((*self.before, self._observe))
+            self.outer_observers = OBSERVERS.get()
+            OBSERVERS.set((*self.outer_observers, self._observe))
         self.stack.append((name, module, (*args, *kwargs.values())))
 
     def leave(self, *_) -> None:
         if self.stack:
             self.stack.pop()
             if not self.stack:
-                OBSERVERS.set(self.before)
+                OBSERVERS.set(self.outer_observers)
 
     def _observe(self, inputs, backend: str) -> None:
         if type(inputs) in ATTENTION and self.stack:
-            self.told(Call(*self.stack[-1], inputs, backend))
+            self.on_call(ObservedCall(*self.stack[-1], inputs, backend))
 
 
 class Hook:
-    """Calls `f` with what it was made with and what it gets; in a copy or a pickle of the module
-    that it hangs on, which nobody watches, it becomes `nothing`."""
+    """A function with its first arguments bound, which becomes `nothing` in a copy or a pickle of
+    its module, as nobody watches that."""
 
-    def __init__(self, f: Callable, *first) -> None:
-        self.f, self.first = f, first
+    def __init__(self, function: Callable, *first_arguments) -> None:
+        self.function, self.first_arguments = function, first_arguments
 
     def __call__(self, *args) -> None:
         if not torch.compiler.is_compiling():
-            self.f(*self.first, *args)
+            self.function(*self.first_arguments, *args)
 
     def __deepcopy__(self, memo) -> Callable:
         return nothing
@@ -105,21 +105,23 @@ def nothing(*_) -> None:
     """A hook without effect."""
 
 
-def sides(call: Call) -> Sides:
-    """(queries' side, keys' side), as a method `attention_sides` of the layer finds them among its
-    arguments, else the first two floating-point tensors [..., N, dim]; None for what there is
-    not."""
-    if (own := getattr(call.module, "attention_sides", None)) is not None:
-        return own(*call.arguments)
-    found = [
+def sides(call: ObservedCall) -> Sides:
+    """(queries' side, keys' side) among the layer's arguments, None for a side that is missing.
+
+    A layer with a method `attention_sides` chooses them itself; of another they are the first two
+    floating-point tensors [..., N, dim].
+    """
+    if (choose_sides := getattr(call.module, "attention_sides", None)) is not None:
+        return choose_sides(*call.arguments)
+    features = [
         t for t in call.arguments
         if isinstance(t, Tensor) and t.is_floating_point() and t.dim() > 1 and t.numel()
     ]  # fmt: skip
-    queries, keys = (*found, None, None)[:2]
+    queries, keys = (*features, None, None)[:2]
     return queries, keys
 
 
-def attends_to_itself(call: Call) -> bool:
+def attends_to_itself(call: ObservedCall) -> bool:
     """Whether queries and keys are made of one tensor, as in `module(x, x, x)`."""
     queries, keys = sides(call)
     return queries is not None and queries is keys
@@ -129,43 +131,44 @@ def attends_to_itself(call: Call) -> bool:
 def attention_statistics(
     model: nn.Module, *, layers: Callable[[str, nn.Module], bool] | None = None
 ) -> Iterator[dict[str, CrossAttentionResult | TopKAttentionResult]]:
-    """Inside, each forward of `model` leaves lse, entropy and largest probability of its attention
-    layers in a dict by layer name, differentiable, for `entropy_loss`:
+    """A context in which each forward of `model` leaves lse, entropy and largest probability of its
+    attention layers in a dict by layer name, differentiable, for `entropy_loss`:
 
-        with attention_statistics(model) as found:
+        with attention_statistics(model) as statistics:
             loss = model(batch)
-        loss = loss + 0.01 * sum(entropy_loss(s) for s in found.values())
+        loss = loss + 0.01 * sum(entropy_loss(s) for s in statistics.values())
 
-    It costs a second pass over the scores of these layers; whoever calls the op with
-    `return_statistics=True` has them for nothing. What torch.compile made of a model is not
-    seen; nor must a layer be inside of an activation checkpoint, whose second run has no dict.
+    It costs a second pass over the scores of these layers; a call of the op itself with
+    `return_statistics=True` returns them without one. A compiled model is not observed, and no
+    layer may be inside an activation checkpoint, whose second run has no dict.
 
     Args:
-        model: any module; calls of the ops by it and what is in it count.
-        layers: (name, module) -> whether a layer counts. None: all whose queries and keys do not
-            come from one argument.
+        model: any module; calls of the ops by it and by its submodules count.
+        layers: (name, module) -> whether a layer counts. None: all layers count whose queries and
+            keys do not come from one argument.
 
     Yields:
-        {name: result}, `out` None; of a layer that is called again the last call.
+        {name: result}, `out` None; the last call of a layer that is called several times.
 
     Raises:
         TypeError: model is no module, or layers no function.
     """
     check_module("model", model)
     check_rule("layers", layers)
-    found: dict = {}
+    statistics: dict = {}
 
-    def told(call: Call) -> None:
+    def on_call(call: ObservedCall) -> None:
         if counts(call, layers):
-            found[call.name] = row_statistics(call.inputs, call.backend)._replace(out=None)
+            statistics[call.name] = row_statistics(call.inputs, call.backend)._replace(out=None)
 
-    watch = Watch(model, told)
+    watch = Watch(model, on_call)
     watch.start()
     try:
-        yield found
+        yield statistics
     finally:
         watch.stop()
 
 
-def counts(call: Call, layers: Callable[[str, nn.Module], bool] | None) -> bool:
+def counts(call: ObservedCall, layers: Callable[[str, nn.Module], bool] | None) -> bool:
+    """Whether a call is one of those layers, or where `layers` is None no self-attention."""
     return not attends_to_itself(call) if layers is None else bool(layers(call.name, call.module))

@@ -1,4 +1,4 @@
-"""`StabilityMonitor`: what cross-attention does in training, seen every so many steps."""
+"""`StabilityMonitor`: statistics of cross-attention in training, measured every so many steps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..core.arguments import (
     check_sizes,
     kind,
 )
-from .host_copies import Pending
+from .host_copies import HostCopies
 from .measures import AttentionLook, gradient_norms, without_rows
 from .parameters import Match, xattn_parameters
 from .report import StabilityReport, Thresholds
@@ -35,31 +35,34 @@ class StabilityMonitor:
             monitor.step(loss)  # before gradients are clipped
             ...
 
-    At step 0 and every `every` steps: per layer that attends (found by its calls of the package's
-    ops) the mean entropy, the mean and the largest of the rows' largest probabilities, the largest
-    score, the feature norms of both sides and their ratio; the gates; the norms of all gradients
-    and of those of cross-attention; and whether loss, gradients and trained parameters are finite,
-    which `nan_every` checks more often, parameters apart. Nothing else changes: entropy comes from
-    a pass of its own, without gradients and values. Between these steps the model has no hooks, and
-    nothing waits for the device; results of a GPU are read when they have come, with a later step.
-    A call of a layer without gradients (validation) does not count, nor does what torch.compile
-    made: there only gates, gradients and loss are seen.
+    At step 0 and every `every` steps it measures, for each layer that attends (recognised by its
+    calls of the package's ops), the mean entropy, the mean and the largest of the rows' largest
+    probabilities, the largest score, the feature norms of both sides and their ratio; the gates;
+    the norms of all gradients and of those of cross-attention; and whether loss, gradients and
+    trained parameters are finite. Loss and gradients are checked every `nan_every` steps as well.
+
+    The training itself does not change: entropy comes from a separate pass, without gradients and
+    values. Between these steps the model has no hooks. Nothing waits for the device: the results of
+    a GPU are read with a later step, when they have arrived. Calls of a layer without gradients
+    (validation) do not count. A compiled model shows its gates, gradients and loss only.
 
     Attributes:
-        history: {name: deque of (step, value)}, the last 1,000.
+        history: {name: deque of (step, value)}, the last 1,000 of each.
         last: the last `StabilityReport`, or None.
 
     Args:
         model: any module, with ops or modules of this package in it.
-        every: steps from one look to the next.
-        nan_every: steps from one check of loss and gradients to the next; None: none of its own.
-        thresholds: beyond what values there are warnings.
-        callbacks: each is called with every `StabilityReport`: writers, or any function.
-        logger: gets the warnings, values at level INFO. None: "xattn_kernels.stability".
-        layers: (name, module) -> whether a layer counts. None: all whose queries and keys do not
-            come from one argument.
+        every: the number of steps from one look to the next.
+        nan_every: the number of steps from one check of loss and gradients to the next; None checks
+            them with each look only.
+        thresholds: the limits of the values, beyond which there are warnings.
+        callbacks: functions that are called with every `StabilityReport`, such as writers.
+        logger: receives the warnings, and the values at level INFO. None: the logger
+            "xattn_kernels.stability".
+        layers: (name, module) -> whether a layer counts. None: all layers count whose queries and
+            keys do not come from one argument.
         match: (name, parameter) -> whether it is one of cross-attention, see `xattn_parameters`.
-        first_step: number of the first step, where a training goes on.
+        first_step: the number of the first step, where a training is continued.
 
     Raises:
         TypeError, ValueError: an argument is not among those named here.
@@ -88,16 +91,19 @@ class StabilityMonitor:
         self.history: dict[str, deque] = defaultdict(lambda: deque(maxlen=1000))
         self.last: StabilityReport | None = None
         self.steps, self.pending = first_step, deque()
-        self.ours: set[int] | None = None  # ids of the parameters of cross-attention
+        self.xattn_ids: set[int] | None = None  # of the parameters of cross-attention
         self.attention = AttentionLook(model, layers)
         self._hook()
 
     def step(self, loss: Tensor | None = None) -> StabilityReport | None:
-        """After a backward: counts the step, looks where it is one to look at, passes on what has
-        come of earlier ones, and returns the report of this step where it is there already.
+        """The report of this step if its numbers have arrived already, else None; call it after
+        each backward.
+
+        It counts the step, measures if the step is one to look at, and passes on the reports of
+        earlier steps whose numbers have arrived.
 
         Args:
-            loss: of this step, a tensor of one value; its being finite is checked.
+            loss: the loss of this step, a tensor of one value, which is checked to be finite.
 
         Raises:
             TypeError: loss is no such tensor.
@@ -114,7 +120,7 @@ class StabilityMonitor:
         return self.last if self.last is not None and self.last.step == now else None
 
     def flush(self, *, wait: bool = True) -> None:
-        """Passes on what has come, and waits for what is still on its way."""
+        """Passes on the reports whose numbers have arrived, and with `wait` all others too."""
         while self.pending and (wait or self.pending[0].arrived()):
             self.last = self._report(self.pending.popleft())
             log(self.logger, self.last, self.model)
@@ -122,7 +128,7 @@ class StabilityMonitor:
                 callback(self.last)
 
     def close(self) -> None:
-        """Takes the hooks off the model, after `flush`."""
+        """Flushes, and removes the hooks from the model."""
         self.flush()
         self.attention.stop()
 
@@ -136,20 +142,20 @@ class StabilityMonitor:
         if self.steps % self.every == 0:
             self.attention.start()
 
-    def _look(self, step: int, loss: Tensor | None, whole: bool) -> Pending:
-        """All numbers of one step, still on the device."""
-        found: dict[str, Tensor] = {} if loss is None else {"loss": loss.detach().reshape(())}
-        if whole or self.ours is None:
-            self.ours = {id(p) for p in xattn_parameters(self.model, self.match).values()}
-        found |= gradient_norms(self.model, self.ours)
-        return Pending(step, *self.attention.values(found) if whole else (found, {}))
+    def _look(self, step: int, loss: Tensor | None, whole: bool) -> HostCopies:
+        """All numbers of one step, on their way to the host."""
+        tensors: dict[str, Tensor] = {} if loss is None else {"loss": loss.detach().reshape(())}
+        if whole or self.xattn_ids is None:
+            self.xattn_ids = {id(p) for p in xattn_parameters(self.model, self.match).values()}
+        tensors |= gradient_norms(self.model, self.xattn_ids)
+        return HostCopies(step, *self.attention.values(tensors) if whole else (tensors, {}))
 
-    def _report(self, pending: Pending) -> StabilityReport:
-        values = without_rows(pending.values(), pending.most_keys)
+    def _report(self, copies: HostCopies) -> StabilityReport:
+        values = without_rows(copies.values(), copies.most_keys)
         for name, value in values.items():
-            self.history[name].append((pending.step, value))
-        warnings = self.thresholds.warnings(pending.step, values, pending.most_keys)
-        return StabilityReport(pending.step, values, warnings)
+            self.history[name].append((copies.step, value))
+        warnings = self.thresholds.warnings(copies.step, values, copies.most_keys)
+        return StabilityReport(copies.step, values, warnings)
 
 
 def check_model(model, layers, match) -> None:
@@ -159,7 +165,7 @@ def check_model(model, layers, match) -> None:
 
 
 def check_receivers(thresholds, callbacks, logger) -> tuple[Callable, ...]:
-    """The callbacks."""
+    """The callbacks as a tuple; raises TypeError if one of the three is of a wrong type."""
     if thresholds is not None and not isinstance(thresholds, Thresholds):
         raise TypeError(f"thresholds must be Thresholds, got {kind(thresholds)}")
     if logger is not None and not isinstance(logger, (logging.Logger, logging.LoggerAdapter)):
@@ -179,6 +185,7 @@ def check_loss(loss: Tensor | None) -> None:
 
 
 def log(logger: logging.Logger, report: StabilityReport, model: nn.Module) -> None:
+    """Logs the values and warnings of a report, and which gradients are not finite."""
     text = ", ".join(f"{name} {value:.4g}" for name, value in report.values.items())
     logger.info("step %d: %s", report.step, text)
     for warning in report.warnings:

@@ -1,4 +1,4 @@
-"""Which parameters are those of cross-attention, gates or norms; optimiser groups; freezing."""
+"""The parameters of cross-attention and its gates, optimiser groups of them, and freezing."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ..core.arguments import (
     kind,
 )
 
-# Classes and attributes of this package, PyTorch (`multihead_attn` of its decoder layers),
-# OpenCLIP, OpenFlamingo, VisualGPT, and transformers' Mllama, Idefics, BLIP-2, BERT and
+# The classes and attributes are those of this package, PyTorch (`multihead_attn` of its decoder
+# layers), OpenCLIP, OpenFlamingo, VisualGPT, and transformers' Mllama, Idefics, BLIP-2, BERT and
 # encoder-decoders.
 CLASSES = re.compile("CrossAttention|QFormer|Perceiver|Resampler|AttentionPool|SRAU")
 NAMES = re.compile(
@@ -33,11 +33,11 @@ def xattn_parameters(model: nn.Module, match: Match | None = None) -> dict[str, 
     `...QFormer...`, `...Perceiver...`, `...Resampler...`, `...AttentionPool...` or `SRAU`, those
     with `cross_attn`, `crossattention`, `xattn`, `encoder_attn`, `enc_dec_attn`, `EncDecAttention`,
     `multihead_attn` (torch's decoder layer), `attn_pool` or `fc_alpha` in their name, and
-    `gate_parameters`. A plain `MultiheadAttention` is none, unless its name says so: it may be
-    self-attention; nor is the `gate_proj` of a feed-forward.
+    `gate_parameters`. A plain `MultiheadAttention` does not count unless its name says so, as it
+    may be self-attention, nor does the `gate_proj` of a feed-forward.
 
     Args:
-        match: (name, parameter) -> whether it is one, in place of this rule.
+        match: (name, parameter) -> whether it is one; it replaces this rule.
 
     Raises:
         TypeError: model is no module, or match no function.
@@ -52,8 +52,9 @@ def xattn_parameters(model: nn.Module, match: Match | None = None) -> dict[str, 
 
 
 def gate_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The tanh gates by name: parameters of one number or one per channel that are called `gate`,
-    `attn_gate`, `ff_gate`, `gate_...`, or as in Idefics `alpha_cross_attn` and `alpha_dense`."""
+    """The tanh gates by name: parameters of one number, or of one per channel, that are called
+    `gate`, `attn_gate`, `ff_gate`, `gate_...`, or as in Idefics `alpha_cross_attn` and
+    `alpha_dense`; raises TypeError if model is no module."""
     check_module("model", model)
     return {
         name: p
@@ -62,13 +63,13 @@ def gate_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def decays(model: nn.Module) -> set[str]:
-    """Names of the parameters that weight decay is for: no gates, norms, biases, temperatures."""
+def decayed_names(model: nn.Module) -> set[str]:
+    """The names of the parameters with weight decay: no gates, norms, biases or temperatures."""
     norms = {
-        f"{name}.{own}" if name else own
+        f"{name}.{parameter}" if name else parameter
         for name, module in model.named_modules()
         if "Norm" in type(module).__name__
-        for own, _ in module.named_parameters(recurse=False)
+        for parameter, _ in module.named_parameters(recurse=False)
     }
     plain = {n for n, p in model.named_parameters() if p.dim() > 1 and n not in norms}
     return {n for n in plain if "bias" not in n.rpartition(".")[2]} - gate_parameters(model).keys()
@@ -83,17 +84,17 @@ def optimizer_groups(
     rates: Mapping[str, float] | None = None,
     match: Match | None = None,
 ) -> list[dict]:
-    """Parameter groups for any of torch's optimisers: a higher rate for the new layers, weight
-    decay for matrices only.
+    """Parameter groups for any of torch's optimisers, with a higher rate for the new layers and
+    weight decay for matrices only.
 
     Args:
-        model: its parameters that require grad are taken, each once.
-        lr: rate of what was trained before.
-        xattn_lr: rate of `xattn_parameters(model, match)`.
-        weight_decay: of all but gates, norms, biases and other parameters of fewer than two
-            dimensions, which have 0.
-        rates: {regular expression: rate}; the first that is found in a parameter's name counts,
-            before lr and xattn_lr.
+        model: the model whose parameters that require grad are grouped, each once.
+        lr: the rate of layers that were trained before.
+        xattn_lr: the rate of `xattn_parameters(model, match)`.
+        weight_decay: the decay of all parameters but gates, norms, biases and others of fewer than
+            two dimensions, whose decay is 0.
+        rates: {regular expression: rate}; the first expression that matches within a parameter's
+            name precedes lr and xattn_lr.
         match: see `xattn_parameters`.
 
     Returns:
@@ -101,7 +102,8 @@ def optimizer_groups(
         "cross_attention", "other" or the expression, with "/no_decay" where there is no decay.
 
     Raises:
-        TypeError, ValueError: an argument is not among those named here, or nothing is trainable.
+        TypeError, ValueError: an argument is not among those named here, or no parameter requires
+            grad.
     """
     rates = check_rates(rates)
     for name, rate in {
@@ -112,17 +114,17 @@ def optimizer_groups(
     }.items():
         if not 0.0 <= check_number(name, rate, "a number") < float("inf"):
             raise ValueError(f"{name} must be at least 0 and finite, got {rate}")
-    new, matrices, groups = xattn_parameters(model, match), decays(model), {}
+    new, matrices, groups = xattn_parameters(model, match), decayed_names(model), {}
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        kind = next((r for r in rates if re.search(r, name)), None)
-        kind = kind or ("cross_attention" if name in new else "other")
-        rate = rates.get(kind, xattn_lr if kind == "cross_attention" else lr)
+        group = next((r for r in rates if re.search(r, name)), None)
+        group = group or ("cross_attention" if name in new else "other")
+        rate = rates.get(group, xattn_lr if group == "cross_attention" else lr)
         decay = weight_decay if name in matrices else 0.0
-        kind += "" if name in matrices else "/no_decay"
-        empty = dict(params=[], name=kind, lr=rate, weight_decay=decay)
-        groups.setdefault(kind, empty)["params"].append(p)
+        group += "" if name in matrices else "/no_decay"
+        empty = dict(params=[], name=group, lr=rate, weight_decay=decay)
+        groups.setdefault(group, empty)["params"].append(p)
     if not groups:
         raise ValueError("model must have a parameter that requires grad")
     return list(groups.values())
@@ -144,30 +146,30 @@ def check_rates(rates: Mapping[str, float] | None) -> dict[str, float]:
 
 
 class Frozen:
-    """What `freeze` did, and how to keep it and take it back."""
+    """The parameters and modules that `freeze` froze, with methods that keep or undo it."""
 
     def __init__(self, model: nn.Module, parameters: list[nn.Parameter]) -> None:
         self.model, self.parameters = model, parameters
         frozen = {id(p) for p in parameters}
 
-        def still(module: nn.Module) -> bool:
-            own = [p for p in module.parameters() if p.requires_grad and id(p) not in frozen]
-            return not own and any(True for _ in module.parameters())
+        def all_frozen(module: nn.Module) -> bool:
+            trainable = [p for p in module.parameters() if p.requires_grad and id(p) not in frozen]
+            return not trainable and any(True for _ in module.parameters())
 
         self.before = [(p, p.requires_grad) for p in parameters]
-        self.modules = [m for m in model.modules() if still(m)]
+        self.modules = [m for m in model.modules() if all_frozen(m)]
         self.training = [(m, m.training) for top in self.modules for m in top.modules()]
 
     def train(self, mode: bool = True) -> nn.Module:
-        """`model.train(mode)`, but modules without any trainable parameter stay in evaluation:
-        their dropout and running statistics too are part of what is frozen."""
+        """The model after `model.train(mode)`, but with modules without a trainable parameter in
+        evaluation mode: their dropout and running statistics are frozen too."""
         self.model.train(mode)
         for module in self.modules:
             module.eval()
         return self.model
 
     def undo(self) -> None:
-        """Every parameter requires grad as before; training modes are as before."""
+        """Restores which parameters require grad, and the training modes."""
         for p, required in self.before:
             p.requires_grad_(required)
         for module, mode in self.training:
@@ -175,18 +177,18 @@ class Frozen:
 
 
 def freeze(model: nn.Module, *, but: Match | None = None) -> Frozen:
-    """Freezes `model`: no parameter requires grad, and what has none left is in evaluation mode.
+    """Freezes `model`: no parameter requires grad, and modules without a trainable one evaluate.
 
-    torch's `requires_grad_(False)` freezes a module whole and leaves its dropout on; this is for
-    models with new layers inside frozen ones, as Flamingo's:
+    torch's `requires_grad_(False)` freezes a whole module and leaves its dropout on; this function
+    is for models with new layers inside frozen ones, as Flamingo's:
 
         frozen = freeze(model, but=lambda name, p: name in xattn_parameters(model))
 
     Args:
-        but: (name, parameter) -> whether it stays as it is. None: none does.
+        but: (name, parameter) -> whether the parameter stays as it is. None: none does.
 
     Returns:
-        A `Frozen`: `.train()` in place of `model.train()`, and `.undo()`.
+        A `Frozen`, whose `.train()` replaces `model.train()`, and whose `.undo()` restores all.
 
     Raises:
         TypeError: model is no module, or `but` no function.

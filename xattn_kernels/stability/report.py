@@ -1,4 +1,4 @@
-"""What a look of the monitor found, and what of it is beyond its limits."""
+"""Reports of the monitor: the values of one step, and warnings of those beyond their limits."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from ..core.arguments import check_number
 
 
 class StabilityWarning(NamedTuple):
-    """A value beyond its limit: of `layer` (a module's name, or "" for the model), and which of
-    `Thresholds` it passed ("finite" for NaN and infinity)."""
+    """A value beyond its limit. `layer` is a module's name, or "" for the model; `statistic` is the
+    field of `Thresholds` whose limit was passed, or "finite" for NaN and infinity."""
 
     step: int
     layer: str
@@ -22,9 +22,12 @@ class StabilityWarning(NamedTuple):
 
 
 class StabilityReport(NamedTuple):
-    """`values` by name: attention/<layer>/{rows, entropy, max_probability, peak_probability,
-    max_score}, features/<layer>/{query_norm, key_norm, scale_ratio}, gates/<parameter> (|tanh|,
-    the mean of a vector), grad_norm/{total, cross_attention}, parameter_norm, loss."""
+    """The values of one step and the warnings about them.
+
+    The names of values are attention/<layer>/{rows, entropy, max_probability, peak_probability,
+    max_score}, features/<layer>/{query_norm, key_norm, scale_ratio}, gates/<parameter> (the mean
+    of |tanh|), grad_norm/{total, cross_attention}, parameter_norm and loss.
+    """
 
     step: int
     values: dict[str, float]
@@ -33,15 +36,16 @@ class StabilityReport(NamedTuple):
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Beyond which values there are warnings; None: never.
+    """The limits of values, beyond which there are warnings; None never warns.
 
-    entropy: least mean entropy of a layer, in nats; of layers that could have more (log Nk).
-    max_probability: most of the mean over rows of a row's largest probability.
-    peak_probability: most of the largest probability of all rows. One sharp row of thousands is
-        nothing unusual, so there is no default.
-    max_score: largest score before the softmax.
-    gradient_norm: of all gradients.
-    scale_ratio: (least, most) of key norm by query norm.
+    entropy: the least mean entropy of a layer, in nats, for layers whose entropy can exceed it
+        (log Nk).
+    max_probability: the most that the mean over rows of a row's largest probability may be.
+    peak_probability: the most that the largest probability of all rows may be. One sharp row among
+        thousands is not unusual, so the default is None.
+    max_score: the largest score before the softmax.
+    gradient_norm: the largest norm of all gradients.
+    scale_ratio: (least, most) of the key norm over the query norm.
     """
 
     entropy: float | None = 0.5
@@ -66,8 +70,8 @@ class Thresholds:
     def warnings(
         self, step: int, values: dict[str, float], most_keys: dict[str, int]
     ) -> list[StabilityWarning]:
-        """Of the values of one step; `most_keys` is how many keys a row of each layer may have."""
-        found = []
+        """The warnings of one step; `most_keys` is how many keys a row of each layer may have."""
+        warnings = []
         for name, value in values.items():
             layer, statistic = place_of(name)
             message = self._message(statistic, value, most_keys.get(layer, 0))
@@ -76,11 +80,11 @@ class Thresholds:
             limit, text = message
             statistic = statistic if math.isfinite(value) else "finite"
             text = f"{layer}: {text}" if layer else text
-            found.append(StabilityWarning(step, layer, statistic, value, limit, text))
-        return found
+            warnings.append(StabilityWarning(step, layer, statistic, value, limit, text))
+        return warnings
 
     def _message(self, statistic: str, value: float, keys: int) -> tuple[float, str] | None:
-        """(the limit that `value` is beyond, in words), or None."""
+        """(the limit that `value` is beyond, a sentence), or None where it is within."""
         if not math.isfinite(value):
             return math.inf, f"{statistic} is {value}"
         limit = getattr(self, statistic, None)
@@ -94,7 +98,7 @@ class Thresholds:
         if statistic == "entropy":
             low = value < limit < math.log(max(keys, 1))
             return (limit, f"attention collapses, entropy {value:.3g} < {limit}") if low else None
-        # one key has all the probability there is
+        # a single key always has probability 1
         if value > limit and not (keys == 1 and statistic.endswith("probability")):
             return limit, f"{WORDS[statistic]} {value:.4g} > {limit}"
         return None
@@ -106,13 +110,16 @@ WORDS = {
     "max_score": "attention scores explode,",
     "gradient_norm": "gradients explode, their norm is",
 }
-OF_MODEL = {"grad_norm/total": "gradient_norm", "grad_norm/cross_attention": "xattn_gradient_norm"}
+MODEL_STATISTICS = {
+    "grad_norm/total": "gradient_norm",
+    "grad_norm/cross_attention": "xattn_gradient_norm",
+}
 
 
 def place_of(name: str) -> tuple[str, str]:
     """(layer, statistic) of a value's name; a gate is a statistic of the model."""
-    kind, _, rest = name.partition("/")
-    if kind in ("attention", "features"):
+    prefix, _, rest = name.partition("/")
+    if prefix in ("attention", "features"):
         layer, _, statistic = rest.rpartition("/")
         return layer, statistic
-    return "", OF_MODEL.get(name, name)
+    return "", MODEL_STATISTICS.get(name, name)

@@ -1,10 +1,11 @@
-"""lse, entropy and largest probability of the rows of a call, without its output."""
+"""The lse, entropy and largest probability of the rows of a call, without its output."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .. import reference
@@ -19,23 +20,23 @@ from ..ops.cross_attention import cross_attention
 from ..ops.topk_attention import topk_attention
 from ..torch_kernels.topk_attention import chunks
 
-NARROW = 16  # of the values; the fewest that the kernels are fast with
+NARROW = 16  # the width of values that are not needed; kernels are no faster with fewer
 
 
 def row_statistics(
     x: CrossAttentionInputs, backend: str | None = None
 ) -> CrossAttentionResult | TopKAttentionResult:
-    """The statistics of the call `x`, before dropout; lse and entropy reach q, k, bias and scale.
+    """The statistics of the call `x` before dropout; lse and entropy have gradients for q, k, bias
+    and scale.
 
-    `backend` computes them where it can, else the first kernels that can; without any, or for
-    "eager", the equations for at most CHUNK scores at a time, each chunk computed again in the
-    backward.
+    `backend` computes them where it can, else the first kernels that can. Without any, or with
+    "eager", the equations do for at most CHUNK scores at a time, which the backward recomputes.
     """
     options = dict(dropout_p=0.0, seed=None, return_lse=True, return_statistics=True)
     y = replace(x, v=x.v[..., :NARROW].detach(), **options)
     sparse = isinstance(x, TopKAttentionInputs)
-    known = (topk_attention if sparse else cross_attention).backends
-    for b in sorted(known, key=lambda b: b.name != backend):
+    backends = (topk_attention if sparse else cross_attention).backends
+    for b in sorted(backends, key=lambda b: b.name != backend):
         if "eager" not in (b.name, backend) and not b.reasons(y):
             with without_autocast(y.device):
                 return b.run(y)
@@ -44,19 +45,21 @@ def row_statistics(
 
 
 def in_chunks(x: CrossAttentionInputs) -> CrossAttentionResult:
+    """The statistics by the equations, for at most CHUNK scores at a time."""
     if 0 in (x.B, x.Nq):
         return reference.cross_attention(x)
-    again, found = torch.is_grad_enabled(), []
+    recompute, by_batch = torch.is_grad_enabled(), []
     for batch in chunks(x.B, x.Hq * x.Nq * x.Nk):
         rows = chunks(x.Nq, (batch.stop - batch.start) * x.Hq * x.Nk)
         parts = [x.part(batch, r) for r in rows]
-        of = [
-            checkpoint(statistics, p, use_reentrant=False) if again else statistics(p)
+        by_rows = [
+            checkpoint(statistics, p, use_reentrant=False) if recompute else statistics(p)
             for p in parts
         ]
-        found.append([torch.cat(rows, dim=2) for rows in zip(*of, strict=True)])
-    return CrossAttentionResult(None, *(torch.cat(t) for t in zip(*found, strict=True)))
+        by_batch.append([torch.cat(t, dim=2) for t in zip(*by_rows, strict=True)])
+    return CrossAttentionResult(None, *(torch.cat(t) for t in zip(*by_batch, strict=True)))
 
 
-def statistics(x: CrossAttentionInputs):
+def statistics(x: CrossAttentionInputs) -> tuple[Tensor, ...]:
+    """(lse, entropy, max_probability) by the equations."""
     return reference.softmax(reference.scores(x))[1:]

@@ -1,4 +1,4 @@
-"""Rates, layers and dropout over the steps of a training."""
+"""Schedules of learning rates, trainable layers and dropout over the steps of a training."""
 
 from __future__ import annotations
 
@@ -36,14 +36,15 @@ def warmup_cosine(
         factor = step / warmup                                           step < warmup
         factor = min_ratio + (1 - min_ratio) (1 + cos(pi t)) / 2         t from 0 to 1
 
-    After `total_steps` the factor stays at min_ratio. Each step is the optimiser's, not an epoch.
+    After `total_steps` the factor stays at min_ratio. A step is one of the optimiser, not an epoch.
 
     Args:
-        warmup_steps: at least 0, less than total_steps.
-        total_steps: at least 1.
-        xattn_warmup_steps: of groups whose name begins with "cross_attention", as
-            `optimizer_groups` calls them; None: warmup_steps.
-        min_ratio: of the rate, from 0 to 1.
+        optimizer: the optimiser whose rates are scheduled.
+        warmup_steps: the steps of the warm-up, at least 0 and less than total_steps.
+        total_steps: the steps until the rate is lowest, at least 1.
+        xattn_warmup_steps: the steps of the warm-up of groups whose name begins with
+            "cross_attention", as `optimizer_groups` calls them; None: warmup_steps.
+        min_ratio: the least factor, from 0 to 1.
         last_epoch: as in torch's schedulers.
 
     Raises:
@@ -56,8 +57,8 @@ def warmup_cosine(
     check_sizes(total_steps=total_steps)
     if not 0.0 <= check_number("min_ratio", min_ratio, "a number from 0 to 1") <= 1.0:
         raise ValueError(f"min_ratio must be from 0 to 1, got {min_ratio}")
-    longer = warmup_steps if xattn_warmup_steps is None else xattn_warmup_steps
-    for name, n in dict(warmup_steps=warmup_steps, xattn_warmup_steps=longer).items():
+    xattn_steps = warmup_steps if xattn_warmup_steps is None else xattn_warmup_steps
+    for name, n in dict(warmup_steps=warmup_steps, xattn_warmup_steps=xattn_steps).items():
         if isinstance(n, bool) or not isinstance(n, int):
             raise TypeError(f"{name} must be an int, got {type(n).__name__}")
         if not 0 <= n < total_steps:
@@ -67,12 +68,14 @@ def warmup_cosine(
     factors = []
     for group in optimizer.param_groups:
         new = str(group.get("name", "")).startswith("cross_attention")
-        sizes = dict(warmup=longer if new else warmup_steps, total=total_steps, least=min_ratio)
+        warmup = xattn_steps if new else warmup_steps
+        sizes = dict(warmup=warmup, total=total_steps, least=min_ratio)
         factors.append(partial(warmup_cosine_factor, **sizes))
     return LambdaLR(optimizer, factors, last_epoch)
 
 
 def warmup_cosine_factor(step: int, warmup: int, total: int, least: float) -> float:
+    """The factor of the rate at `step`, by the equations of `warmup_cosine`."""
     if step < warmup:
         return step / warmup
     t = min(1.0, (step - warmup) / (total - warmup))
@@ -80,31 +83,35 @@ def warmup_cosine_factor(step: int, warmup: int, total: int, least: float) -> fl
 
 
 def cross_attention_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The outermost modules that `xattn_parameters` counts whole, by name, in the order of
-    `model.named_modules()`; no parameters of their own, no layers."""
+    """The outermost modules of which `xattn_parameters` counts every parameter, by name.
+
+    They are in the order of `model.named_modules()`. A module without parameters is no layer, nor
+    is a list or dict of modules, whose elements are; raises TypeError if model is no module.
+    """
     check_module("model", model)
-    found: dict[str, nn.Module] = {}
+    layers: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        inside = name.startswith(tuple(f"{n}." for n in found))
-        called = CLASSES.search(type(module).__name__) or NAMES.search(name.rpartition(".")[2])
-        many = isinstance(module, (nn.ModuleList, nn.ModuleDict))
-        if name and called and not inside and not many and any(True for _ in module.parameters()):
-            found[name] = module
-    return found
+        inside = name.startswith(tuple(f"{n}." for n in layers))
+        counts = CLASSES.search(type(module).__name__) or NAMES.search(name.rpartition(".")[2])
+        container = isinstance(module, (nn.ModuleList, nn.ModuleDict))
+        has_parameters = any(True for _ in module.parameters())
+        if name and counts and not inside and not container and has_parameters:
+            layers[name] = module
+    return layers
 
 
 class LayerwiseWarmup:
-    """Layers are unfrozen one after the other: of n layers the first floor(n step / warmup) + 1.
+    """Unfreezes layers one after the other: of n layers the first floor(n step / warmup) + 1 train.
 
-    A layer that waits does not require grad and has no gradient, so that optimisers pass it over;
-    with its gate closed it is the identity meanwhile. What required no grad when this was made
-    stays frozen. Of a model in `DistributedDataParallel`, which notes once what requires grad, this
-    must be complete before, or `find_unused_parameters` be on.
+    A layer that waits does not require grad and has no gradient, so that optimisers skip it; with
+    its gate closed it is the identity meanwhile. Parameters that required no grad at construction
+    stay frozen. `DistributedDataParallel` records once which parameters require grad, so either
+    all layers are awake before a model is wrapped in it, or `find_unused_parameters` is on.
 
     Args:
         layers: modules in the order in which they wake, such as
             `list(cross_attention_layers(model).values())`.
-        warmup_steps: steps until all are awake, at least 1.
+        warmup_steps: the number of steps until all layers are awake, at least 1.
         order: "first" wakes the first layer first, "last" the last one.
 
     Raises:
@@ -122,12 +129,12 @@ class LayerwiseWarmup:
 
     @property
     def awake(self) -> int:
-        """How many layers train."""
+        """The number of layers that train."""
         n = len(self.layers)
         return min(n, n * self.steps // self.warmup_steps + 1)
 
     def step(self) -> None:
-        """After each step of the optimiser."""
+        """Counts a step; call it after each step of the optimiser."""
         self.steps += 1
         self._apply()
 
@@ -139,7 +146,7 @@ class LayerwiseWarmup:
                     p.grad = None
 
     def state_dict(self) -> dict:
-        """{"steps"}."""
+        """The number of steps: {"steps"}."""
         return {"steps": self.steps}
 
     def load_state_dict(self, state: dict) -> None:
@@ -151,16 +158,16 @@ class LayerwiseWarmup:
 class AttentionDropout:
     """Sets the dropout of attention weights, from `start` to `end` on a line over `total_steps`.
 
-    It is the attribute `dropout` or `dropout_p`, a number, of every module whose class is called
-    `...Attention...`: torch's and this package's `MultiheadAttention` among them, but none that
-    attends to top keys only, which has no dropout. Each new value is
-    a new graph for torch.compile, hence `every`.
+    It sets the attribute `dropout` or `dropout_p`, if that is a number, of every module whose class
+    is called `...Attention...`, such as torch's and this package's `MultiheadAttention`; modules
+    that attend to top keys only are left out, as they have no dropout. Each new value is a new
+    graph for torch.compile, hence `every`.
 
     Args:
-        model: with at least one such module.
-        start, end: in [0, 1).
-        total_steps: at least 1; after them `end` stays.
-        every: steps from one change to the next.
+        model: a model with at least one such module.
+        start, end: the dropout of the first step and after the last one, in [0, 1).
+        total_steps: the number of steps until `end` is reached, at least 1.
+        every: the number of steps from one change to the next.
 
     Raises:
         TypeError, ValueError: an argument is not among those named here.
@@ -197,7 +204,7 @@ class AttentionDropout:
         return self.start + (self.end - self.start) * t
 
     def step(self) -> None:
-        """After each step of the optimiser."""
+        """Counts a step; call it after each step of the optimiser."""
         self.steps += 1
         self._apply()
 
@@ -206,7 +213,7 @@ class AttentionDropout:
             setattr(module, name, self.value)
 
     def state_dict(self) -> dict:
-        """{"steps"}."""
+        """The number of steps: {"steps"}."""
         return {"steps": self.steps}
 
     def load_state_dict(self, state: dict) -> None:
@@ -216,4 +223,5 @@ class AttentionDropout:
 
 
 def chooses_keys(module: nn.Module) -> bool:
+    """Whether the module attends to top keys or top blocks only."""
     return any(getattr(module, name, None) is not None for name in ("top_k", "topk_blocks"))

@@ -1,5 +1,5 @@
-"""Training of whole systems: several data sets in one step, BLIP-2's two stages, and whether a
-model looks at its images."""
+"""Training of whole systems: mixtures of data sets, BLIP-2's two stages, and a test of whether a
+model uses its images."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from ..core.arguments import (
 )
 from .parameters import Frozen, freeze
 
-VISION = (
+VISION_NAMES = (
     "pixel_values", "image", "images", "media", "vision", "vision_x", "visual_features",
     "vision_features", "image_features", "image_embeds",
 )  # fmt: skip
 
 
 class DatasetMixture:
-    """One batch of each data set in every update, their gradients added up with weights.
+    """Mixes data sets: every update takes a batch of each, and their gradients add up with weights.
 
         g = sum_d weight_d grad loss_d
 
-    Each loss is differentiated before the next is computed, so that one graph at a time is in
-    memory. A data set that ends begins again, on its own; the others go on.
+    Each loss is differentiated before the next is computed, so that only one graph at a time is in
+    memory. A data set that ends starts again, independently of the others.
 
     Args:
         loaders: {name: iterable of batches}, each of which can be iterated again.
-        weights: {name: positive number}, the same names.
+        weights: {name: positive number}, with the same names.
 
     Raises:
         TypeError, ValueError: an argument is not among those named here.
@@ -63,7 +63,7 @@ class DatasetMixture:
         self.running: dict[str, Iterator] = {}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """{name: batch} without end; iterating again goes on where it was left."""
+        """{name: batch} without end; a second iteration continues where the first stopped."""
         while True:
             yield {name: self._next(name) for name in self.loaders}
 
@@ -88,13 +88,13 @@ class DatasetMixture:
         """Adds weight * gradient of every loss to the parameters' gradients.
 
         Args:
-            batches: one element of iterating.
-            loss_of: (name, batch) -> its loss, a scalar.
-            model: in `DistributedDataParallel`, whose gradients are then sent once.
-            scaler: scales the losses, with float16.
+            batches: one element of an iteration over this object.
+            loss_of: (name, batch) -> the loss of that batch, a scalar.
+            model: a `DistributedDataParallel`, which then exchanges gradients once.
+            scaler: the scaler of the losses, for float16.
 
         Returns:
-            {name: loss}, detached and without its weight.
+            {name: loss}, detached and without their weights.
 
         Raises:
             TypeError, ValueError: a loss is no scalar, or batches are not of these data sets.
@@ -117,8 +117,8 @@ class DatasetMixture:
 
 
 class Stage(NamedTuple):
-    """A stage of a training: what is frozen, what trains, its parameters by name, and which of
-    these required grad before."""
+    """A stage of a training: the frozen modules, the trained ones, the latter's parameters by name,
+    and whether each of these required grad before."""
 
     frozen: tuple[Frozen, ...]
     trained: tuple[nn.Module, ...]
@@ -126,12 +126,12 @@ class Stage(NamedTuple):
     required: dict[str, bool]
 
     def train(self) -> None:
-        """Training mode for what trains, evaluation for what is frozen."""
+        """Sets trained modules to training mode and frozen ones to evaluation mode."""
         for part in (*self.frozen, *self.trained):
             part.train()
 
     def undo(self) -> None:
-        """Everything requires grad as before; what was frozen is in its modes of before."""
+        """Restores which parameters require grad, and the modes of the frozen modules."""
         for name, p in self.trainable.items():
             p.requires_grad_(self.required[name])
         for part in reversed(self.frozen):
@@ -141,7 +141,7 @@ class Stage(NamedTuple):
 def alignment_stage(*, vision_encoder: nn.Module, qformer: nn.Module) -> Stage:
     """BLIP-2's first stage: the Q-Former learns from frozen images, by `stage_one_losses`.
 
-    Heads (projections of ITC and ITM) that are not in `qformer` are the caller's to train.
+    The caller trains the heads (the projections of ITC and ITM) that are not in `qformer`.
 
     Raises TypeError: an argument is no module.
 
@@ -158,11 +158,14 @@ def generation_stage(
     language_model: nn.Module,
     train_qformer: bool = False,
 ) -> Stage:
-    """BLIP-2's second stage: a projection joins Q-Former and a frozen language model, whose
-    `lm_loss(..., n_prefix=number of queries)` it learns from.
+    """BLIP-2's second stage: a projection of the Q-Former into a frozen language model learns by
+    `lm_loss(..., n_prefix=number of queries)`.
 
     Args:
-        train_qformer: it learns too, as in the published code; False: the projection alone does.
+        vision_encoder, language_model: frozen.
+        qformer: trained or frozen, see train_qformer.
+        projection: trained.
+        train_qformer: whether the Q-Former learns too, as in the published code.
 
     Raises TypeError: an argument is no module, or train_qformer no bool.
 
@@ -176,20 +179,20 @@ def generation_stage(
 
 
 def stage(frozen: dict[str, nn.Module], trained: dict[str, nn.Module]) -> Stage:
-    """Freezes the one and wakes the other; a parameter of both trains."""
+    """Freezes modules and makes others trainable; a parameter of both trains."""
     for name, module in (frozen | trained).items():
         check_module(name, module)
     trainable = {f"{n}.{k}": p for n, m in trained.items() for k, p in m.named_parameters()}
     required = {name: p.requires_grad for name, p in trainable.items()}
-    done = tuple(freeze(m) for m in frozen.values())
+    frozen_modules = tuple(freeze(m) for m in frozen.values())
     for p in trainable.values():
         p.requires_grad_(True)
-    return Stage(done, tuple(trained.values()), trainable, required)
+    return Stage(frozen_modules, tuple(trained.values()), trainable, required)
 
 
 class BlindBaseline(NamedTuple):
-    """Losses with the images and without; `gap` is blind_loss - loss, and `ignored` says that
-    there is hardly any."""
+    """The losses with and without images; `gap` is blind_loss - loss, and `ignored` tells whether
+    it is below the threshold."""
 
     loss: float
     blind_loss: float
@@ -206,17 +209,17 @@ def blind_baseline(
     blank: float | str | Callable[[Tensor], Tensor] = 0.0,
     threshold: float = 0.1,
 ) -> BlindBaseline:
-    """Whether the model ignores its images: its loss on a batch, and on the same one without them.
+    """The losses of a model on a batch with its images and without, which tell if it uses them.
 
     Args:
-        model: `model(**batch)` gives the loss, or something with a `loss`. A module is in
-            evaluation for both, and in the modes it had afterwards.
-        batch: keyword arguments of the model.
-        vision: which of them are the images; None: those of the usual names that are there.
-        blank: what takes their place: a number (0 is the mean image where pixels are normalised),
-            "other" for the image of the next element of the batch, which looks like an image, or a
-            function of the tensor.
-        threshold: vision counts as ignored if the two losses differ by less.
+        model: `model(**batch)` returns the loss, or an object or mapping with a `loss`. A module is
+            set to evaluation mode for both, and back to its modes afterwards.
+        batch: the keyword arguments of the model.
+        vision: the names of the images among them; None: all usual names that the batch has.
+        blank: the replacement of the images: a number (0 is the mean image where pixels are
+            normalised), "other" for the image of the next element of the batch, which looks like
+            an image, or a function of the tensor.
+        threshold: the images count as ignored if the two losses differ by less.
 
     Raises:
         TypeError, ValueError: an argument is not among those named here.
@@ -226,7 +229,7 @@ def blind_baseline(
     names = [vision] if isinstance(vision, str) else vision
     if names is not None:
         names = check_several("vision", names, str, "a name")
-    names = [n for n in VISION if n in batch] if names is None else names
+    names = [n for n in VISION_NAMES if n in batch] if names is None else names
     missing = [n for n in names if not isinstance(batch.get(n), Tensor)]
     if not names or missing:
         raise ValueError(
@@ -239,14 +242,16 @@ def blind_baseline(
     try:
         for module, _ in modes:
             module.training = False
-        loss, without = (loss_in(model(**b)) for b in (batch, blind))
+        loss, blind_loss = (loss_in(model(**b)) for b in (batch, blind))
     finally:
         for module, mode in modes:
             module.training = mode
-    return BlindBaseline(loss, without, without - loss, abs(without - loss) < threshold)
+    gap = blind_loss - loss
+    return BlindBaseline(loss, blind_loss, gap, abs(gap) < threshold)
 
 
 def blanked(images: Tensor, blank) -> Tensor:
+    """What replaces the images, of their shape; see `blind_baseline`."""
     if callable(blank):
         return blank(images)
     if blank == "other":
@@ -257,6 +262,7 @@ def blanked(images: Tensor, blank) -> Tensor:
 
 
 def loss_in(result) -> float:
+    """The loss in what a model returned; raises TypeError if it is no tensor of one value."""
     loss = result["loss"] if isinstance(result, Mapping) else getattr(result, "loss", result)
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise TypeError(f"model must give a loss of one value, got {type(loss).__name__}")

@@ -1,4 +1,4 @@
-"""Where reports of the monitor go besides its logger: callbacks for TensorBoard and wandb."""
+"""Callbacks that write the reports of the monitor to TensorBoard and wandb."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .report import StabilityReport
 
 
 class TensorBoardWriter:
-    """Writes the values of each report with torch's `SummaryWriter`, and warnings as text.
+    """Writes the values and warnings of each report with torch's `SummaryWriter`.
 
     Args:
         writer: a `SummaryWriter`, or the folder of a new one (None: its default).
@@ -41,14 +41,14 @@ class TensorBoardWriter:
 class WandbWriter:
     """Logs the values of each report, and the number of its warnings, to a wandb run.
 
-    wandb's own steps only grow and a report may come late, so its step is a value of its own,
-    `stability/step`, against which the others are drawn.
+    wandb's steps only grow and a report may come late, so the step of a report is logged as the
+    value `stability/step`, against which wandb draws the others.
 
     Args:
         run: what `wandb.init` returned; None takes the run that is active, or starts one.
 
     Raises:
-        TypeError: run is no such thing.
+        TypeError: run is neither a wandb run nor None.
         ImportError: wandb is not installed.
     """
 
@@ -68,5 +68,5 @@ class WandbWriter:
     def __call__(self, report: StabilityReport) -> None:
         """Logs one report."""
         values = {f"stability/{name}": value for name, value in report.values.items()}
-        of_report = {"stability/step": report.step, "stability/warnings": len(report.warnings)}
-        self.run.log(values | of_report)
+        counts = {"stability/step": report.step, "stability/warnings": len(report.warnings)}
+        self.run.log(values | counts)

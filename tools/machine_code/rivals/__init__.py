@@ -2,6 +2,6 @@
 
     python -m tools.machine_code.rivals --arch 80 90 --out benchmarks/results/static
 
-`textbook` is the algorithm with nothing around it, `flex` what torch.compile makes of
-FlexAttention, `compare` counts both and ours.
+`textbook` is the algorithm without any options, `flex` are the kernels that torch.compile generates
+for FlexAttention, and `compare` counts both and ours.
 """

@@ -1,4 +1,4 @@
-"""Ours, the textbook's and FlexAttention's kernels, counted the same way at the same shapes."""
+"""Counts of our, the textbook's and FlexAttention's kernels, of one kind and at the same shapes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class RivalRow:
 
 
 def rows_of_ours(arch: int, D: int) -> Iterator[RivalRow]:
-    """The report's case of many queries with intervals; a tile that is cut is a masked one."""
+    """Our rows, from the report's case of many queries; tiles that intervals cut are masked."""
     import triton
 
     for report in read_report(report_file(RESULTS, triton.__version__)):
@@ -57,18 +57,20 @@ def rows_of_ours(arch: int, D: int) -> Iterator[RivalRow]:
 
 
 def row_of_loops(arch: int, D: int, kernel: str, provider: str, compiled, tile: tuple, log: str):
-    """The row of a compiled kernel: the shortest loop that does the tile's multiply-adds stands for
-    full tiles, the longest one for masked tiles; None where it has no such loop."""
+    """The row of a compiled kernel, None if no loop does the multiply-adds of a tile.
+
+    The shortest such loop stands for full tiles, the longest one for masked tiles.
+    """
     block_q, block_k, num_warps, num_stages = tile
     macs = sum(PRODUCTS[kernel]) * D * block_q * block_k
-    found = [
+    candidates = [
         loop_fields(arch, loop, (block_q, block_k, macs, False), num_warps, compiled.asm["ptx"])
         for loop in tensor_loops(parse_sass(disassemble(compiled.asm["cubin"])))
     ]
-    found = [fields for fields in found if fields["work"] == 1.0]
-    if not found:
+    whole_tiles = [fields for fields in candidates if fields["work"] == 1.0]
+    if not whole_tiles:
         return None
-    full, masked = found[0], found[-1]
+    full, masked = whole_tiles[0], whole_tiles[-1]
     return RivalRow(
         arch, D, kernel, provider, *tile, **resources(log), per_1000=full["per_1000"],
         per_1000_masked=masked["per_1000"] if masked is not full else 0.0,
@@ -77,6 +79,7 @@ def row_of_loops(arch: int, D: int, kernel: str, provider: str, compiled, tile: 
 
 
 def textbook_row(arch: int, D: int, kernel: str, tile: tuple, causal: bool) -> RivalRow:
+    """The row of one textbook kernel, compiled with this tile."""
     import torch
 
     from . import textbook
@@ -94,12 +97,12 @@ def textbook_row(arch: int, D: int, kernel: str, tile: tuple, causal: bool) -> R
             textbook.forward(q, k, v, 0.125, causal, **options)
         else:
             getattr(textbook, kernel)(q, q, lse, q, k, v, 0.125, causal, **options)
-    ((_, found, _, log),) = compiled
-    return row_of_loops(arch, D, kernel, "textbook", found, tile, log)
+    ((_, machine_code, _, log),) = compiled
+    return row_of_loops(arch, D, kernel, "textbook", machine_code, tile, log)
 
 
 def rows_of_textbook(arch: int, D: int) -> Iterator[RivalRow]:
-    """With our tiles, so that the code alone differs."""
+    """The textbook's rows, with our tiles so that the code alone differs."""
     for kernel in KERNELS:
         ours = lookup(kernel, arch, D, D, HALF, True, ANY)
         tile = (ours.block_q, ours.block_k, ours.num_warps, ours.num_stages)
@@ -108,16 +111,16 @@ def rows_of_textbook(arch: int, D: int) -> Iterator[RivalRow]:
 
 
 def rows_of_flex(arch: int, D: int) -> Iterator[RivalRow]:
-    """torch's default configuration; dq and dkdv are two pairs of loops of one kernel."""
+    """FlexAttention's rows in its default configuration; dq and dkdv are loops of one kernel."""
     from . import flex
 
     forward, backward = flex.compile_kernels(arch, D)
-    places = {
+    sources = {
         "forward": (forward, "BLOCK_M", "BLOCK_N"),
         "dq": (backward, "BLOCK_M2", "BLOCK_N2"),
         "dkdv": (backward, "BLOCK_M1", "BLOCK_N1"),
     }
-    for kernel, ((constants, compiled, options, log), rows, keys) in places.items():
+    for kernel, ((constants, compiled, options, log), rows, keys) in sources.items():
         tile = (constants[rows], constants[keys], options["num_warps"], options["num_stages"])
         yield row_of_loops(arch, D, kernel, "flex", compiled, tile, log)
 
@@ -134,8 +137,8 @@ def compare(archs: list[int], widths: list[int]) -> Iterator[list[RivalRow]]:
 def merge(old: list[RivalRow], new: list[RivalRow]) -> list[RivalRow]:
     """`new` and the other rows of `old`, in the order of the tables."""
     order = {name: n for n, name in enumerate([*KERNELS, *PROVIDERS])}
-    found = {(r.arch, r.D, order[r.kernel], order[r.provider]): r for r in [*old, *new]}
-    return [found[key] for key in sorted(found)]
+    by_key = {(r.arch, r.D, order[r.kernel], order[r.provider]): r for r in [*old, *new]}
+    return [by_key[key] for key in sorted(by_key)]
 
 
 def rivals_file(folder: Path, triton: str) -> Path:
@@ -144,12 +147,12 @@ def rivals_file(folder: Path, triton: str) -> Path:
 
 def read(path: Path) -> tuple[list[RivalRow], dict[str, str]]:
     """The rows, and the versions of torch and Triton that made them; empty without a file."""
-    found = json.loads(path.read_text()) if path.exists() else {"rows": [], "versions": {}}
-    return [RivalRow(**row) for row in found["rows"]], found["versions"]
+    record = json.loads(path.read_text()) if path.exists() else {"rows": [], "versions": {}}
+    return [RivalRow(**row) for row in record["rows"]], record["versions"]
 
 
 def write(rows: list[RivalRow], versions: dict[str, str], path: Path) -> None:
-    """The versions, then one row a line."""
+    """Writes the versions, then one row a line."""
     lines = ",\n".join(json.dumps(asdict(row), separators=(",", ":")) for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f'{{"versions":{json.dumps(versions)},"rows":[\n{lines}\n]}}\n')

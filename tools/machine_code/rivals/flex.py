@@ -1,11 +1,11 @@
-"""The Triton kernels that torch.compile makes of FlexAttention, without a GPU.
+"""The Triton kernels that torch.compile generates for FlexAttention, without a GPU.
 
 FlexAttention with a "last image" document mask is traced, forward and backward, on fake CPU
 tensors; the two graphs are moved to a CUDA device that exists in name only, and Inductor lowers
-them with the configuration that torch chooses for that device by default. What comes out is the
-source that a user's torch.compile writes, rendered here from the installed torch; none of it is
-kept in this repository. The kernels hold the masked (partial) and the unmasked (full) tiles in
-separate loops, and the backward is one kernel, in which some programs compute dq and others dk, dv.
+them with the configuration that torch chooses for that device by default. The result is the source
+that a user's torch.compile writes, rendered here from the installed torch; none of it is kept in
+this repository. The kernels process masked (partial) and unmasked (full) tiles in separate loops,
+and the backward is one kernel, in which some programs compute dq and others dk and dv.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def training_graphs(D: int) -> list[fx.GraphModule]:
 
 
 def move_to_cuda(graph: fx.GraphModule, mode: FakeTensorMode) -> list[Tensor]:
-    """Rewrites the graph for CUDA tensors; returns its inputs."""
+    """The inputs of the graph, after it was rewritten for CUDA tensors."""
 
     def move(t: Tensor) -> Tensor:
         with mode:
@@ -90,7 +90,7 @@ def move_to_cuda(graph: fx.GraphModule, mode: FakeTensorMode) -> list[Tensor]:
 
 @contextlib.contextmanager
 def pretended_device(arch: int) -> Iterator[None]:
-    """Inductor finds one CUDA device of this architecture."""
+    """A context in which Inductor finds one CUDA device of this architecture."""
     from torch._dynamo.device_interface import CudaInterface
     from torch._inductor import scheduler
 
@@ -105,13 +105,13 @@ def pretended_device(arch: int) -> Iterator[None]:
     }  # fmt: skip
     with contextlib.ExitStack() as stack:
 
-        def patch(thing, name: str, answer) -> None:
-            stack.enter_context(mock.patch.object(thing, name, answer))
+        def patch(owner, name: str, answer) -> None:
+            stack.enter_context(mock.patch.object(owner, name, answer))
 
         for name, value in answers.items():
             patch(torch.cuda, name, lambda *_, value=value: value)
-        for thing in (CudaInterface, CudaInterface.Worker):
-            patch(thing, "get_device_properties", staticmethod(lambda *_: properties))
+        for interface in (CudaInterface, CudaInterface.Worker):
+            patch(interface, "get_device_properties", staticmethod(lambda *_: properties))
         patch(CudaInterface, "get_compute_capability", staticmethod(lambda *_: arch))
         patch(CudaInterface, "is_available", staticmethod(lambda: True))
         patch(scheduler, "has_triton", lambda: True)
@@ -119,7 +119,7 @@ def pretended_device(arch: int) -> Iterator[None]:
 
 
 def generated_code(graph: fx.GraphModule, arch: int) -> str:
-    """What Inductor writes for the graph."""
+    """The source that Inductor writes for the graph."""
     from torch._inductor.debug import DebugContext
     from torch._inductor.graph import GraphLowering
     from torch._inductor.virtualized import V
@@ -138,20 +138,20 @@ def attention_kernel(code: str, folder: Path) -> tuple:
     from torch._inductor.runtime import triton_heuristics
 
     ((name, text),) = KERNEL_TEXT.findall(code)
-    path, found = folder / f"{name}.py", {}
+    path, decoration = folder / f"{name}.py", {}
     path.write_text(text)
 
     def template(**options):
-        found.update(options)
+        decoration.update(options)
         return lambda kernel: kernel
 
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     with mock.patch.object(triton_heuristics, "template", template):
         spec.loader.exec_module(module)
-    options = {option: found[option] for option in ("num_warps", "num_stages")}
-    signature = found["triton_meta"]["signature"].values()
-    return getattr(module, name), signature, options, found["inductor_meta"]["config_args"]
+    options = {option: decoration[option] for option in ("num_warps", "num_stages")}
+    signature = decoration["triton_meta"]["signature"].values()
+    return getattr(module, name), signature, options, decoration["inductor_meta"]["config_args"]
 
 
 def compile_kernels(arch: int, D: int) -> list[tuple]:
@@ -159,12 +159,12 @@ def compile_kernels(arch: int, D: int) -> list[tuple]:
     from ..triton_grid import compile_only
 
     dtypes = {"*bf16": torch.bfloat16, "*fp32": torch.float32, "*i32": torch.int32}
-    found = []
+    kernels = []
     with compile_only(arch) as compiled, tempfile.TemporaryDirectory() as folder:
         for graph in training_graphs(D):
             code = generated_code(graph, arch)
             kernel, signature, options, constants = attention_kernel(code, Path(folder))
             pointers = [torch.empty(1, dtype=dtypes[t], device="meta") for t in signature]
             kernel[(1,)](*pointers, **options)
-            found.append((constants, *compiled[-1][1:]))
-    return found
+            kernels.append((constants, *compiled[-1][1:]))
+    return kernels

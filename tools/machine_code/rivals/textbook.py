@@ -1,7 +1,8 @@
-"""Flash attention as a textbook has it: dense or causal, lengths divisible by the tile, no options.
+"""Flash attention as in a textbook: dense or causal, lengths divisible by the tile, no options.
 
-No interval, no bias, no bounds: what the algorithm itself costs, as a floor to compare with. q
-[BH, Nq, D], k and v [BH, Nk, D], contiguous; causal needs Nq == Nk. lse is kept in log2 units.
+Without interval, bias and bounds it shows the cost of the algorithm itself, as a floor to compare
+with. q [BH, Nq, D], k and v [BH, Nk, D] are contiguous; causal needs Nq == Nk; lse is in log2
+units.
 """
 
 import torch
