@@ -9,11 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Call
+from .launch import Launch
 from .scores import (
     forbid_outside,
     key_ranges,
     log2_probability,
+    pair_rows,
     plus_rows,
     probability_gradient,
     row_offsets,
@@ -21,101 +22,101 @@ from .scores import (
     score_gradient,
     tile_scores,
 )
+from .structs import Pair, PairSizes, Upstream
 from .tiles import dot_nt, load_rows, load_tile
 
 
 @triton.jit
 def dbias_kernel(
     dbias,  # float32 [n_splits, *bias.shape], contiguous
-    bias_B, bias_H, bias_Nq, bias_Nk,  # each 1 or full
-    dout, stride_dout, lse, lse_low, minus_delta, dentropy, dweights, stride_dweights,
-    q, stride_q, k, stride_k, v, stride_v,
-    bias, stride_bias, mask, stride_mask,
-    start, stride_start, stop, stride_stop,
-    scale, scale_tensor, stride_scale, softcap, seed, threshold, p_factor,
-    B, Hkv, Nq, Nk, n_splits,
-    D: tl.constexpr, DV: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_V: tl.constexpr,
-    GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    ALIGN: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    q_tiles, k_tiles = tl.cdiv(Nq, BLOCK_Q), tl.cdiv(Nk, BLOCK_K)
-    own_q, own_k = tl.cdiv(bias_Nq, BLOCK_Q), tl.cdiv(bias_Nk, BLOCK_K)
+    size,  # PairSizes, of the bias
+    up,  # Upstream
+    x,  # Operands
+    s,  # Scores
+    dropout,  # Dropout
+    n,  # Sizes
+    n_splits,
+    T: tl.constexpr,  # Tiling
+):
+    q_tiles, k_tiles = tl.cdiv(n.Nq, T.BLOCK_Q), tl.cdiv(n.Nk, T.BLOCK_K)
+    bias_q_tiles, bias_k_tiles = tl.cdiv(size.Nq, T.BLOCK_Q), tl.cdiv(size.Nk, T.BLOCK_K)
     pid = tl.program_id(0).to(tl.int64)
-    own_j, pid = pid % own_k, pid // own_k
-    own_i, pid = pid % own_q, pid // own_q
-    own_h, pid = pid % bias_H, pid // bias_H
-    own_b, split = pid % bias_B, pid // bias_B
+    bias_j, pid = pid % bias_k_tiles, pid // bias_k_tiles
+    bias_i, pid = pid % bias_q_tiles, pid // bias_q_tiles
+    bias_h, pid = pid % size.H, pid // size.H
+    bias_b, split = pid % size.B, pid // size.B
     # how many batches, heads and tiles are summed into this one
-    n_b, n_h = B // bias_B, Hkv * GROUP // bias_H
-    n_i = tl.where(bias_Nq == Nq, 1, q_tiles)
-    n_j = tl.where(bias_Nk == Nk, 1, k_tiles)
+    n_b, n_h = n.B // size.B, n.Hkv * T.GROUP // size.H
+    n_i = tl.where(size.Nq == n.Nq, 1, q_tiles)
+    n_j = tl.where(size.Nk == n.Nk, 1, k_tiles)
     n_terms = n_b * n_h * n_i * n_j
     per_split = tl.cdiv(n_terms, n_splits)
     # [BLOCK_Q, BLOCK_K]
-    acc = tl.full([BLOCK_Q, BLOCK_K], 0.0, tl.float32)
+    acc = tl.full([T.BLOCK_Q, T.BLOCK_K], 0.0, tl.float32)
     for term in range(split * per_split, tl.minimum(n_terms, (split + 1) * per_split)):
-        j = ((own_j + term % n_j) * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int32)
-        i = ((own_i + term // n_j % n_i) * BLOCK_Q + tl.arange(0, BLOCK_Q)).to(tl.int32)
-        h = own_h + term // (n_j * n_i) % n_h
-        b = own_b + term // (n_j * n_i * n_h)
-        row_mask, there = i < Nq, j < Nk
-        first, last, key_begin, key_end, _, _ = key_ranges(
-            start, stop, stride_start, stride_stop, b, i, row_mask, Nk
-        )
-        if (tl.min(j) < key_end) & (tl.max(j) >= key_begin):
-            h_rows = (tl.full([BLOCK_Q], 0, tl.int64) + h).to(tl.int32)
+        j = ((bias_j + term % n_j) * T.BLOCK_K + tl.arange(0, T.BLOCK_K)).to(tl.int32)
+        i = ((bias_i + term // n_j % n_i) * T.BLOCK_Q + tl.arange(0, T.BLOCK_Q)).to(tl.int32)
+        h = bias_h + term // (n_j * n_i) % n_h
+        b = bias_b + term // (n_j * n_i * n_h)
+        row_mask, exists = i < n.Nq, j < n.Nk
+        keys = key_ranges(s, b, i, row_mask, n.Nk)
+        if (tl.min(j) < keys.end) & (tl.max(j) >= keys.begin):
+            h_rows = (tl.full([T.BLOCK_Q], 0, tl.int64) + h).to(tl.int32)
+            pair = Pair(b, h_rows[:, None], i[:, None], j[None, :])
             # [BLOCK_Q, D], [BLOCK_K, D], [BLOCK_Q, DV], [BLOCK_K, DV]
-            q_tile = load_tile(q, row_offsets(stride_q, b, h, i), row_mask, D, CHUNKS, ALIGN)
-            k_tile = load_tile(k, row_offsets(stride_k, b, h // GROUP, j), there, D, CHUNKS, ALIGN)
-            dout_tile = load_tile(
-                dout, row_offsets(stride_dout, b, h, i), row_mask, DV, CHUNKS_V, ALIGN
-            )
-            v_tile = load_tile(
-                v, row_offsets(stride_v, b, h // GROUP, j), there, DV, CHUNKS_V, ALIGN
-            )
-            rs = row_scale(scale, scale_tensor, stride_scale, h)
-            s = tile_scores(
-                dot_nt(q_tile, k_tile, CHUNKS, PRECISION), rs, softcap,
-                bias, row_offsets(stride_bias, b, h_rows, i)[:, None], stride_bias,
-                mask, row_offsets(stride_mask, b, h_rows, i)[:, None], stride_mask,
-                row_mask[:, None], j[None, :], Nk,
-            )[0]  # fmt: skip
-            s = forbid_outside(s, first, last, j[None, :])
-            rows = (b * Hkv * GROUP + h) * Nq + i
-            row_lse, row_low, row_minus_delta, row_dentropy = load_rows(
-                lse, lse_low, minus_delta, dentropy, rows, row_mask, 1
-            )
-            log2_p = log2_probability(s, row_lse, row_low, bias)
-            p = tl.exp2(log2_p)
-            dp = probability_gradient(
-                dot_nt(dout_tile, v_tile, CHUNKS_V, PRECISION), dweights,
-                row_offsets(stride_dweights, b, h_rows, i)[:, None], stride_dweights,
-                p_factor, seed, threshold,
-                b, h_rows[:, None], i[:, None], row_mask[:, None], j[None, :], Nk,
+            rows = row_offsets(x.q.stride, b, h, i)
+            q_tile = load_tile(x.q.ptr, rows, row_mask, T.D, T.CHUNKS, T.ALIGN)
+            rows = row_offsets(x.k.stride, b, h // T.GROUP, j)
+            k_tile = load_tile(x.k.ptr, rows, exists, T.D, T.CHUNKS, T.ALIGN)
+            rows = row_offsets(up.dout.stride, b, h, i)
+            dout_tile = load_tile(up.dout.ptr, rows, row_mask, T.DV, T.CHUNKS_V, T.ALIGN)
+            rows = row_offsets(x.v.stride, b, h // T.GROUP, j)
+            v_tile = load_tile(x.v.ptr, rows, exists, T.DV, T.CHUNKS_V, T.ALIGN)
+            rs = row_scale(s.scale, h)
+            score, _ = tile_scores(
+                dot_nt(q_tile, k_tile, T.CHUNKS, T.PRECISION), rs, s,
+                pair_rows(s.bias, b, h_rows, i, 1), pair_rows(s.mask, b, h_rows, i, 1),
+                row_mask[:, None], j[None, :], n.Nk,
             )  # fmt: skip
-            t = plus_rows(dp, row_minus_delta, True)
-            ds = score_gradient(p, log2_p, t, row_lse, dentropy, row_dentropy, True)
+            score = forbid_outside(score, keys.first, keys.last, j[None, :])
+            rows = (b * n.Hkv * T.GROUP + h) * n.Nq + i
+            row = load_rows(up.rows, rows, row_mask, 1)
+            log2_p = log2_probability(score, row, True)
+            p = tl.exp2(log2_p)
+            dp = dot_nt(dout_tile, v_tile, T.CHUNKS_V, T.PRECISION)
+            weight_rows = pair_rows(up.dweights, b, h_rows, i, 1)
+            dp = probability_gradient(
+                dp, up.dweights, weight_rows, dropout, pair, row_mask[:, None], n.Nk
+            )
+            t = plus_rows(dp, row.minus_delta, True)
+            ds = score_gradient(p, log2_p, t, row, True)
             # padding may hold NaN, and 0 * NaN would reach the bias beside it
-            acc += forbid_outside(ds, first, last, j[None, :], 0.0)
+            acc += forbid_outside(ds, keys.first, keys.last, j[None, :], 0.0)
 
-    if bias_Nq != Nq:
-        acc = tl.where(tl.arange(0, BLOCK_Q)[:, None] == 0, tl.sum(acc, 0)[None, :], 0.0)
-    if bias_Nk != Nk:
-        acc = tl.where(tl.arange(0, BLOCK_K)[None, :] == 0, tl.sum(acc, 1)[:, None], 0.0)
-    i = own_i * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    j = own_j * BLOCK_K + tl.arange(0, BLOCK_K)
-    rows = (((split * bias_B + own_b) * bias_H + own_h) * bias_Nq + i) * bias_Nk
-    there = (i < bias_Nq)[:, None] & (j < bias_Nk)[None, :]
-    tl.store(dbias + rows[:, None] + j[None, :], acc, there)
+    if size.Nq != n.Nq:
+        acc = tl.where(tl.arange(0, T.BLOCK_Q)[:, None] == 0, tl.sum(acc, 0)[None, :], 0.0)
+    if size.Nk != n.Nk:
+        acc = tl.where(tl.arange(0, T.BLOCK_K)[None, :] == 0, tl.sum(acc, 1)[:, None], 0.0)
+    i = bias_i * T.BLOCK_Q + tl.arange(0, T.BLOCK_Q)
+    j = bias_j * T.BLOCK_K + tl.arange(0, T.BLOCK_K)
+    rows = (((split * size.B + bias_b) * size.H + bias_h) * size.Nq + i) * size.Nk
+    exists = (i < size.Nq)[:, None] & (j < size.Nk)[None, :]
+    tl.store(dbias + rows[:, None] + j[None, :], acc, exists)
 
 
-def backward_dbias(call: Call, rows: tuple) -> Tensor:
-    config, bias = call.config("dbias"), call.bias
+def backward_dbias(launch: Launch, up: Upstream) -> Tensor:
+    """dbias, like the bias."""
+    call, config, bias = launch.call, launch.config("dbias"), launch.call.bias
     blocks = (config.block_q, config.block_k)
     tiles = [triton.cdiv(n, b) for n, b in zip(bias.shape[2:], blocks, strict=True)]
     programs = bias.shape[0] * bias.shape[1] * tiles[0] * tiles[1]
-    all_tiles = triton.cdiv(call.Nq, config.block_q) * call.key_tiles(config) * call.B * call.Hq
-    n_splits = call.splits(programs, all_tiles // programs)
+    q_tiles = triton.cdiv(call.Nq, config.block_q)
+    all_tiles = q_tiles * launch.key_tiles(config) * call.B * call.Hq
+    n_splits = launch.splits(programs, all_tiles // programs)
     dbias = bias.new_empty((n_splits, *bias.shape), dtype=torch.float32)
-    call.launch(dbias_kernel, config, programs * n_splits, (dbias, *bias.shape, *rows), n_splits)
+    launch.run(
+        dbias_kernel, programs * n_splits, config,
+        dbias, PairSizes(*bias.shape), up, launch.operands(), launch.scores(), launch.dropout(),
+        launch.sizes(), n_splits, T=launch.tiling(config, up.dout.ptr),
+    )  # fmt: skip
     return dbias.sum(0).to(bias.dtype)

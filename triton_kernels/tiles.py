@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from triton.language.target_info import current_target, is_cuda
 
+from .structs import RowTerms
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # parts of a walk over tiles, see `keys_of_part`
@@ -147,11 +149,13 @@ def packed_rows(tile, hkv, Nq, BLOCK_Q: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
-def row_bounds(start, stop, stride_start, stride_stop, b, i, row_mask, Nk):
-    """Key interval of each row, clamped to [0, Nk]; an empty one is (Nk, 0)."""
+def row_bounds(s, b, i, row_mask, Nk):
+    """The key interval of each row by the `Scores` s, clamped to [0, Nk]; an empty one is (Nk, 0)."""
     i = i.to(tl.int64)
-    first = tl.load(start + b * stride_start[0] + i * stride_start[1], mask=row_mask, other=0)
-    last = tl.load(stop + b * stride_stop[0] + i * stride_stop[1], mask=row_mask, other=0)
+    starts = s.start.ptr + b * s.start.stride[0] + i * s.start.stride[1]
+    stops = s.stop.ptr + b * s.stop.stride[0] + i * s.stop.stride[1]
+    first = tl.load(starts, mask=row_mask, other=0)
+    last = tl.load(stops, mask=row_mask, other=0)
     first, last = tl.maximum(first, 0), tl.minimum(last, Nk)
     empty = first >= last
     return tl.where(empty, Nk, first), tl.where(empty, 0, last)
@@ -172,10 +176,11 @@ def tanh(x):
 
 
 @triton.jit
-def dropout_keep(seed, b, h, i, j, threshold):
-    """Whether dropout keeps (b, h, i, j): Philox4x32-10, one counter each; see reference.py."""
-    b = tl.full([1, 1], 0, tl.int32) + b.to(tl.int32)
-    return tl.philox(seed, j.to(tl.int32), i.to(tl.int32), h.to(tl.int32), b)[0] >= threshold
+def dropout_keep(seed, pair, threshold):
+    """Whether dropout keeps each `Pair`: Philox4x32-10, one counter each; see reference.py."""
+    b = tl.full([1, 1], 0, tl.int32) + pair.b.to(tl.int32)
+    j, i, h = pair.j.to(tl.int32), pair.i.to(tl.int32), pair.h.to(tl.int32)
+    return tl.philox(seed, j, i, h, b)[0] >= threshold
 
 
 @triton.jit
@@ -211,13 +216,11 @@ def split_range(begin, end, split, n_splits, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def blocks_of_tile(
-    blocks, n_chosen, n_blocks, b, hkv, Hkv, tile, Nq,
-    QUERIES: tl.constexpr, BLOCK_Q: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """(pointer to the blocks that this row tile attends to, their number), see `Blocks`."""
-    at = (b * Hkv + hkv) * tl.cdiv(Nq, QUERIES) + tile * BLOCK_Q // (QUERIES * GROUP)
-    return blocks + at * n_blocks, tl.load(n_chosen + at)
+def blocks_of_tile(lists, head, tile, Nq, T: tl.constexpr, W: tl.constexpr):
+    """(pointer to the blocks that this row tile of a key head attends to, their number), by the
+    `BlockLists` of a walk over keys."""
+    choice = head * tl.cdiv(Nq, W.QUERIES) + tile * T.BLOCK_Q // (W.QUERIES * T.GROUP)
+    return lists.ids + choice * lists.n_blocks, tl.load(lists.counts + choice)
 
 
 @triton.jit
@@ -301,28 +304,26 @@ def rows_of_part(begin, end, n_whole, PART: tl.constexpr):
 
 
 @triton.jit
-def load_rows(
-    lse, lse_low, minus_delta, dentropy, rows, row_mask, AXIS: tl.constexpr,
-    no_row=float("inf"), at=0,
-):  # fmt: skip
-    """(lse, lse_low, minus_delta, dentropy) of the rows at + `rows`, 0 for None; with a dimension
-    of one at AXIS.
+def load_rows(terms, rows, row_mask, AXIS: tl.constexpr, no_row=float("inf"), first=0):
+    """The `RowTerms` of the rows at first + `rows`, with a dimension of one at AXIS: 0 for a tensor
+    that is not there, and None for dentropy.
 
     lse is +inf for a row without keys, so that p = 0, and `no_row` where there is no row.
     """
-    row_lse = load_row(lse + at, rows, row_mask, no_row, AXIS)
-    row_low, row_minus_delta, row_dentropy = 0.0, 0.0, 0.0
-    if lse_low is not None:
-        row_low = load_row(lse_low + at, rows, row_mask, 0.0, AXIS)
-    if minus_delta is not None:
-        row_minus_delta = load_row(minus_delta + at, rows, row_mask, 0.0, AXIS)
-    if dentropy is not None:
-        row_dentropy = load_row(dentropy + at, rows, row_mask, 0.0, AXIS)
-    return row_lse, row_low, row_minus_delta, row_dentropy
+    lse = load_row(terms.lse + first, rows, row_mask, no_row, AXIS)
+    lse_low, minus_delta, dentropy = 0.0, 0.0, None
+    if terms.lse_low is not None:
+        lse_low = load_row(terms.lse_low + first, rows, row_mask, 0.0, AXIS)
+    if terms.minus_delta is not None:
+        minus_delta = load_row(terms.minus_delta + first, rows, row_mask, 0.0, AXIS)
+    if terms.dentropy is not None:
+        dentropy = load_row(terms.dentropy + first, rows, row_mask, 0.0, AXIS)
+    return RowTerms(lse, lse_low, minus_delta, dentropy)
 
 
 @triton.jit
 def load_row(base, rows, row_mask, other, AXIS: tl.constexpr):
+    """A number of each row, with a dimension of one at AXIS."""
     if row_mask is None:
         return tl.expand_dims(tl.load(base + rows), AXIS)
     else:

@@ -6,69 +6,57 @@ the backward is the choice itself, so that a score that rounds differently there
 one bit per key, or the indices where those are fewer bytes.
 """
 
-from torch import Tensor
+from dataclasses import replace
 
-from ..core.layout import saves_indices, zero_gradients
-from . import cross_attention, cross_attention_backward, topk_gather
+from ..core.call import TopKAttentionCall
+from ..core.kernel_op import Gradients, Needs
+from ..core.layout import (
+    AttentionResults,
+    TopKResults,
+    row_gradient,
+    saves_indices,
+    zero_gradients,
+)
+from . import cross_attention, topk_gather
 from .configs import gathers
-from .launch import Call
 from .topk_candidates import choose
 from .topk_selection import to_bits, to_indices
 
 
-def forward(
-    q, k, v, scale_tensor, start, stop, mask, scale, top_k, statistics, with_indices, allow_tf32
-) -> tuple[Tensor, ...]:
-    """(out, lse, entropy, max_probability, bits, indices): what was not asked for has no elements.
-
-    Arguments as `cross_attention.forward` takes them. bits int32 [B, Hq, Nq, ceil(Nk / 32)], or
-    without elements where `saves_indices`; indices int32 [B, Hq, Nq, top_k], there or with
-    `with_indices`.
-    """
-    call = Call(q, k, v, None, scale_tensor, start, stop, mask, None, scale, 0.0, 0.0, allow_tf32)
-    Nk, indexed = call.Nk, saves_indices(call.Nk, top_k)
+def forward(call: TopKAttentionCall) -> TopKResults:
+    """The results of a call by keys. bits int32 [B, Hq, Nq, ceil(Nk / 32)] are there unless
+    `saves_indices`; indices int32 [B, Hq, Nq, top_k] there, or where they are asked for."""
+    Nk, top_k = call.Nk, call.top_k
+    indexed = saves_indices(Nk, top_k)
     if indexed and gathers("forward", Nk, top_k):
         indices = choose(call, top_k, True)
-        results = topk_gather.forward(call, indices, statistics)
-        return *results, indices.new_empty(0), indices
+        return TopKResults(*topk_gather.forward(call, indices), None, indices)
     bits = choose(call, min(top_k, Nk), False)
-    out, lse, _, entropy, max_probability = cross_attention.forward(
-        q, k, v, None, scale_tensor, start, stop, bits if Nk else None, None, scale, 0.0, 0.0,
-        statistics, allow_tf32,
-    )  # fmt: skip
-    empty = bits.new_empty(0)
-    indices = to_indices(bits, Nk, top_k) if indexed or with_indices else empty
-    return out, lse, entropy, max_probability, bits.new_empty(0) if indexed else bits, indices
+    results = cross_attention.forward(replace(call, mask=bits if Nk else None))
+    indices = to_indices(bits, Nk, top_k) if indexed or call.return_indices else None
+    return TopKResults(*results, None if indexed else bits, indices)
 
 
 def backward(
-    dout, dlse, dentropy, q, k, v, scale_tensor, start, stop, selected, out, lse, entropy,
-    scale, top_k, allow_tf32, needs,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dq, dk, dv, dscale); those that are not in the four `needs` have no elements.
+    upstream: TopKResults, call: TopKAttentionCall, results: TopKResults, needs: Needs
+) -> Gradients:
+    """The gradients that `needs` names, of q, k, v and scale_tensor; the choice is that of the
+    forward, its bits or its indices, whichever are saved."""
+    Nk, top_k = call.Nk, call.top_k
+    if results.out.numel() == 0:
+        return zero_gradients(call, needs)
+    upstream, attended = attention_part(upstream), attention_part(results)
+    if results.bits is not None:
+        bits = results.bits
+    elif gathers("backward", Nk, top_k):
+        upstream = upstream._replace(out=row_gradient(upstream.out, results.out))
+        return topk_gather.backward(upstream, call, attended, results.indices, needs)
+    else:
+        bits = to_bits(results.indices, Nk)
+    call = replace(call, mask=bits if Nk else None)
+    return cross_attention.backward(upstream, call, attended, needs)
 
-    selected: the indices or the bits of `forward`, whichever are saved; the rest as in
-    `cross_attention_backward.backward`.
-    """
-    Nk, indexed = k.shape[2], saves_indices(k.shape[2], top_k)
-    if out.numel() == 0:
-        return zero_gradients((q, k, v, scale_tensor), needs, 3)
-    if dout is None:
-        dout = out.new_zeros(out.shape)
-    elif dout.stride(3) != 1:
-        dout = dout.contiguous()
-    if indexed and gathers("backward", Nk, top_k):
-        call = Call(
-            q, k, v, None, scale_tensor, start, stop, None, None, scale, 0.0, 0.0, allow_tf32
-        )
-        dentropy = None if dentropy is None else dentropy.contiguous()
-        grads = topk_gather.backward(call, dout, dlse, dentropy, selected, out, lse, entropy, needs)
-        none = q.new_empty
-        return tuple(t if n else none(0) for t, n in zip(grads, needs, strict=True))
-    bits = to_bits(selected, Nk) if indexed else selected
-    dq, dk, dv, _, dscale = cross_attention_backward.backward(
-        dout, dlse, dentropy, q, k, v, None, scale_tensor, start, stop, bits if Nk else None, None,
-        out, lse, lse.new_empty(0), entropy, scale, 0.0, 0.0, allow_tf32,
-        [*needs[:3], False, needs[3]],
-    )  # fmt: skip
-    return dq, dk, dv, dscale
+
+def attention_part(results: TopKResults) -> AttentionResults:
+    """The results without the choice."""
+    return AttentionResults(*results[: len(AttentionResults._fields)])

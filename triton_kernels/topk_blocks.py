@@ -5,44 +5,45 @@ their next tile of keys, or of rows, lies. So masks, groups and splits are their
 not chosen are not read.
 """
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..core.layout import row_alignment, zero_gradients
-from . import cross_attention, cross_attention_backward
-from .configs import column_chunks, register_bound
-from .launch import (
-    Blocks,
-    Call,
-    compiler_options,
-    device_guard,
+from ..core.call import QUERIES_PER_CHOICE, TopKBlocksCall, TopKImportanceCall
+from ..core.kernel_op import Gradients, Needs
+from ..core.layout import (
+    AttentionResults,
+    ImportanceResults,
+    broadcast_strides,
+    row_alignment,
+    zero_gradients,
 )
+from . import cross_attention
+from .configs import column_chunks, register_bound
+from .launch import Blocks, Launch, compiler_options, device_guard, strided
 from .rows import lse_in_score_units
 from .scores import (
     forbid_outside,
     key_ranges,
+    pair_rows,
     row_offsets,
     row_scale,
     run_offsets,
     tile_scores,
 )
-from .tiles import (
-    dot_nt,
-    load_row,
-    load_tile,
-    packed_rows,
-    program,
-    store_tile,
-)
+from .structs import Strided
+from .tiles import dot_nt, load_row, load_tile, packed_rows, program, store_tile
 from .topk_gather import pairs_by_key
 
 
 @triton.jit
 def pool_kernel(
     pooled,  # [B, Hkv, N, D]
-    k, stride_k, seen, stride_seen,  # seen: uint8 [B or 1, Nk]
+    k,  # Strided [B, Hkv, Nk, D]
+    seen,  # Strided uint8 [B or 1, Nk], by broadcast strides
     Hkv, Nk, N, SIZE: tl.constexpr, D: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
 ):  # fmt: skip
@@ -57,10 +58,12 @@ def pool_kernel(
     for k0 in range(n * SIZE, tl.minimum((n + 1) * SIZE, Nk), BLOCK):
         # [BLOCK], [BLOCK, D]
         j = k0 + tl.arange(0, BLOCK)
-        there = tl.load(seen + b * stride_seen[0] + j * stride_seen[1], j < Nk, 0) != 0
-        tile = load_tile(k, run_offsets(stride_k, b, hkv, k0, BLOCK), there, D, CHUNKS, ALIGN)
+        seen_keys = seen.ptr + b * seen.stride[0] + j * seen.stride[1]
+        is_seen = tl.load(seen_keys, j < Nk, 0) != 0
+        run = run_offsets(k.stride, b, hkv, k0, BLOCK)
+        tile = load_tile(k.ptr, run, is_seen, D, CHUNKS, ALIGN)
         total = add_columns(total, tile, CHUNKS)
-        count += tl.sum(there.to(tl.float32))
+        count += tl.sum(is_seen.to(tl.float32))
     rows = tl.full([1], 0, tl.int64) + pid.to(tl.int64) * D
     mean = ()
     for c in tl.static_range(len(CHUNKS)):
@@ -70,6 +73,7 @@ def pool_kernel(
 
 @triton.jit
 def add_columns(total, tile, CHUNKS: tl.constexpr):
+    """The sums of columns with those of the tile."""
     out = ()
     for c in tl.static_range(len(CHUNKS)):
         out = out + (total[c] + tl.sum(tile[c].to(tl.float32), 0),)
@@ -80,48 +84,47 @@ def add_columns(total, tile, CHUNKS: tl.constexpr):
 def importance_kernel(
     weights,  # float32 [B, Hkv, T, Nk]
     lse,  # float32 [B, Hq, Nq], in the scores' unit
-    q, stride_q, k, stride_k, v, stride_v,
-    bias, stride_bias, mask, stride_mask, start, stride_start, stop, stride_stop,
-    scale, scale_tensor, stride_scale, softcap, seed, threshold, p_factor,
-    B, Hkv, Nq, Nk, n_tiles,
-    D: tl.constexpr, DV: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_V: tl.constexpr,
-    GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    ALIGN: tl.constexpr, PRECISION: tl.constexpr, QUERIES: tl.constexpr,
-):  # fmt: skip
+    x,  # QueriesAndKeys
+    s,  # Scores
+    n,  # Sizes
+    n_tiles,
+    T: tl.constexpr,  # Tiling
+    QUERIES: tl.constexpr,
+):
     """The weights of a tile of pooled keys, summed over the rows of one tile of queries; -inf where
     no row sees the key."""
-    tile, hkv, b, own = program(n_tiles, Hkv, B)
-    k0 = own.to(tl.int32) * BLOCK_K
+    tile, hkv, b, k_tile_index = program(n_tiles, n.Hkv, n.B)
+    k0 = k_tile_index.to(tl.int32) * T.BLOCK_K
     # [BLOCK_K]
-    j = k0 + tl.arange(0, BLOCK_K)
-    there = j < Nk
-    k_tile = load_tile(k, run_offsets(stride_k, b, hkv, k0, BLOCK_K), there, D, CHUNKS, ALIGN)
-    total = tl.full([BLOCK_K], 0.0, tl.float32)
-    allowed = tl.full([BLOCK_K], 0, tl.int32)
-    PER_TILE: tl.constexpr = QUERIES * GROUP // BLOCK_Q
+    j = k0 + tl.arange(0, T.BLOCK_K)
+    exists = j < n.Nk
+    run = run_offsets(x.k.stride, b, hkv, k0, T.BLOCK_K)
+    k_tile = load_tile(x.k.ptr, run, exists, T.D, T.CHUNKS, T.ALIGN)
+    total = tl.full([T.BLOCK_K], 0.0, tl.float32)
+    allowed = tl.full([T.BLOCK_K], 0, tl.int32)
+    PER_TILE: tl.constexpr = QUERIES * T.GROUP // T.BLOCK_Q
     for t in range(tile * PER_TILE, (tile + 1) * PER_TILE):
         # [BLOCK_Q]
-        i, h, row_mask = packed_rows(t, hkv, Nq, BLOCK_Q, GROUP)
-        first, last, _, _, _, _ = key_ranges(
-            start, stop, stride_start, stride_stop, b, i, row_mask, Nk
-        )
-        rs = row_scale(scale, scale_tensor, stride_scale, h)
-        if scale_tensor is not None:
+        i, h, row_mask = packed_rows(t, hkv, n.Nq, T.BLOCK_Q, T.GROUP)
+        keys = key_ranges(s, b, i, row_mask, n.Nk)
+        rs = row_scale(s.scale, h)
+        if s.scale.ptr is not None:
             rs = rs[:, None]
         # [BLOCK_Q, D], [BLOCK_Q, BLOCK_K]
-        q_tile = load_tile(q, row_offsets(stride_q, b, h, i), row_mask, D, CHUNKS, ALIGN)
-        s, _ = tile_scores(
-            dot_nt(q_tile, k_tile, CHUNKS, PRECISION), rs, softcap, bias, None, stride_bias,
-            mask, row_offsets(stride_mask, b, h, i)[:, None], stride_mask,
-            row_mask[:, None], j[None, :], Nk,
+        rows = row_offsets(x.q.stride, b, h, i)
+        q_tile = load_tile(x.q.ptr, rows, row_mask, T.D, T.CHUNKS, T.ALIGN)
+        score, _ = tile_scores(
+            dot_nt(q_tile, k_tile, T.CHUNKS, T.PRECISION), rs, s, None,
+            pair_rows(s.mask, b, h, i, 1), row_mask[:, None], j[None, :], n.Nk,
         )  # fmt: skip
-        s = forbid_outside(s, first, last, j[None, :])
-        s = tl.where(row_mask[:, None], s, float("-inf"))
-        rows = (b * Hkv * GROUP + h) * Nq + i
-        total += tl.sum(tl.exp2(s - load_row(lse, rows, row_mask, float("inf"), 1)), 0)
-        allowed = tl.maximum(allowed, tl.max((s != float("-inf")).to(tl.int32), 0))
-    at = ((b * Hkv + hkv) * n_tiles + tile) * Nk + j
-    tl.store(weights + at, tl.where(allowed != 0, total, float("-inf")), there)
+        score = forbid_outside(score, keys.first, keys.last, j[None, :])
+        score = tl.where(row_mask[:, None], score, float("-inf"))
+        rows = (b * n.Hkv * T.GROUP + h) * n.Nq + i
+        row_lse = load_row(lse, rows, row_mask, float("inf"), 1)
+        total += tl.sum(tl.exp2(score - row_lse), 0)
+        allowed = tl.maximum(allowed, tl.max((score != float("-inf")).to(tl.int32), 0))
+    keys = ((b * n.Hkv + hkv) * n_tiles + tile) * n.Nk + j
+    tl.store(weights + keys, tl.where(allowed != 0, total, float("-inf")), exists)
 
 
 POOLED_ROWS = 32  # keys that a program adds up at a time
@@ -133,82 +136,56 @@ def pool(k: Tensor, seen: Tensor, size: int) -> Tensor:
     B, Hkv, Nk, D = k.shape
     N = triton.cdiv(Nk, size)
     pooled = k.new_empty((B, Hkv, N, D))
-    strides = [s if n > 1 else 0 for s, n in zip(seen.stride(), seen.shape, strict=True)]
     if pooled.numel():
         with device_guard(k.device):
             pool_kernel[(B * Hkv * N,)](
-                pooled, k, k.stride(), seen.view(torch.uint8), tuple(strides), Hkv, Nk, N,
-                SIZE=size, D=D, CHUNKS=column_chunks(D, k.element_size()),
+                pooled, strided(k), Strided(seen.view(torch.uint8), broadcast_strides(seen)),
+                Hkv, Nk, N, SIZE=size, D=D, CHUNKS=column_chunks(D, k.element_size()),
                 BLOCK=min(size, POOLED_ROWS), ALIGN=row_alignment(k),
                 **compiler_options(MAX_REGISTERS),
             )  # fmt: skip
     return pooled
 
 
-def importance(
-    q, k, seen, scale_tensor, start, stop, mask, scale, size, queries, allow_tf32
-) -> Tensor:
-    """float32 [B, Hkv, T, N] by `importance` of `reference.py`.
-
-    seen bool [B or 1, Nk]: the keys that some query of a batch element may see; start, stop and
-    mask in blocks; queries: of a tile; the rest as `cross_attention.forward` takes it.
-    """
-    pooled = pool(k, seen, size)
-    narrow = pooled[..., : min(k.shape[3], 16)]
-    lse = cross_attention.forward(
-        q, pooled, narrow, None, scale_tensor, start, stop, mask, None, scale, 0.0, 0.0, False,
-        allow_tf32,
-    )[1]  # fmt: skip
-    call = Call(
-        q, pooled, narrow, None, scale_tensor, start, stop, mask, None, scale, 0.0, 0.0, allow_tf32
-    )
-    T = triton.cdiv(call.Nq, queries)
+def importance(call: TopKImportanceCall) -> ImportanceResults:
+    """float32 [B, Hkv, T, N] by `importance` of `reference.py`."""
+    pooled = pool(call.k, call.seen, call.topk_blocks[0])
+    narrow = pooled[..., : min(call.D, 16)]
+    call = replace(call, k=pooled, v=narrow, return_statistics=False)
+    lse = cross_attention.forward(call).lse
+    launch, T = Launch(call), triton.cdiv(call.Nq, QUERIES_PER_CHOICE)
     weights = lse.new_empty((call.B, call.Hkv, T, call.Nk))
     if weights.numel():
-        config = call.within(call.config("weights"), queries)
-        programs = T * call.key_tiles(config) * call.B * call.Hkv
-        results = (weights, lse_in_score_units(call, lse))
-        call.launch(importance_kernel, config, programs, results, T, QUERIES=queries)
-    return weights
+        config = launch.within(launch.config("weights"), QUERIES_PER_CHOICE)
+        programs = T * launch.key_tiles(config) * call.B * call.Hkv
+        launch.run(
+            importance_kernel, programs, config,
+            weights, lse_in_score_units(launch, lse), launch.queries_and_keys(),
+            launch.scores(), launch.sizes(), T, T=launch.tiling(config),
+            QUERIES=QUERIES_PER_CHOICE,
+        )  # fmt: skip
+    return ImportanceResults(weights)
 
 
-def forward(
-    q, k, v, scale_tensor, start, stop, mask, chosen, scale, size, queries, statistics, allow_tf32
-) -> tuple[Tensor, ...]:
-    """(out, lse, entropy, max_probability); without `statistics` the last two have no elements.
-
-    chosen int32 [B, Hkv, T, n]: the blocks of `size` keys of each tile of `queries` queries, in
-    ascending order, then -1; the rest as `cross_attention.forward` takes it.
-    """
-    blocks = Blocks(size, queries, chosen, counts(chosen))
-    out, lse, _, entropy, max_probability = cross_attention.forward(
-        q, k, v, None, scale_tensor, start, stop, mask, None, scale, 0.0, 0.0, statistics,
-        allow_tf32, blocks=blocks,
-    )  # fmt: skip
-    return out, lse, entropy, max_probability
+def forward(call: TopKBlocksCall) -> AttentionResults:
+    """The results of attention to the chosen blocks."""
+    blocks = Blocks(call.topk_blocks[0], QUERIES_PER_CHOICE, call.chosen, counts(call.chosen))
+    return cross_attention.forward(call, blocks=blocks)
 
 
 def backward(
-    dout, dlse, dentropy, q, k, v, scale_tensor, start, stop, mask, chosen, out, lse, entropy,
-    scale, size, queries, allow_tf32, needs,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dq, dk, dv, dscale); those that are not in the four `needs` have no elements.
-
-    Arguments as in `forward` and `cross_attention_backward.backward`.
-    """
-    if out.numel() == 0 or chosen.numel() == 0:
-        return zero_gradients((q, k, v, scale_tensor), needs, 3)
-    pairs, _, ends = pairs_by_key(chosen, k.shape[0] * k.shape[1], triton.cdiv(k.shape[2], size))
+    upstream: AttentionResults, call: TopKBlocksCall, results: AttentionResults, needs: Needs
+) -> Gradients:
+    """The gradients that `needs` names, of q, k, v and scale_tensor."""
+    chosen, size = call.chosen, call.topk_blocks[0]
+    if results.out.numel() == 0 or chosen.numel() == 0:
+        return zero_gradients(call, needs)
+    pairs, _, ends = pairs_by_key(chosen, call.B * call.Hkv, triton.cdiv(call.Nk, size))
     tiles = (pairs // chosen.shape[3] % chosen.shape[2]).to(torch.int32)
-    blocks = Blocks(size, queries, chosen, counts(chosen), tiles, ends)
-    dq, dk, dv, _, dscale = cross_attention_backward.backward(
-        dout, dlse, dentropy, q, k, v, None, scale_tensor, start, stop, mask, None, out, lse,
-        lse.new_empty(0), entropy, scale, 0.0, 0.0, allow_tf32, [*needs[:3], False, needs[3]],
-        blocks=blocks,
-    )  # fmt: skip
-    return dq, dk, dv, dscale
+    blocks = Blocks(size, QUERIES_PER_CHOICE, chosen, counts(chosen), tiles, ends)
+    return cross_attention.backward(upstream, call, results, needs, blocks=blocks)
 
 
 def counts(chosen: Tensor) -> Tensor:
-    """int32 [B, Hkv, T]."""
+    """int32 [B, Hkv, T], how many blocks each tile of queries chose."""
     return (chosen >= 0).sum(3, dtype=torch.int32)

@@ -16,25 +16,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..core.call import TopKAttentionCall
 from .configs import register_bound
-from .launch import Call, compiler_options, device_guard
+from .launch import Launch, compiler_options, device_guard
 from .scores import (
     LOWEST,
     cut_scores,
     key_ranges,
+    pair_rows,
     row_offsets,
     row_scale,
     run_offsets,
     tile_scores,
 )
-from .tiles import (
-    ALL,
-    dot_nt,
-    load_tile,
-    packed_rows,
-    program,
-    split_range,
-)
+from .structs import Enclosure, Indexing, KeyRange, SearchedRows
+from .tiles import ALL, dot_nt, load_tile, packed_rows, program, split_range
 
 MODEL_STEPS = tl.constexpr(8)  # of a search, before every other one halves the integers between
 
@@ -48,6 +44,7 @@ def to_key(x):
 
 @triton.jit
 def from_key(key):
+    """The float32 whose `to_key` is `key`."""
     bits = tl.where(key < 0, (-key) | -0x80000000, key)
     return bits.to(tl.float32, bitcast=True)
 
@@ -63,26 +60,22 @@ def normal_quantile(p):
 
 
 @triton.jit
-def selection_scores(
-    row_terms, k0, Nk, D: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_K: tl.constexpr,
-    ALIGN: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Scores [BLOCK_Q, BLOCK_K] of the keys from k0 on, -inf where a key is not allowed."""
-    q_tile, k, stride_k, b, hkv, scales, masks, row_mask, bounds = row_terms
-    scale, scale_tensor, stride_scale, h = scales
-    mask, mask_rows, stride_mask = masks
-    first, last, full_begin, full_end = bounds
-    rs = scale
-    if scale_tensor is not None:
-        rs = row_scale(scale, scale_tensor, stride_scale, h)[:, None]
-    j = k0 + tl.arange(0, BLOCK_K)
-    k_tile = load_tile(k, run_offsets(stride_k, b, hkv, k0, BLOCK_K), j < Nk, D, CHUNKS, ALIGN)
-    s, _ = tile_scores(
-        dot_nt(q_tile, k_tile, CHUNKS, PRECISION), rs, None, None, 0, (0, 0, 0, 0),
-        mask, mask_rows, stride_mask, row_mask, j[None, :], Nk,
+def selection_scores(rows, k0, Nk, T: tl.constexpr):
+    """The scores [BLOCK_Q, BLOCK_K] of some `SearchedRows` and the keys from k0 on, -inf where a key
+    is not allowed."""
+    s, keys = rows.s, rows.keys
+    rs = s.scale.number
+    if s.scale.ptr is not None:
+        rs = row_scale(s.scale, rows.h)[:, None]
+    j = k0 + tl.arange(0, T.BLOCK_K)
+    run = run_offsets(rows.k.stride, rows.b, rows.hkv, k0, T.BLOCK_K)
+    k_tile = load_tile(rows.k.ptr, run, j < Nk, T.D, T.CHUNKS, T.ALIGN)
+    score, _ = tile_scores(
+        dot_nt(rows.q_tile, k_tile, T.CHUNKS, T.PRECISION), rs, s, None, rows.mask_rows,
+        rows.row_mask, j[None, :], Nk,
     )  # fmt: skip
-    cut = (k0 < full_begin) | (k0 + BLOCK_K > full_end)
-    return cut_scores(s, cut, first, last, j[None, :], ALL)
+    cut = (k0 < keys.full_begin) | (k0 + T.BLOCK_K > keys.full_end)
+    return cut_scores(score, cut, keys.first, keys.last, j[None, :], ALL)
 
 
 @triton.jit
@@ -93,41 +86,35 @@ def reaches(s, t):
 
 
 @triton.jit
-def count(
-    scores, row_terms, begin, end, Nk, t, D: tl.constexpr, CHUNKS: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+def count(scores, rows, begin, end, Nk, t, T: tl.constexpr):
     """How many scores of each row reach t [BLOCK_Q], int32 [BLOCK_Q]."""
     # [BLOCK_Q, BLOCK_K], float32 as the adders of integers have half the rate and compare as well
-    found = tl.full([BLOCK_Q, BLOCK_K], 0.0, tl.float32)
+    counts = tl.full([T.BLOCK_Q, T.BLOCK_K], 0.0, tl.float32)
     if len(scores) > 0:
         for n in tl.static_range(len(scores)):
-            found += tl.where(reaches(scores[n], t[:, None]), 1.0, 0.0)
+            counts += tl.where(reaches(scores[n], t[:, None]), 1.0, 0.0)
     else:
-        for k0 in range(begin, end, BLOCK_K):
-            s = selection_scores(row_terms, k0, Nk, D, CHUNKS, BLOCK_K, ALIGN, PRECISION)
-            found += tl.where(reaches(s, t[:, None]), 1.0, 0.0)
-    return tl.sum(found, 1).to(tl.int32)
+        for k0 in range(begin, end, T.BLOCK_K):
+            score = selection_scores(rows, k0, Nk, T)
+            counts += tl.where(reaches(score, t[:, None]), 1.0, 0.0)
+    return tl.sum(counts, 1).to(tl.int32)
 
 
 @triton.jit
-def moments(
-    scores, row_terms, begin, end, Nk, D: tl.constexpr, CHUNKS: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+def moments(scores, rows, begin, end, Nk, T: tl.constexpr):
     """(count, mean, standard deviation) of the scores above -inf, each [BLOCK_Q], for a guess."""
     # [BLOCK_Q, BLOCK_K]
-    found = tl.full([BLOCK_Q, BLOCK_K], 0.0, tl.float32)
-    total = tl.full([BLOCK_Q, BLOCK_K], 0.0, tl.float32)
-    squares = tl.full([BLOCK_Q, BLOCK_K], 0.0, tl.float32)
+    counts = tl.full([T.BLOCK_Q, T.BLOCK_K], 0.0, tl.float32)
+    total = tl.full([T.BLOCK_Q, T.BLOCK_K], 0.0, tl.float32)
+    squares = tl.full([T.BLOCK_Q, T.BLOCK_K], 0.0, tl.float32)
     if len(scores) > 0:
         for n in tl.static_range(len(scores)):
-            found, total, squares = add_moments(scores[n], found, total, squares)
+            counts, total, squares = add_moments(scores[n], counts, total, squares)
     else:
-        for k0 in range(begin, end, BLOCK_K):
-            s = selection_scores(row_terms, k0, Nk, D, CHUNKS, BLOCK_K, ALIGN, PRECISION)
-            found, total, squares = add_moments(s, found, total, squares)
-    n_row = tl.sum(found, 1)
+        for k0 in range(begin, end, T.BLOCK_K):
+            score = selection_scores(rows, k0, Nk, T)
+            counts, total, squares = add_moments(score, counts, total, squares)
+    n_row = tl.sum(counts, 1)
     n = tl.maximum(n_row, 1.0)
     mean = tl.sum(total, 1) / n
     variance = tl.maximum(tl.sum(squares, 1) / n - mean * mean, 0.0)
@@ -135,10 +122,11 @@ def moments(
 
 
 @triton.jit
-def add_moments(s, found, total, squares):
-    there = reaches(s, LOWEST)
-    s = tl.where(there, s, 0.0)
-    return found + tl.where(there, 1.0, 0.0), total + s, squares + s * s
+def add_moments(s, counts, total, squares):
+    """The sums of `moments` with those of the scores s."""
+    counted = reaches(s, LOWEST)
+    s = tl.where(counted, s, 0.0)
+    return counts + tl.where(counted, 1.0, 0.0), total + s, squares + s * s
 
 
 @triton.jit
@@ -148,15 +136,15 @@ def rough_log2(n):
 
 
 @triton.jit
-def next_guess(low, high, n_low, n_high, top_k, mean, deviation, z, step):
-    """The next threshold [BLOCK_Q] to try: n_low scores, at least top_k, reach `low`, which is
-    LOWEST while no guess was low enough, and n_high, fewer, reach `high`, inf while none was high
-    enough. It is `high` again where no number lies between them."""
+def next_guess(enclosed, top_k, mean, deviation, z, step):
+    """The next threshold [BLOCK_Q] to try, by the ends of the search, an `Enclosure`. It is `high`
+    again where no number lies between them."""
+    low, high, n_low, n_high = enclosed.low, enclosed.high, enclosed.n_low, enclosed.n_high
     if (step >= MODEL_STEPS) & (step % 2 == 0):
         a, b = to_key(low), to_key(high)
         guess = from_key((a >> 1) + (b >> 1) + (a & b & 1))  # rounds down, maybe to `low`
     else:
-        enclosed = (low > LOWEST) & (high < float("inf"))
+        both_known = (low > LOWEST) & (high < float("inf"))
         if step % 2 == 0:
             part = (n_low - top_k + 0.5) / tl.maximum(n_low - n_high, 1)
         else:
@@ -166,7 +154,7 @@ def next_guess(low, high, n_low, n_high, top_k, mean, deviation, z, step):
         # outward from the end that is known, further with each step
         outward = deviation * 0.25 * tl.exp2(step.to(tl.float32))
         outside = tl.where(low > LOWEST, low + outward, high - outward)
-        guess = tl.where(enclosed, inside, outside)
+        guess = tl.where(both_known, inside, outside)
         if step == 0:
             guess = mean + z * deviation
         # where that rounds or overflows to something else
@@ -176,32 +164,27 @@ def next_guess(low, high, n_low, n_high, top_k, mean, deviation, z, step):
 
 
 @triton.jit
-def search(
-    scores, row_terms, begin, end, Nk, row_mask, top_k, D: tl.constexpr, CHUNKS: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+def search(scores, rows, begin, end, Nk, row_mask, top_k, T: tl.constexpr):
     """(t, how many scores reach t, how many are above t) of each row, [BLOCK_Q]: t is the top_k-th
     score, or below all where there are fewer."""
-    n_row, mean, deviation = moments(
-        scores, row_terms, begin, end, Nk, D, CHUNKS, BLOCK_Q, BLOCK_K, ALIGN, PRECISION
-    )
+    n_row, mean, deviation = moments(scores, rows, begin, end, Nk, T)
     top_k = tl.full([], 0, tl.int32) + top_k
     n = tl.maximum(n_row, 1).to(tl.float32)
     z = normal_quantile(tl.minimum(tl.maximum(top_k - 0.5, 0.3), n - 0.3) / n)
-    low, high = tl.full([BLOCK_Q], LOWEST, tl.float32), tl.full([BLOCK_Q], float("inf"), tl.float32)
-    n_low, n_high = n_row, tl.full([BLOCK_Q], 0, tl.int32)
+    low = tl.full([T.BLOCK_Q], LOWEST, tl.float32)
+    high = tl.full([T.BLOCK_Q], float("inf"), tl.float32)
+    n_low, n_high = n_row, tl.full([T.BLOCK_Q], 0, tl.int32)
     step = tl.full([], 0, tl.int32)
     searching = row_mask & (n_low > top_k)
     while tl.max(searching.to(tl.int32)) > 0:
-        guess = next_guess(low, high, n_low, n_high, top_k, mean, deviation, z, step)
-        found = count(
-            scores, row_terms, begin, end, Nk, guess, D, CHUNKS, BLOCK_Q, BLOCK_K, ALIGN, PRECISION
-        )  # fmt: skip
+        enclosed = Enclosure(low, high, n_low, n_high)
+        guess = next_guess(enclosed, top_k, mean, deviation, z, step)
+        n_guess = count(scores, rows, begin, end, Nk, guess, T)
         new = searching & (guess < high)
-        enough = new & (found >= top_k)
-        fewer = new & (found < top_k)
-        low, n_low = tl.where(enough, guess, low), tl.where(enough, found, n_low)
-        high, n_high = tl.where(fewer, guess, high), tl.where(fewer, found, n_high)
+        enough = new & (n_guess >= top_k)
+        fewer = new & (n_guess < top_k)
+        low, n_low = tl.where(enough, guess, low), tl.where(enough, n_guess, n_low)
+        high, n_high = tl.where(fewer, guess, high), tl.where(fewer, n_guess, n_high)
         searching = new & (n_low > top_k)
         step += 1
     return low, n_low, n_high
@@ -257,43 +240,40 @@ def chosen_words(s, t, wanted, ties, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexp
 
 
 @triton.jit
-def store_words(
-    selected, rows, row_mask, words, filled, k0, Nk, top_k, width, BLOCK_K: tl.constexpr,
-    INDEXED: tl.constexpr,
-):  # fmt: skip
+def store_words(selected, place, words, filled, k0, Nk, T: tl.constexpr, INDEXED: tl.constexpr):
     """Stores the words of a tile or, INDEXED, the keys that they stand for behind the `filled`
-    [BLOCK_Q] keys of each of the `rows`, which are `width` apart; returns how many are filled."""
-    rows = rows[:, None]
-    word = tl.arange(0, BLOCK_K // 32)[None, :]
+    [BLOCK_Q] keys of each row, whose place is an `Indexing`; returns how many are filled."""
+    rows, row_mask = place.rows[:, None], place.row_mask
+    word = tl.arange(0, T.BLOCK_K // 32)[None, :]
     if INDEXED:
         n_chosen = n_bits(words)
-        place = (filled[:, None] + sum_before(n_chosen))[:, :, None]
+        column = (filled[:, None] + sum_before(n_chosen))[:, :, None]
         # [BLOCK_Q, BLOCK_K // 32, 32]
         bit = tl.arange(0, 32)[None, None, :]
-        place += n_bits(words[:, :, None] & ((1 << bit) - 1))
+        column += n_bits(words[:, :, None] & ((1 << bit) - 1))
         chosen = ((words[:, :, None] >> bit) & 1) != 0
         # a row with an infinite score may have chosen more
-        keep = row_mask[:, None, None] & chosen & (place < top_k)
+        keep = row_mask[:, None, None] & chosen & (column < place.top_k)
         j = k0 + 32 * word[:, :, None] + bit
-        tl.store(selected + rows[:, :, None] * width + place, j + 0 * place, keep)
+        tl.store(selected + rows[:, :, None] * place.width + column, j + 0 * column, keep)
         filled += tl.sum(n_chosen, 1)
     else:
         n_words = tl.cdiv(Nk, 32)
         word += k0 // 32
-        there = row_mask[:, None] & (word < n_words)
-        tl.store(selected + (rows * n_words + word), words, there)
+        exists = row_mask[:, None] & (word < n_words)
+        tl.store(selected + (rows * n_words + word), words, exists)
     return filled
 
 
 @triton.jit
-def store_no_keys(selected, rows, row_mask, filled, top_k, width, BLOCK_Q: tl.constexpr):
+def store_no_keys(selected, place, filled, T: tl.constexpr):
     """-1 behind the `filled` [BLOCK_Q] keys of each row."""
-    first = tl.min(tl.where(row_mask, filled, top_k))
-    for place0 in range(first, top_k, 32):
-        place = place0 + tl.arange(0, 32)[None, :]
-        rest = row_mask[:, None] & (place >= filled[:, None]) & (place < top_k)
-        none = tl.full([BLOCK_Q, 32], -1, tl.int32)
-        tl.store(selected + rows[:, None] * width + place, none, rest)
+    first = tl.min(tl.where(place.row_mask, filled, place.top_k))
+    for column0 in range(first, place.top_k, 32):
+        column = column0 + tl.arange(0, 32)[None, :]
+        rest = place.row_mask[:, None] & (column >= filled[:, None]) & (column < place.top_k)
+        none = tl.full([T.BLOCK_Q, 32], -1, tl.int32)
+        tl.store(selected + place.rows[:, None] * place.width + column, none, rest)
 
 
 @triton.jit
@@ -301,75 +281,61 @@ def select_kernel(
     # int32 [B, Hq, Nq, words], where bit j % 32 of word j // 32 says whether key j is chosen, or,
     # INDEXED, [B, Hq, Nq, n_parts, top_k], the chosen keys in ascending order and then -1
     selected,
-    q, stride_q, k, stride_k, v, stride_v,
-    bias, stride_bias, mask, stride_mask,  # mask 4-d with broadcast strides, or None
-    start, stride_start, stop, stride_stop,  # int32 [B, Nq], or None
-    scale, scale_tensor, stride_scale,  # both None for a scale from 0 to 1
-    softcap, seed, threshold, p_factor,
-    B, Hkv, Nq, Nk, top_k,
-    D: tl.constexpr, DV: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_V: tl.constexpr,
-    GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    x,  # QueriesAndKeys
+    s,  # Scores without a bias; its scale is None for one from 0 to 1, which keeps the order
+    n,  # Sizes
+    top_k,
+    n_parts,  # programs that each choose top_k of their own part of the keys, or None for one
+    T: tl.constexpr,  # Tiling
     TILES: tl.constexpr,  # of keys, all of whose scores are kept; 0: computed in every step
     INDEXED: tl.constexpr,
-    n_parts,  # programs that each choose top_k of their own part of the keys, or None for one
-):  # fmt: skip
-    tile, hkv, b, split = program(tl.cdiv(Nq * GROUP, BLOCK_Q), Hkv, B)
+):
+    tile, hkv, b, split = program(tl.cdiv(n.Nq * T.GROUP, T.BLOCK_Q), n.Hkv, n.B)
     # [BLOCK_Q]
-    i, h, row_mask = packed_rows(tile, hkv, Nq, BLOCK_Q, GROUP)
-    first, last, begin, end, full_begin, full_end = key_ranges(
-        start, stop, stride_start, stride_stop, b, i, row_mask, Nk
-    )
+    i, h, row_mask = packed_rows(tile, hkv, n.Nq, T.BLOCK_Q, T.GROUP)
+    keys = key_ranges(s, b, i, row_mask, n.Nk)
+    first, last, begin, end, full_begin, full_end = keys
     first_key, width = 0, top_k
     if n_parts is not None:
-        begin, end = split_range(begin, end, split, n_parts, BLOCK_K)
+        begin, end = split_range(begin, end, split, n_parts, T.BLOCK_K)
         first, last, first_key = tl.maximum(first, begin), tl.minimum(last, end), begin
         full_begin, full_end = tl.maximum(full_begin, begin), tl.minimum(full_end, end)
         selected += split * top_k
         width = n_parts * top_k
     # [BLOCK_Q, D]
-    q_tile = load_tile(q, row_offsets(stride_q, b, h, i), row_mask, D, CHUNKS, ALIGN)
-    mask_rows = row_offsets(stride_mask, b, h, i)[:, None]
-    row_terms = (
-        q_tile, k, stride_k, b, hkv, (scale, scale_tensor, stride_scale, h),
-        (mask, mask_rows, stride_mask), row_mask[:, None], (first, last, full_begin, full_end),
-    )  # fmt: skip
+    q_rows = row_offsets(x.q.stride, b, h, i)
+    q_tile = load_tile(x.q.ptr, q_rows, row_mask, T.D, T.CHUNKS, T.ALIGN)
+    keys = KeyRange(first, last, begin, end, full_begin, full_end)
+    rows = SearchedRows(
+        q_tile, x.k, b, hkv, h, s, pair_rows(s.mask, b, h, i, 1), row_mask[:, None], keys
+    )
     scores = ()
-    for n in tl.static_range(TILES):
-        scores = scores + (
-            selection_scores(
-                row_terms, first_key + n * BLOCK_K, Nk, D, CHUNKS, BLOCK_K, ALIGN, PRECISION
-            ),
-        )
+    for tile_index in tl.static_range(TILES):
+        scores = scores + (selection_scores(rows, first_key + tile_index * T.BLOCK_K, n.Nk, T),)
 
-    low, n_low, n_high = search(
-        scores, row_terms, begin, end, Nk, row_mask, top_k, D, CHUNKS, BLOCK_Q, BLOCK_K, ALIGN,
-        PRECISION,
-    )  # fmt: skip
+    low, n_low, n_high = search(scores, rows, begin, end, n.Nk, row_mask, top_k, T)
     # more scores reach the threshold than are wanted where several are equal to it
     ties = tl.max((n_low > top_k).to(tl.int32)) > 0
-    wanted = tl.where(n_low > top_k, top_k - n_high, Nk)
-    filled = tl.full([BLOCK_Q], 0, tl.int32)
-    rows = ((b * Hkv * GROUP + h) * Nq + i).to(tl.int64)
+    wanted = tl.where(n_low > top_k, top_k - n_high, n.Nk)
+    filled = tl.full([T.BLOCK_Q], 0, tl.int32)
+    place = Indexing(((b * n.Hkv * T.GROUP + h) * n.Nq + i).to(tl.int64), row_mask, top_k, width)
     if TILES > 0:
-        for n in tl.static_range(TILES):
-            words, wanted = chosen_words(scores[n], low, wanted, ties, BLOCK_Q, BLOCK_K)
-            filled = store_words(
-                selected, rows, row_mask, words, filled, first_key + n * BLOCK_K, Nk, top_k, width,
-                BLOCK_K, INDEXED,
+        for tile_index in tl.static_range(TILES):
+            words, wanted = chosen_words(
+                scores[tile_index], low, wanted, ties, T.BLOCK_Q, T.BLOCK_K
             )  # fmt: skip
+            k0 = first_key + tile_index * T.BLOCK_K
+            filled = store_words(selected, place, words, filled, k0, n.Nk, T, INDEXED)
     else:
         # outside the intervals words are 0, and there is no index
-        for k0 in range(begin if INDEXED else 0, end if INDEXED else Nk, BLOCK_K):
-            s = tl.full([BLOCK_Q, BLOCK_K], float("-inf"), tl.float32)
-            if (k0 + BLOCK_K > begin) & (k0 < end):
-                s = selection_scores(row_terms, k0, Nk, D, CHUNKS, BLOCK_K, ALIGN, PRECISION)
-            words, wanted = chosen_words(s, low, wanted, ties, BLOCK_Q, BLOCK_K)
-            filled = store_words(
-                selected, rows, row_mask, words, filled, k0, Nk, top_k, width, BLOCK_K, INDEXED
-            )
+        for k0 in range(begin if INDEXED else 0, end if INDEXED else n.Nk, T.BLOCK_K):
+            score = tl.full([T.BLOCK_Q, T.BLOCK_K], float("-inf"), tl.float32)
+            if (k0 + T.BLOCK_K > begin) & (k0 < end):
+                score = selection_scores(rows, k0, n.Nk, T)
+            words, wanted = chosen_words(score, low, wanted, ties, T.BLOCK_Q, T.BLOCK_K)
+            filled = store_words(selected, place, words, filled, k0, n.Nk, T, INDEXED)
     if INDEXED:
-        store_no_keys(selected, rows, row_mask, filled, top_k, width, BLOCK_Q)
+        store_no_keys(selected, place, filled, T)
 
 
 @triton.jit
@@ -380,12 +346,12 @@ def indices_kernel(
 ):  # fmt: skip
     # [BLOCK]
     r = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    there = r < n_rows
+    exists = r < n_rows
     filled = tl.full([BLOCK], 0, tl.int32)
     for k0 in range(0, Nk, BLOCK_K):
         # [BLOCK, BLOCK_K]
         j = (k0 + tl.arange(0, BLOCK_K))[None, :]
-        keep = there[:, None] & (j < Nk)
+        keep = exists[:, None] & (j < Nk)
         word = tl.load(selected + r[:, None] * n_words + (j >> 5), keep, 0)
         chosen = (word >> (j & 31)) & 1
         place = filled[:, None] + tl.cumsum(chosen, 1) - 1
@@ -393,9 +359,9 @@ def indices_kernel(
         keep = keep & (chosen != 0) & (place < top_k)
         tl.store(indices + r[:, None] * top_k + place, j + 0 * place, keep)
         filled += tl.sum(chosen, 1)
-    for place0 in range(tl.min(tl.where(there, filled, top_k)), top_k, BLOCK_K):
+    for place0 in range(tl.min(tl.where(exists, filled, top_k)), top_k, BLOCK_K):
         place = (place0 + tl.arange(0, BLOCK_K))[None, :]
-        rest = there[:, None] & (place >= filled[:, None]) & (place < top_k)
+        rest = exists[:, None] & (place >= filled[:, None]) & (place < top_k)
         tl.store(
             indices + r[:, None] * top_k + place, tl.full([BLOCK, BLOCK_K], -1, tl.int32), rest
         )
@@ -415,15 +381,15 @@ def bits_kernel(
         keep = (r < n_rows)[:, None] & (place < top_k)
         j = tl.load(indices + r[:, None] * top_k + place, keep, -1)
         # whatever their order, the bits are the same
-        at = selected + r[:, None] * n_words + (j >> 5)
-        tl.atomic_or(at, 1 << (j & 31), mask=keep & (j >= 0))
+        words = selected + r[:, None] * n_words + (j >> 5)
+        tl.atomic_or(words, 1 << (j & 31), mask=keep & (j >= 0))
 
 
 ROWS, COLUMNS = 8, 128  # of a program between bits and indices
 MAX_REGISTERS = register_bound(num_warps=4)
 
 
-def select(call: Call, top_k: int, indexed: bool, n_parts: int = 1) -> Tensor:
+def select(call: TopKAttentionCall, top_k: int, indexed: bool, n_parts: int = 1) -> Tensor:
     """int32 [B, Hq, Nq, ceil(Nk / 32)] or, indexed, [B, Hq, Nq, n_parts * top_k], see
     `select_kernel`."""
     width = n_parts * top_k if indexed else triton.cdiv(call.Nk, 32)
@@ -431,11 +397,14 @@ def select(call: Call, top_k: int, indexed: bool, n_parts: int = 1) -> Tensor:
     if selected.numel():
         if call.scale_tensor is None and 0.0 < call.scale <= 1.0:  # products have its order
             call = replace(call, scale=None)
-        config, tiles = call.selection_config(n_parts)
-        programs = call.row_tiles(config) * call.B * call.Hkv * n_parts
-        call.launch(
-            select_kernel, config, programs, (selected,), top_k, TILES=tiles, INDEXED=indexed,
-            n_parts=n_parts if n_parts > 1 else None,
+        launch = Launch(call)
+        config, tiles = launch.selection_config(n_parts)
+        programs = launch.row_tiles(config) * call.B * call.Hkv * n_parts
+        launch.run(
+            select_kernel, programs, config,
+            selected, launch.queries_and_keys(), launch.scores(), launch.sizes(), top_k,
+            n_parts if n_parts > 1 else None, T=launch.tiling(config), TILES=tiles,
+            INDEXED=indexed,
         )  # fmt: skip
     return selected
 

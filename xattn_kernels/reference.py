@@ -22,23 +22,53 @@ times. Its cost is the [B, Hq, Nq, Nk] tensors that the kernels avoid.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .core.call import (
-    CrossAttentionInputs,
-    CrossAttentionResult,
-    TopKAttentionInputs,
-    TopKAttentionResult,
-)
-from .masks import KeyInterval
+if TYPE_CHECKING:
+    from .core.call import (
+        AttentionCall,
+        AttentionWeightsCall,
+        CrossAttentionCall,
+        TopKAttentionCall,
+    )
 
 NEG_INF = float("-inf")
 
 
-def reasons(x: CrossAttentionInputs) -> list[str]:
+class CrossAttentionResult(NamedTuple):
+    """The output of `cross_attention` when more than `out` is asked for; None for what was not.
+
+    out [B, Hq, Nq, Dv] in the dtype of q; lse, entropy, max_probability float32 [B, Hq, Nq]
+    (float64 for float64 inputs), natural logarithms.
+    """
+
+    out: Tensor
+    lse: Tensor | None = None
+    entropy: Tensor | None = None
+    max_probability: Tensor | None = None
+
+
+class TopKAttentionResult(NamedTuple):
+    """The output of `topk_attention` when more than `out` is asked for; None for what was not.
+
+    out [B, Hq, Nq, Dv] in the dtype of q; lse, entropy, max_probability float32 [B, Hq, Nq]
+    (float64 for float64 inputs), natural logarithms, of the chosen keys alone; indices int32
+    [B, Hq, Nq, top_k], the chosen keys in ascending order and -1 where there are fewer; of a call
+    by blocks [B, Hkv, ceil(Nq / 64), n_blocks], the chosen blocks likewise.
+    """
+
+    out: Tensor
+    lse: Tensor | None = None
+    indices: Tensor | None = None
+    entropy: Tensor | None = None
+    max_probability: Tensor | None = None
+
+
+def reasons(call: Any) -> list[str]:
     """No reasons: the reference can run every call."""
     return []
 
@@ -74,42 +104,40 @@ def philox_keep(
     return (c0 >= round(dropout_p * 2**32)).expand(B, Hq, Nq, Nk)
 
 
-def allowed_keys(x: CrossAttentionInputs) -> Tensor | None:
+def allowed_keys(call: AttentionCall) -> Tensor | None:
     """The allowed keys, bool, broadcastable to [B, Hq, Nq, Nk]; None if every key is allowed."""
-    if x.interval is None:
-        return x.mask
-    start, stop = x.bounds()
-    j = torch.arange(x.Nk, device=x.q.device)
-    dense = (j >= start[:, None, :, None]) & (j < stop[:, None, :, None])
-    return dense if x.mask is None else dense & x.mask
+    if call.start is None:
+        return call.mask
+    j = torch.arange(call.Nk, device=call.device)
+    dense = (j >= call.start[:, None, :, None]) & (j < call.stop[:, None, :, None])
+    return dense if call.mask is None else dense & call.mask
 
 
-def used_keys(t: Tensor, x: CrossAttentionInputs) -> Tensor:
+def used_keys(t: Tensor, call: AttentionCall) -> Tensor:
     """`t` [B, Hkv, Nk, *] with zeros outside of the intervals of each batch element.
 
     The keys before the first and after the last interval are padding, which may hold NaN.
     """
-    if x.interval is None or x.Nq == 0:
+    if call.start is None or call.Nq == 0:
         return t
-    start, stop = x.bounds()
-    empty = start >= stop
-    first = start.masked_fill(empty, x.Nk).amin(1, keepdim=True)
-    last = stop.masked_fill(empty, 0).amax(1, keepdim=True)
-    j = torch.arange(x.Nk, device=t.device)
+    empty = call.start >= call.stop
+    first = call.start.masked_fill(empty, call.Nk).amin(1, keepdim=True)
+    last = call.stop.masked_fill(empty, 0).amax(1, keepdim=True)
+    j = torch.arange(call.Nk, device=t.device)
     return t.masked_fill(((j < first) | (j >= last))[:, None, :, None], 0.0)
 
 
-def scores(x: CrossAttentionInputs) -> Tensor:
+def scores(call: AttentionCall) -> Tensor:
     """The scores s [B, Hq, Nq, Nk] in float32 at least, -inf where the mask forbids a key."""
-    k = used_keys(x.k, x).repeat_interleave(x.Hq // x.Hkv, dim=1)
-    s = x.q @ k.transpose(-1, -2)
+    k = used_keys(call.k, call).repeat_interleave(call.group, dim=1)
+    s = call.q @ k.transpose(-1, -2)
     s = s.to(torch.promote_types(s.dtype, torch.float32))
-    s = s * (x.scale.to(s.dtype).view(1, -1, 1, 1) if isinstance(x.scale, Tensor) else x.scale)
-    if x.softcap is not None:
-        s = x.softcap * torch.tanh(s / x.softcap)
-    if x.bias is not None:
-        s = s + x.bias
-    allowed = allowed_keys(x)
+    s = s * call.scale_of_heads(s.dtype)
+    if call.softcap is not None:
+        s = call.softcap * torch.tanh(s / call.softcap)
+    if call.bias is not None:
+        s = s + call.bias
+    allowed = allowed_keys(call)
     return s if allowed is None else s.masked_fill(~allowed, NEG_INF)
 
 
@@ -136,36 +164,41 @@ def softmax(s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return p, *(row.squeeze(-1) for row in (lse, entropy, max_probability))
 
 
-def drop(p: Tensor, x: CrossAttentionInputs) -> Tensor:
+def drop(p: Tensor, call: AttentionCall) -> Tensor:
     """p after dropout: 0, or p / (1 - dropout_p)."""
-    if x.dropout_p == 0.0:
+    if call.dropout_p == 0.0:
         return p
-    keep = philox_keep(x.seed, x.dropout_p, x.B, x.Hq, x.Nq, x.Nk)
-    return (p / (1.0 - x.dropout_p)).masked_fill(~keep, 0.0)
+    keep = philox_keep(call.seed, call.dropout_p, call.B, call.Hq, call.Nq, call.Nk)
+    return (p / (1.0 - call.dropout_p)).masked_fill(~keep, 0.0)
 
 
-def cross_attention(x: CrossAttentionInputs) -> CrossAttentionResult:
+def cross_attention(call: CrossAttentionCall) -> CrossAttentionResult:
     """The results out, lse, entropy and max_probability by the equations at the top."""
-    p, lse, entropy, max_probability = softmax(scores(x))
-    v = used_keys(x.v, x).repeat_interleave(x.Hq // x.Hkv, dim=1)
-    out = drop(p, x).to(v.dtype) @ v
-    statistics = (entropy, max_probability) if x.return_statistics else (None, None)
-    return CrossAttentionResult(out, lse if x.return_lse else None, *statistics)
+    p, lse, entropy, max_probability = softmax(scores(call))
+    v = used_keys(call.v, call).repeat_interleave(call.group, dim=1)
+    out = drop(p, call).to(v.dtype) @ v
+    statistics = (entropy, max_probability) if call.return_statistics else (None, None)
+    return CrossAttentionResult(out, lse if call.return_lse else None, *statistics)
 
 
-def attention_weights(x: CrossAttentionInputs, lse: Tensor | None, average_heads: bool) -> Tensor:
+def probabilities(call: AttentionCall) -> Tensor:
+    """The probabilities p [B, Hq, Nq, Nk], before dropout."""
+    return softmax(scores(call))[0]
+
+
+def attention_weights(call: AttentionWeightsCall) -> Tensor:
     """The weights p after dropout: [B, Nq, Nk] (the mean over heads) or [B, Hq, Nq, Nk].
 
-    With `lse` [B, Hq, Nq] the probabilities are exp(s - lse) and lse receives a gradient.
+    With an lse [B, Hq, Nq] the probabilities are exp(s - lse), and lse receives a gradient.
     """
-    s = scores(x)
+    s, lse = scores(call), call.lse
     if lse is None:
         p = softmax(s)[0]
     else:
         # an empty row has lse = -inf: with +inf in its place p is 0 without an inf - inf
         p = (s - lse.masked_fill(lse == NEG_INF, float("inf"))[..., None]).exp()
-    p = drop(p, x)
-    return p.mean(1) if average_heads else p
+    p = drop(p, call)
+    return p.mean(1) if call.average_heads else p
 
 
 def top_indices(s: Tensor, top_k: int) -> Tensor:
@@ -181,32 +214,32 @@ def top_indices(s: Tensor, top_k: int) -> Tensor:
     return order.masked_fill(order == Nk, -1)
 
 
-def scores_to_choose_by(x: TopKAttentionInputs) -> Tensor:
+def scores_to_choose_by(call: TopKAttentionCall) -> Tensor:
     """The scores of float32 products at least, since 16 bits would make many of them equal."""
-    q, k = (t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in (x.q, x.k))
-    return scores(replace(x, q=q, k=k))
+    q, k = (t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in (call.q, call.k))
+    return scores(replace(call, q=q, k=k))
 
 
-def choose(x: TopKAttentionInputs) -> Tensor:
+def choose(call: TopKAttentionCall) -> Tensor:
     """The chosen keys, int64 [B, Hq, Nq, min(top_k, Nk)]: `top_indices` of the scores."""
-    return top_indices(scores_to_choose_by(x), min(x.top_k, x.Nk))
+    return top_indices(scores_to_choose_by(call), min(call.top_k, call.Nk))
 
 
-def topk_attention(x: TopKAttentionInputs) -> TopKAttentionResult:
+def topk_attention(call: TopKAttentionCall) -> TopKAttentionResult:
     """The `cross_attention` over the chosen keys, or over the keys of the chosen blocks."""
-    if x.topk_blocks is None:
-        indices, wanted = choose(x), x.top_k
-        chosen = named(indices, x.Nk)
+    if call.topk_blocks is None:
+        indices, wanted = choose(call), call.top_k
+        chosen = named(indices, call.Nk)
     else:
-        indices, wanted = choose_blocks(x), x.topk_blocks[1]
-        chosen = keys_of_blocks(named(indices, n_blocks(x)), x)
-    p, lse, entropy, max_probability = softmax(scores(x).masked_fill(~chosen, NEG_INF))
-    v = used_keys(x.v, x).repeat_interleave(x.Hq // x.Hkv, dim=1)
+        indices, wanted = choose_blocks(call), call.topk_blocks[1]
+        chosen = keys_of_blocks(named(indices, n_blocks(call)), call)
+    p, lse, entropy, max_probability = softmax(scores(call).masked_fill(~chosen, NEG_INF))
+    v = used_keys(call.v, call).repeat_interleave(call.group, dim=1)
     return TopKAttentionResult(
         p.to(v.dtype) @ v,
-        lse if x.return_lse else None,
-        with_missing(indices, wanted) if x.return_indices else None,
-        *((entropy, max_probability) if x.return_statistics else (None, None)),
+        lse if call.return_lse else None,
+        with_missing(indices, wanted) if call.return_indices else None,
+        *((entropy, max_probability) if call.return_statistics else (None, None)),
     )
 
 
@@ -224,84 +257,83 @@ def with_missing(indices: Tensor, top_k: int) -> Tensor:
 QUERIES_PER_CHOICE = 64  # the neighbouring queries, in all heads of a group, that share blocks
 
 
-def n_blocks(x: TopKAttentionInputs) -> int:
+def n_blocks(call: TopKAttentionCall) -> int:
     """The number of blocks of keys; the last block may be shorter."""
-    return -(-x.Nk // x.topk_blocks[0])
+    return -(-call.Nk // call.topk_blocks[0])
 
 
-def seen_keys(x: CrossAttentionInputs) -> Tensor:
+def seen_keys(call: AttentionCall) -> Tensor:
     """The keys that some query of the batch element may see, bool [B or 1, Nk]."""
-    seen = torch.ones((1, x.Nk), dtype=torch.bool, device=x.q.device)
-    if x.interval is not None:
-        start, stop = x.bounds()
+    seen = torch.ones((1, call.Nk), dtype=torch.bool, device=call.device)
+    if call.start is not None:
+        start, stop = call.start, call.stop
         empty = start >= stop
         # a key is seen if more intervals have begun than ended; empty ones begin and end at Nk
-        bounds = (t.masked_fill(empty, x.Nk).sort(-1).values for t in (start, stop))
-        j = torch.arange(x.Nk, dtype=start.dtype, device=start.device).expand(x.B, -1).contiguous()
+        bounds = (t.masked_fill(empty, call.Nk).sort(-1).values for t in (start, stop))
+        j = torch.arange(call.Nk, dtype=start.dtype, device=start.device)
+        j = j.expand(call.B, -1).contiguous()
         begun, ended = (torch.searchsorted(t, j, right=True) for t in bounds)
         seen = begun > ended
-    return seen if x.mask is None else seen & x.mask.any((1, 2))
+    return seen if call.mask is None else seen & call.mask.any((1, 2))
 
 
-def blocked(x: TopKAttentionInputs) -> tuple[KeyInterval | None, Tensor | None]:
-    """The (interval, mask) over blocks: a block is allowed where any of its keys is."""
-    size, N = x.topk_blocks[0], n_blocks(x)
-    interval = mask = None
-    if x.interval is not None:
-        start, stop = x.bounds()
+def blocked(call: TopKAttentionCall) -> TopKAttentionCall:
+    """The call with the intervals and mask of blocks: one is allowed where any of its keys is."""
+    size, N = call.topk_blocks[0], n_blocks(call)
+    start, stop, mask = call.start, call.stop, call.mask
+    if start is not None:
         stop = stop.masked_fill(start >= stop, 0)
-        interval = KeyInterval(start // size, (stop + size - 1) // size)
-    if x.mask is not None:
-        mask = F.pad(x.mask.expand(-1, -1, -1, x.Nk), (0, N * size - x.Nk))
+        start, stop = start // size, (stop + size - 1) // size
+    if mask is not None:
+        mask = F.pad(mask.expand(-1, -1, -1, call.Nk), (0, N * size - call.Nk))
         mask = mask.unflatten(3, (N, size)).any(4)
-    return interval, mask
+    return replace(call, start=start, stop=stop, mask=mask)
 
 
-def pooled(x: TopKAttentionInputs) -> Tensor:
+def pooled_keys(call: TopKAttentionCall) -> Tensor:
     """The mean of the seen keys of each block, [B, Hkv, N, D] in the dtype of k; 0 without any."""
-    size, N = x.topk_blocks[0], n_blocks(x)
-    seen, missing = seen_keys(x), N * size - x.Nk
-    k = x.k.masked_fill(~seen[:, None, :, None], 0.0)
+    size, N = call.topk_blocks[0], n_blocks(call)
+    seen, missing = seen_keys(call), N * size - call.Nk
+    k = call.k.masked_fill(~seen[:, None, :, None], 0.0)
     k = F.pad(k.to(torch.promote_types(k.dtype, torch.float32)), (0, 0, 0, missing))
     count = F.pad(seen, (0, missing)).unflatten(1, (N, size)).sum(2).clamp(min=1)
-    return (k.unflatten(2, (N, size)).sum(3) / count[:, None, :, None]).to(x.k.dtype)
+    return (k.unflatten(2, (N, size)).sum(3) / count[:, None, :, None]).to(call.k.dtype)
 
 
-def pooled_call(x: TopKAttentionInputs) -> TopKAttentionInputs:
+def pooled_call(call: TopKAttentionCall) -> TopKAttentionCall:
     """The call of the same queries with one key for each block."""
-    interval, mask = blocked(x)
-    return replace(x, k=pooled(x), interval=interval, mask=mask)
+    return replace(blocked(call), k=pooled_keys(call))
 
 
-def importance(y: TopKAttentionInputs) -> Tensor:
+def importance(pooled: TopKAttentionCall) -> Tensor:
     """The importance of each block for each tile of QUERIES_PER_CHOICE queries, [B, Hkv, T, N].
 
     It is the attention weight of the block's key in the `pooled_call` y, summed over the queries of
     the tile and the heads of the group, and -inf where none of these may see the block.
     """
-    q, k = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (y.q, y.k))
-    s = scores(replace(y, q=q, k=k))
-    tiles = (-(-y.Nq // QUERIES_PER_CHOICE), QUERIES_PER_CHOICE)
+    q, k = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (pooled.q, pooled.k))
+    s = scores(replace(pooled, q=q, k=k))
+    tiles = (-(-pooled.Nq // QUERIES_PER_CHOICE), QUERIES_PER_CHOICE)
 
     def by_tile(t: Tensor) -> Tensor:
-        t = F.pad(t, (0, 0, 0, tiles[0] * tiles[1] - y.Nq))
-        return t.unflatten(1, (y.Hkv, y.Hq // y.Hkv)).unflatten(3, tiles)
+        t = F.pad(t, (0, 0, 0, tiles[0] * tiles[1] - pooled.Nq))
+        return t.unflatten(1, (pooled.Hkv, pooled.group)).unflatten(3, tiles)
 
     allowed = by_tile(s != NEG_INF).any(4).any(2)
     return by_tile(softmax(s)[0]).sum((2, 4)).masked_fill(~allowed, NEG_INF)
 
 
-def choose_blocks(x: TopKAttentionInputs) -> Tensor:
+def choose_blocks(call: TopKAttentionCall) -> Tensor:
     """The most important blocks, int64 [B, Hkv, T, min(n_blocks, N)]; see `top_indices`."""
     with torch.no_grad():
-        return top_indices(importance(pooled_call(x)), min(x.topk_blocks[1], n_blocks(x)))
+        return top_indices(importance(pooled_call(call)), min(call.topk_blocks[1], n_blocks(call)))
 
 
-def keys_of_blocks(chosen: Tensor, x: TopKAttentionInputs) -> Tensor:
+def keys_of_blocks(chosen: Tensor, call: TopKAttentionCall) -> Tensor:
     """The keys of the chosen blocks [B, Hkv, T, N], bool [B, Hq, Nq, Nk]."""
-    rows = chosen.repeat_interleave(QUERIES_PER_CHOICE, 2)[:, :, : x.Nq]
-    keys = rows.repeat_interleave(x.topk_blocks[0], 3)[..., : x.Nk]
-    return keys.repeat_interleave(x.Hq // x.Hkv, 1)
+    rows = chosen.repeat_interleave(QUERIES_PER_CHOICE, 2)[:, :, : call.Nq]
+    keys = rows.repeat_interleave(call.topk_blocks[0], 3)[..., : call.Nk]
+    return keys.repeat_interleave(call.group, 1)
 
 
 def gated_residual(x: Tensor, h: Tensor, gate: Tensor, row_mask: Tensor | None = None) -> Tensor:

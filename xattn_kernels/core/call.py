@@ -1,69 +1,62 @@
-"""What a call of `cross_attention` is made of, checked once, before any backend sees it."""
+"""One call of an op as one value: made by the op's check, and handed whole to everything behind it.
+
+Reasons, backends, the autograd Function, the custom ops and the launchers all take a call and read
+its fields by name. What is not there is None.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from numbers import Integral
-from typing import NamedTuple
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..masks import KeyInterval
-from .arguments import check_number
+from ..reference import QUERIES_PER_CHOICE, CrossAttentionResult, TopKAttentionResult
+
+__all__ = [
+    "QUERIES_PER_CHOICE",
+    "AttentionCall",
+    "AttentionWeightsCall",
+    "CrossAttentionCall",
+    "CrossAttentionResult",
+    "GatedProjectionCall",
+    "GatedResidualCall",
+    "ReceivedMassCall",
+    "TopKAttentionCall",
+    "TopKAttentionResult",
+    "TopKBlocksCall",
+]
+AnyCall = TypeVar("AnyCall")
 
 
-class CrossAttentionResult(NamedTuple):
-    """Output of `cross_attention` when more than `out` is asked for; None for what was not.
-
-    out [B, Hq, Nq, Dv] in the dtype of q; lse, entropy, max_probability float32 [B, Hq, Nq]
-    (float64 for float64 inputs), natural logarithms.
-    """
-
-    out: Tensor
-    lse: Tensor | None = None
-    entropy: Tensor | None = None
-    max_probability: Tensor | None = None
+def shared_fields(call: Any, Call: type) -> dict[str, Any]:
+    """The fields of a call by name that a call of the class `Call` has too."""
+    return {f.name: getattr(call, f.name) for f in fields(Call) if hasattr(call, f.name)}
 
 
-class TopKAttentionResult(NamedTuple):
-    """Output of `topk_attention` when more than `out` is asked for; None for what was not.
+@dataclass(frozen=True, kw_only=True)
+class AttentionCall:
+    """What the probabilities of attention are made of.
 
-    out [B, Hq, Nq, Dv] in the dtype of q; lse, entropy, max_probability float32 [B, Hq, Nq]
-    (float64 for float64 inputs), natural logarithms, of the chosen keys alone; indices int32
-    [B, Hq, Nq, top_k], the chosen keys in ascending order and -1 where there are fewer; of a call
-    by blocks [B, Hkv, ceil(Nq / 64), n_blocks], the chosen blocks likewise.
-    """
-
-    out: Tensor
-    lse: Tensor | None = None
-    indices: Tensor | None = None
-    entropy: Tensor | None = None
-    max_probability: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class CrossAttentionInputs:
-    """One checked call: what every backend's `reasons` and `run` receive.
-
-    q [B, Hq, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv]; `mask` and `bias` are 4-d views whose
-    dimensions are 1 or full; `scale` is a float or a tensor of 1 or Hq values; `seed` is an int64
-    tensor with one value, present exactly when dropout_p > 0.
+    q [B, Hq, Nq, D], k [B, Hkv, Nk, D]; start, stop int32 [B, Nq], the bounds of each query's key
+    interval, or both None; mask bool and bias are 4-d views whose dimensions are 1 or full;
+    exactly one of scale and scale_tensor (1 or Hq values) is there; seed is an int64 tensor of one
+    value, there exactly when dropout_p > 0; allow_tf32 is about products of float32.
     """
 
     q: Tensor
     k: Tensor
-    v: Tensor
-    interval: KeyInterval | None
-    mask: Tensor | None
     bias: Tensor | None
-    scale: float | Tensor
+    scale_tensor: Tensor | None
+    start: Tensor | None
+    stop: Tensor | None
+    mask: Tensor | None
+    seed: Tensor | None
+    scale: float | None
     softcap: float | None
     dropout_p: float
-    seed: Tensor | None
-    return_lse: bool
-    return_statistics: bool
-    deterministic: bool
+    allow_tf32: bool
 
     B = property(lambda self: self.q.shape[0])
     Hq = property(lambda self: self.q.shape[1])
@@ -71,14 +64,17 @@ class CrossAttentionInputs:
     Nq = property(lambda self: self.q.shape[2])
     Nk = property(lambda self: self.k.shape[2])
     D = property(lambda self: self.q.shape[3])
-    Dv = property(lambda self: self.v.shape[3])
+    Dv = property(lambda self: self.q.shape[3])  # where there are no values
+    group = property(lambda self: self.q.shape[1] // self.k.shape[1])
     device = property(lambda self: self.q.device)
 
-    def bounds(self) -> tuple[Tensor | None, Tensor | None]:
-        """(start, stop) as [B, Nq] views by stride, or (None, None) without an interval."""
-        return self.interval.expand(self.B, self.Nq) if self.interval else (None, None)
+    def scale_of_heads(self, dtype: torch.dtype) -> float | Tensor:
+        """The scale as it multiplies scores [B, Hq, Nq, Nk]: a number, or a tensor of `dtype`."""
+        if self.scale_tensor is None:
+            return self.scale
+        return self.scale_tensor.to(dtype).view(1, -1, 1, 1)
 
-    def part(self, batch: slice, rows: slice) -> CrossAttentionInputs:
+    def part(self: AnyCall, batch: slice, rows: slice) -> AnyCall:
         """The call of these batch elements and queries alone."""
 
         def cut(t: Tensor | None) -> Tensor | None:
@@ -87,208 +83,114 @@ class CrossAttentionInputs:
             t = t[batch] if t.shape[0] > 1 else t
             return t[:, :, rows] if t.shape[2] > 1 else t
 
-        interval = self.interval
-        if interval is not None:
-            interval = KeyInterval(*(bound[batch, rows] for bound in self.bounds()))
-        keys = dict(k=self.k[batch], v=self.v[batch], mask=cut(self.mask), bias=cut(self.bias))
-        return replace(self, q=self.q[batch, :, rows], interval=interval, **keys)
+        start, stop = (None if t is None else t[batch, rows] for t in (self.start, self.stop))
+        keys = dict(k=self.k[batch], mask=cut(self.mask), bias=cut(self.bias))
+        return replace(self, q=self.q[batch, :, rows], start=start, stop=stop, **keys)
 
 
-@dataclass(frozen=True)
-class TopKAttentionInputs(CrossAttentionInputs):
-    """One checked call, by keys (`top_k`) or by blocks of keys (`topk_blocks`: keys of a block,
-    number of blocks); the other is None. There is no bias, softcap or dropout."""
+@dataclass(frozen=True, kw_only=True)
+class CrossAttentionCall(AttentionCall):
+    """A call of `cross_attention`; v [B, Hkv, Nk, Dv]."""
+
+    v: Tensor
+    return_lse: bool
+    return_statistics: bool
+    deterministic: bool
+
+    Dv = property(lambda self: self.v.shape[3])
+
+    def part(self, batch: slice, rows: slice) -> CrossAttentionCall:
+        return super(CrossAttentionCall, replace(self, v=self.v[batch])).part(batch, rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionWeightsCall(AttentionCall):
+    """A call of `attention_weights`: p = exp(s - lse), lse [B, Hq, Nq] or None.
+
+    lse is a variable like any other, with a gradient. `lse_is_own` says that it is known to be that
+    of these very scores: p = softmax(s), and the gradient includes what flows through it, with the
+    precision that the two parts of it would cancel away. lse_low is what its float32 cannot hold.
+    """
+
+    lse: Tensor | None
+    lse_low: Tensor | None
+    lse_is_own: bool
+    average_heads: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReceivedMassCall(AttentionCall):
+    """A call of `received_mass`; row_weight is [B, Nq] in the dtype of the sums; lse [B, Hq, Nq] has
+    no gradient, and lse_low is what its float32 cannot hold."""
+
+    lse: Tensor | None
+    lse_low: Tensor | None
+    row_weight: Tensor | None
+    average_heads: bool
+
+    def part(self, batch: slice, rows: slice) -> ReceivedMassCall:
+        weight = None if self.row_weight is None else self.row_weight[batch, rows]
+        cut = replace(self, lse=None, lse_low=None, row_weight=weight)
+        return super(ReceivedMassCall, cut).part(batch, rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopKAttentionCall(CrossAttentionCall):
+    """A call of `topk_attention`, by keys (`top_k`) or by blocks of keys (`topk_blocks`: keys of a
+    block, number of blocks); the other is None. There is no bias, softcap or dropout."""
 
     top_k: int | None
     topk_blocks: tuple[int, int] | None
     return_indices: bool
 
 
-def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raises unless q, k and v agree in rank, sizes, heads, dtype, device and layout."""
-    for name, t in {"q": q, "k": k, "v": v}.items():
-        check_tensor(name, t, q)
-    if q.shape[3] < 1 or k.shape[3] != q.shape[3]:
-        raise ValueError(f"q and k must share a head width D >= 1, got {q.shape[3]}, {k.shape[3]}")
-    if min(q.shape[1], k.shape[1]) < 1 or q.shape[1] % k.shape[1]:
-        raise ValueError(
-            f"the query heads must be a multiple of the key heads, got Hq={q.shape[1]} and "
-            f"Hkv={k.shape[1]} (the layout is [B, heads, sequence, width])"
-        )
-    if v.shape[1:3] != k.shape[1:3]:
-        raise ValueError(
-            f"k and v must share [B, Hkv, Nk], got {tuple(k.shape[:3])} and {tuple(v.shape[:3])}"
-        )
+@dataclass(frozen=True, kw_only=True)
+class TopKBlocksCall(TopKAttentionCall):
+    """A call by blocks with the choice made: chosen int32 [B, Hkv, T, n], the blocks of each of the
+    T tiles of queries in ascending order, then -1."""
+
+    chosen: Tensor
 
 
-def check_tensor(name: str, t: Tensor, q: Tensor) -> None:
-    """Raises unless `t` is a 4-d tensor like q in dtype, device and batch size."""
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
-    if t.dim() != 4:
-        heads = "Hq, Nq, D" if name == "q" else "Hkv, Nk, " + ("D" if name == "k" else "Dv")
-        raise ValueError(f"{name} must have 4 dimensions [B, {heads}], got shape {tuple(t.shape)}")
-    if not t.dtype.is_floating_point:
-        raise TypeError(f"{name} must be a floating-point tensor, got {t.dtype}")
-    if t.dtype != q.dtype:
-        raise TypeError(f"q, k and v must share one dtype, got q {q.dtype} and {name} {t.dtype}")
-    if t.device != q.device:
-        raise ValueError(
-            f"q, k and v must be on one device, got q on {q.device} and {name} on {t.device}"
-        )
-    if t.shape[3] > 1 and t.stride(3) != 1:
-        raise ValueError(
-            f"the last dimension of {name} must be contiguous (stride 1), got stride "
-            f"{t.stride(3)}; call .contiguous() on it"
-        )
-    if t.shape[0] != q.shape[0]:
-        raise ValueError(
-            f"q, k and v must share the batch size, got q {q.shape[0]} and {name} "
-            f"{t.shape[0]} (expand() makes a broadcast batch without a copy)"
-        )
+@dataclass(frozen=True, kw_only=True)
+class TopKImportanceCall(TopKAttentionCall):
+    """What the blocks of a call are chosen by; its start, stop and mask are of blocks. seen bool
+    [B or 1, Nk]: the keys that some query of a batch element may see."""
+
+    seen: Tensor
 
 
-def view_4d(name: str, t: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    """`t` as a 4-d view broadcastable to [B, Hq, Nq, Nk]; raises when it is not."""
-    full = (*q.shape[:3], k.shape[2])
-    if t.device != q.device:
-        raise ValueError(f"{name} must be on the device of q, {q.device}, got {t.device}")
-    fits = t.dim() <= 4 and all(
-        n in (1, f) for n, f in zip(reversed(t.shape), reversed(full), strict=False)
-    )
-    if not fits:
-        raise ValueError(
-            f"{name} must broadcast to [B, Hq, Nq, Nk] = {list(full)}, got shape {list(t.shape)}"
-        )
-    return t.reshape((1,) * (4 - t.dim()) + tuple(t.shape))
+@dataclass(frozen=True, kw_only=True)
+class GatedResidualCall:
+    """A call of `gated_residual`, or of `gated_residual_norm` with a norm ("layer" or "rms").
 
-
-def check_mask(
-    mask, q: Tensor, k: Tensor, validate: bool = False, name: str = "mask"
-) -> tuple[KeyInterval | None, Tensor | None]:
-    """Sorts `mask` into (interval, bool mask). The range check reads values, so a GPU waits."""
-    if mask is None:
-        return None, None
-    if isinstance(mask, KeyInterval):
-        if mask.start.device != q.device:
-            raise ValueError(
-                f"{name} must be on the device of q, {q.device}, got {mask.start.device}"
-            )
-        mask.expand(q.shape[0], q.shape[2])
-        if validate or (q.device.type == "cpu" and not torch.compiler.is_compiling()):
-            mask.check(k.shape[2])
-        return mask, None
-    if not isinstance(mask, Tensor):
-        raise TypeError(
-            f"{name} must be a KeyInterval, a bool tensor or None, got {type(mask).__name__}"
-        )
-    if mask.dtype != torch.bool:
-        raise TypeError(
-            f"{name} as a tensor must be bool (True = attend), got {mask.dtype}; "
-            + ("pass additive values as bias" if mask.is_floating_point() else "call .bool() on it")
-        )
-    return None, view_4d(name, mask, q, k)
-
-
-def check_bias(bias, q: Tensor, k: Tensor) -> Tensor | None:
-    if bias is None:
-        return None
-    if not isinstance(bias, Tensor) or not bias.dtype.is_floating_point:
-        got = bias.dtype if isinstance(bias, Tensor) else type(bias).__name__
-        raise TypeError(f"bias must be a floating-point tensor, got {got}")
-    return view_4d("bias", bias, q, k)
-
-
-def check_scale(scale, q: Tensor) -> float | Tensor:
-    if scale is None:
-        return q.shape[3] ** -0.5
-    if not isinstance(scale, Tensor):
-        return check_number("scale", scale, "a number or a floating-point tensor")
-    if not scale.dtype.is_floating_point:
-        raise TypeError(f"scale must be a float or a floating-point tensor, got {scale.dtype}")
-    if scale.device != q.device:
-        raise ValueError(f"scale must be on the device of q, {q.device}, got {scale.device}")
-    if tuple(scale.shape) not in ((), (1,), (q.shape[1],)):
-        raise ValueError(
-            f"scale must be a scalar or have shape [Hq] = [{q.shape[1]}], got {list(scale.shape)}"
-        )
-    return scale.reshape(-1)
-
-
-def check_dropout(dropout_p: float, seed, q: Tensor) -> tuple[float, Tensor | None]:
-    """(p, seed tensor). Without a seed one is drawn from torch's generator of q's device."""
-    p = check_number("dropout_p", dropout_p, "a number in [0, 1)")
-    if not 0.0 <= p < 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-    check_seed(seed, q)
-    if p == 0.0:
-        return 0.0, None
-    if seed is None:
-        return p, torch.randint(2**62, (1,), dtype=torch.int64, device=q.device)
-    if not isinstance(seed, Tensor):
-        return p, torch.full((1,), int(seed), dtype=torch.int64, device=q.device)
-    return p, seed.reshape(1)
-
-
-def check_seed(seed, q: Tensor) -> None:
-    allowed = f"seed must be an int of 64 bits or one int64 value on {q.device}"
-    if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != q.device:
-            raise ValueError(
-                f"{allowed}, got {seed.dtype} of shape {list(seed.shape)} on {seed.device}"
-            )
-    elif seed is not None:
-        if isinstance(seed, bool) or not isinstance(seed, (Integral, torch.SymInt)):
-            raise TypeError(f"{allowed}, got {type(seed).__name__} {seed!r}")
-        if not -(2**63) <= seed < 2**63:
-            raise ValueError(f"{allowed}, got {seed}")
-
-
-def check_softcap(softcap) -> float | None:
-    allowed = "None or a positive number"
-    c = None if softcap is None else check_number("softcap", softcap, allowed)
-    if c is not None and not 0.0 < c < float("inf"):
-        raise ValueError(f"softcap must be {allowed}, got {softcap}")
-    return c
-
-
-def check_inputs(
-    q,
-    k,
-    v,
-    *,
-    mask=None,
-    bias=None,
-    scale=None,
-    softcap=None,
-    dropout_p=0.0,
-    seed=None,
-    return_lse=False,
-    return_statistics=False,
-    deterministic=None,
-    validate=False,
-) -> CrossAttentionInputs:
-    """The checked inputs of one call of `cross_attention`, whose arguments it takes.
-
-    Raises TypeError or ValueError naming the argument, what it was and what is allowed.
+    x, h [..., dim]; gate a scalar, [1] or [dim]; weight, bias [dim], of the norm; row_mask bool,
+    the shape of x without its last dimension. In a backward that does not need x or h they are
+    None.
     """
-    check_tensors(q, k, v)
-    interval, mask = check_mask(mask, q, k, validate)
-    dropout_p, seed = check_dropout(dropout_p, seed, q)
-    if deterministic is None:
-        deterministic = torch.are_deterministic_algorithms_enabled()
-    return CrossAttentionInputs(
-        q=q,
-        k=k,
-        v=v,
-        interval=interval,
-        mask=mask,
-        bias=check_bias(bias, q, k),
-        scale=check_scale(scale, q),
-        softcap=check_softcap(softcap),
-        dropout_p=dropout_p,
-        seed=seed,
-        return_lse=return_lse or return_statistics,
-        return_statistics=return_statistics,
-        deterministic=deterministic,
-    )
+
+    x: Tensor | None
+    h: Tensor | None
+    gate: Tensor
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    row_mask: Tensor | None = None
+    norm: str | None = None
+    eps: float = 0.0
+
+    device = property(lambda self: self.x.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatedProjectionCall:
+    """A call of `gated_projection`: x [..., dim], a [..., width], gate as in `GatedResidualCall`,
+    weight [dim, width] and bias [dim] of the product."""
+
+    x: Tensor | None
+    a: Tensor
+    gate: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    row_mask: Tensor | None = None
+
+    device = property(lambda self: self.a.device)

@@ -10,21 +10,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from ..core.call import CrossAttentionInputs, check_inputs
+from ..core.call import AttentionCall, AttentionWeightsCall, CrossAttentionCall, shared_fields
 from ..core.dispatch import (
     choice,
     choose,
     tell,
     without_autocast,
 )
+from ..core.tensor_arguments import check_attention
 from ..masks import KeyInterval
-from ..ops.attention_weights import AttentionWeightsInputs, attention_weights
+from ..ops.attention_weights import attention_weights
 from ..ops.cross_attention import attend, cross_attention, cuda_reasons
 from ..torch_kernels import attention_weights as torch_weights
 from ..torch_kernels import cross_attention as torch_attention
 
 
-def _cuda_reasons(x: CrossAttentionInputs) -> list[str]:
+def _cuda_reasons(x: CrossAttentionCall) -> list[str]:
     weights = ["attention weights have no CUDA kernel (need_weights=False)"] * x.return_lse
     return cuda_reasons(x) + weights
 
@@ -175,23 +176,26 @@ class MultiheadAttention(nn.Module):
             out = out.transpose(1, 2) if self.batch_first else out.permute(2, 0, 1, 3)
         return self.out_proj(out.flatten(-2)), weights
 
-    def _attend(self, x: CrossAttentionInputs, average: bool | None):
+    def _attend(self, x: CrossAttentionCall, average: bool | None):
         """(out, weights); no weights if `average` is None."""
         backend = choose("MultiheadAttention", BACKENDS, x, self.backend)
         tell(x, backend.name)
         if backend.name == "torch" and torch_attention.reasons(x):
             return torch_weights.attend(replace(x, seed=None), out=True, average_heads=average)
         if backend.name in ("triton", "cuda"):
-            (out, lse, *_), lse_low = attend(x, backend.name)
+            results = attend(x, backend.name)
+            lse_low = results.lse_low
         else:
-            (out, lse, *_), lse_low = backend.run(x), None
+            results, lse_low = backend.run(x), None
         if average is None:
-            return out, None
-        y = AttentionWeightsInputs(
-            **vars(x), lse=None, own_lse=lse.detach(), own_lse_low=lse_low, average_heads=average
-        )
+            return results.out, None
+        weights_call = AttentionWeightsCall(
+            **shared_fields(x, AttentionCall), lse=results.lse.detach(), lse_low=lse_low,
+            lse_is_own=True, average_heads=average,
+        )  # fmt: skip
         ops = attention_weights.backends
-        return out, choose("MultiheadAttention", ops, y, backend.name).run(y)
+        chosen = choose("MultiheadAttention", ops, weights_call, backend.name)
+        return results.out, chosen.run(weights_call)
 
     def explain(self, *args, **kwargs) -> None:
         """Prints which backend `forward(*args, **kwargs)` takes for its output, and why."""
@@ -243,7 +247,7 @@ def _check_backend(backend: str | None) -> str | None:
 def _inputs(
     module, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None,
     average_attn_weights=True, is_causal=False, *, mask=None, seed=None,
-) -> CrossAttentionInputs:  # fmt: skip
+) -> CrossAttentionCall:  # fmt: skip
     """The checked call of `cross_attention` behind a call of `module.forward`."""
     if is_causal and attn_mask is None:
         raise RuntimeError("is_causal is a hint about attn_mask; attn_mask must be given too")
@@ -258,7 +262,7 @@ def _inputs(
     masks = _as_4d(None if causal else attn_mask, key_padding_mask, q, Nk)
     mask, bias = _mask_and_bias(masks, mask, causal, q, Nk, k.shape[2] - Nk)
     dropout_p = module.dropout if module.training else 0.0
-    return check_inputs(
+    return check_attention(
         q, k, v, mask=mask, bias=bias, dropout_p=dropout_p, seed=seed, return_lse=need_weights
     )
 

@@ -17,8 +17,8 @@ from ..core.arguments import (
     check_sizes,
     kind,
 )
-from ..core.call import check_inputs, check_mask
 from ..core.dispatch import run
+from ..core.tensor_arguments import check_attention, check_mask
 from ..masks import KeyInterval
 from .masked_cross_attention import (
     BACKENDS,
@@ -214,7 +214,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, keys: Tensor, mask: KeyInterval | Tensor | None) -> Tensor:
         sources = dict(query=x, key=keys, value=keys)
         q, k, v = (split_heads(self.attention[n](t), self.dim_head) for n, t in sources.items())
-        inputs = check_inputs(q, k, v, mask=mask, dropout_p=self.dropout if self.training else 0.0)
+        inputs = check_attention(
+            q, k, v, mask=mask, dropout_p=self.dropout if self.training else 0.0
+        )
         out = merge_heads(run("QFormer", WITH_DROPOUT, inputs, self.backend).out)
         return add_and_norm(self.output, out, x, current_dropout(self))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..core.call import CrossAttentionInputs, TopKAttentionInputs
+from ..core.call import CrossAttentionCall, TopKAttentionCall, shared_fields
 from ..core.dispatch import choice, choose, tell
 from ..masks import KeyInterval
 from ..ops.topk_attention import check_chosen, topk_attention
@@ -119,7 +119,7 @@ class SparseCrossAttention(MultiheadAttention):
                     f"{name} must be bool (True = not allowed) in sparse attention, got {t.dtype}"
                 )
 
-    def _attend(self, x: CrossAttentionInputs, average: bool | None):
+    def _attend(self, x: CrossAttentionCall, average: bool | None):
         """(out, weights); no weights if `average` is None."""
         if not self.sparse:
             return super()._attend(x, average)
@@ -137,13 +137,15 @@ class SparseCrossAttention(MultiheadAttention):
         backends = topk_attention.backends
         print(choice("SparseCrossAttention", backends, self._sparse_inputs(x), self.backend))
 
-    def _sparse_inputs(self, x: CrossAttentionInputs) -> TopKAttentionInputs:
+    def _sparse_inputs(self, x: CrossAttentionCall) -> TopKAttentionCall:
         """The same call for some keys. Of two bool masks the second one comes as a bias of -inf."""
         mask = x.mask
         if x.bias is not None:
             allowed = x.bias == 0
             mask = allowed if mask is None else mask & allowed
-        fields = vars(x) | dict(mask=mask, bias=None, dropout_p=0.0, seed=None)
-        return TopKAttentionInputs(
+        fields = shared_fields(x, CrossAttentionCall) | dict(
+            mask=mask, bias=None, dropout_p=0.0, seed=None
+        )
+        return TopKAttentionCall(
             **fields, top_k=self.top_k, topk_blocks=self.topk_blocks, return_indices=False
         )

@@ -14,8 +14,8 @@ from ..core.arguments import (
     check_positive,
     check_sizes,
 )
-from ..core.call import check_inputs
 from ..core.dispatch import run
+from ..core.tensor_arguments import check_attention
 from ..ops.cross_attention import cross_attention
 from ..ops.gated_residual import gated_residual
 from .masked_cross_attention import (
@@ -105,7 +105,7 @@ class NormalizedCrossAttention(nn.Module):
         q, k, v = (split_heads(t, self.dim_head) for t in projected)
         options = dict(mask=mask, scale=self.scale(), return_statistics=return_statistics)
         options |= dict(dropout_p=self.dropout if self.training else 0.0)
-        inputs = check_inputs(q, k, v, **options)
+        inputs = check_attention(q, k, v, **options)
         result = run(type(self).__name__, WITH_DROPOUT, inputs, self.backend)
         out = self.to_out(merge_heads(result.out))
         return (out, result) if return_statistics else out

@@ -16,7 +16,7 @@ from ..core.arguments import (
     check_sizes,
     kind,
 )
-from ..core.call import check_mask
+from ..core.tensor_arguments import check_mask
 from ..masks import KeyInterval
 from ..ops.cross_attention import cross_attention
 from .masked_cross_attention import (

@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..core.call import AttentionWeightsCall
 from ..core.dispatch import run
-from ..masks import KeyInterval
-from .attention_weights import BACKENDS, AttentionWeightsInputs
+from .attention_weights import BACKENDS
 from .attention_weights import check as check_weights
 
 
@@ -56,28 +56,26 @@ def attention_map(
         RuntimeError: the named backend has reasons against this call.
     """
     options = dict(mask=mask, bias=bias, scale=scale, softcap=softcap, validate=validate)
-    x = check_weights(q, k, lse=lse, average_heads=average_heads, **options)
-    h, w = check_grid(grid, first_key, x.Nk)
-    weights = run("attention_map", BACKENDS, of_rows(x, check_rows(rows, x)), backend)
+    call = check_weights(q, k, lse=lse, average_heads=average_heads, **options)
+    h, w = check_grid(grid, first_key, call.Nk)
+    weights = run("attention_map", BACKENDS, of_rows(call, check_rows(rows, call)), backend)
     return weights[..., first_key : first_key + h * w].unflatten(-1, (h, w))
 
 
-def of_rows(x: AttentionWeightsInputs, rows: Tensor) -> AttentionWeightsInputs:
+def of_rows(call: AttentionWeightsCall, rows: Tensor) -> AttentionWeightsCall:
     """The call of these rows [B, R] alone."""
-    batch = torch.arange(x.B, device=x.device)[:, None]
+    batch = torch.arange(call.B, device=call.device)[:, None]
 
     def cut(t: Tensor | None) -> Tensor | None:
         """[B or 1, H, Nq or 1, n] -> [B, H, R or 1, n]; of one for all rows there is no other."""
-        if t is None or t.shape[2] == 1 != x.Nq:
+        if t is None or t.shape[2] == 1 != call.Nq:
             return t
-        return t.expand(x.B, -1, -1, -1)[batch, :, rows].transpose(1, 2)
+        return t.expand(call.B, -1, -1, -1)[batch, :, rows].transpose(1, 2)
 
-    interval = x.interval
-    if interval is not None:
-        interval = KeyInterval(*(bound[batch, rows] for bound in x.bounds()))
-    q, mask, bias = cut(x.q), cut(x.mask), cut(x.bias)
-    lse = None if x.lse is None else cut(x.lse[..., None])[..., 0]
-    return replace(x, q=q, v=x.k, interval=interval, mask=mask, bias=bias, lse=lse)
+    start, stop = (None if t is None else t[batch, rows] for t in (call.start, call.stop))
+    q, mask, bias = cut(call.q), cut(call.mask), cut(call.bias)
+    lse = None if call.lse is None else cut(call.lse[..., None])[..., 0]
+    return replace(call, q=q, start=start, stop=stop, mask=mask, bias=bias, lse=lse)
 
 
 def check_grid(grid, first_key, Nk: int) -> tuple[int, int]:
@@ -99,23 +97,28 @@ def check_grid(grid, first_key, Nk: int) -> tuple[int, int]:
     return h, w
 
 
-def check_rows(rows, x: AttentionWeightsInputs) -> Tensor:
+def check_rows(rows, call: AttentionWeightsCall) -> Tensor:
     """int64 [B, R] on the device of q, from 0 on."""
     if not isinstance(rows, Tensor):
         if not isinstance(rows, Sequence) or not all(type(i) is int for i in rows):
             raise TypeError(f"rows must be ints or an integer tensor, got {rows!r}")
-        check_indices(rows, x.Nq)
-        rows = torch.tensor([i % x.Nq for i in rows], dtype=torch.int64, device=x.device)
+        check_indices(rows, call.Nq)
+        rows = torch.tensor([i % call.Nq for i in rows], dtype=torch.int64, device=call.device)
     if rows.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"rows must be ints or an int32 or int64 tensor, got {rows.dtype}")
-    if rows.dim() not in (1, 2) or rows.dim() == 2 and len(rows) != x.B or rows.device != x.device:
+    if (
+        rows.dim() not in (1, 2)
+        or rows.dim() == 2
+        and len(rows) != call.B
+        or rows.device != call.device
+    ):
         raise ValueError(
-            f"rows must be [R] or [B, R] with B = {x.B} on {x.device}, got {list(rows.shape)} on "
+            f"rows must be [R] or [B, R] with B = {call.B} on {call.device}, got {list(rows.shape)} on "
             f"{rows.device}"
         )
     if rows.is_cpu and not torch.compiler.is_compiling():
-        check_indices(rows.flatten().tolist(), x.Nq)
-    return torch.where(rows < 0, rows + x.Nq, rows).long().expand(x.B, -1)
+        check_indices(rows.flatten().tolist(), call.Nq)
+    return torch.where(rows < 0, rows + call.Nq, rows).long().expand(call.B, -1)
 
 
 def check_indices(rows: Sequence[int], Nq: int) -> None:

@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from .. import reference
 from ..core.arguments import check_bools
-from ..core.call import CrossAttentionInputs, check_inputs
-from ..core.dispatch import Backend, allow_tf32, run
-from ..core.kernel_op import apart, refuse_double_backward
-from ..core.layout import empty_rows
+from ..core.call import AttentionCall, AttentionWeightsCall, CrossAttentionCall, shared_fields
+from ..core.dispatch import Backend, run
+from ..core.kernel_op import kernel_op
+from ..core.layout import WeightsResults, empty_weights, gradients_of
+from ..core.tensor_arguments import attention_fields, check_tensors
 from ..torch_kernels import attention_weights as torch_weights
 from .cross_attention import attend, triton_reasons
 
-
-@dataclass(frozen=True)
-class AttentionWeightsInputs(CrossAttentionInputs):
-    """One checked call; `v` is not used.
-
-    `lse` is a variable like any other: p = exp(s - lse), with a gradient for each of them.
-    `own_lse`, without gradient, is known to be lse of these scores: p = softmax(s), a little less
-    to compute, and the gradient keeps the precision that the two parts of it would cancel away.
-    `own_lse_low` is what its float32 cannot hold, see `attend`.
-    """
-
-    lse: Tensor | None
-    own_lse: Tensor | None
-    own_lse_low: Tensor | None
-    average_heads: bool
+NARROW = 16  # columns of values, the fewest that the kernels are fast with
+weights_op = kernel_op(
+    "attention_weights",
+    AttentionWeightsCall,
+    WeightsResults,
+    empty_weights,
+    gradients=gradients_of("q", "k", "bias", "scale_tensor", "lse"),
+)
 
 
 def attention_weights(
@@ -78,7 +71,7 @@ def attention_weights(
     Source: the average is that of `torch.nn.MultiheadAttention`; recomputing probabilities from lse
     is that of Dao et al., "FlashAttention" (2022).
     """
-    x = check(
+    call = check(
         q,
         k,
         lse=lse,
@@ -91,23 +84,24 @@ def attention_weights(
         average_heads=average_heads,
         validate=validate,
     )
-    return run("attention_weights", BACKENDS, x, backend)
+    return run("attention_weights", BACKENDS, call, backend)
 
 
-def check(q, k, *, lse=None, average_heads=True, **options) -> AttentionWeightsInputs:
-    """The checked inputs of one call; raises TypeError or ValueError naming the argument."""
+def check(q, k, *, lse=None, average_heads=True, **options) -> AttentionWeightsCall:
+    """The call with these arguments; raises TypeError or ValueError naming the argument."""
     check_bools(average_heads=average_heads)
-    x = check_inputs(q, k, k, **options)
-    return AttentionWeightsInputs(
-        **vars(x),
+    check_tensors(q, k, k)
+    return AttentionWeightsCall(
+        **attention_fields(q, k, **options),
         lse=check_lse(lse, q),
-        own_lse=None,
-        own_lse_low=None,
+        lse_low=None,
+        lse_is_own=False,
         average_heads=average_heads,
     )
 
 
 def check_lse(lse, q: Tensor) -> Tensor | None:
+    """lse, which is [B, Hq, Nq] in the dtype of sums."""
     if lse is None:
         return None
     if not isinstance(lse, Tensor):
@@ -123,35 +117,34 @@ def check_lse(lse, q: Tensor) -> Tensor | None:
     return lse
 
 
-def run_torch(x: AttentionWeightsInputs) -> Tensor:
-    return torch_weights.attend(x, lse=x.lse, out=False, average_heads=x.average_heads)[1]
+def run_torch(call: AttentionWeightsCall) -> Tensor:
+    return torch_weights.attend(call, out=False, average_heads=call.average_heads)[1]
 
 
-def run_eager(x: AttentionWeightsInputs) -> Tensor:
-    return reference.attention_weights(x, x.lse, x.average_heads).to(x.q.dtype)
+def run_eager(call: AttentionWeightsCall) -> Tensor:
+    return reference.attention_weights(call).to(call.q.dtype)
 
 
-def run_triton(x: AttentionWeightsInputs) -> Tensor:
-    lse, lse_low = (x.own_lse, x.own_lse_low) if x.lse is None else (x.lse, None)
-    if lse is None:  # a forward pass over the narrowest values there are
-        narrow = replace(x, v=x.k[..., :16], dropout_p=0.0, seed=None, return_lse=True)
-        with torch.no_grad():
-            (_, lse, *_), lse_low = attend(narrow)
-    scale_tensor = x.scale if isinstance(x.scale, Tensor) else None
-    options = (
-        math.nan if scale_tensor is not None else x.scale,
-        x.softcap or 0.0,
-        x.dropout_p,
-        x.average_heads,
-        x.lse is None,
-        allow_tf32(),
-    )
-    # torch.compile refuses an autograd Function that gets one tensor twice
-    q, k = apart(x.q, x.k)
-    weights = AttentionWeightsFunction.apply(
-        q, k, x.bias, scale_tensor, lse, lse_low, *x.bounds(), x.mask, x.seed, options
-    )
-    return weights[:, 0] if x.average_heads else weights
+def run_triton(call: AttentionWeightsCall) -> Tensor:
+    if call.lse is None:
+        call = with_lse(call)
+    weights = weights_op(call, "triton").weights
+    return weights[:, 0] if call.average_heads else weights
+
+
+def with_lse(call: AttentionWeightsCall) -> AttentionWeightsCall:
+    """The call with the lse of its scores: a forward pass over the narrowest values there are."""
+    narrow = narrow_call(call)
+    with torch.no_grad():
+        results = attend(narrow, "triton")
+    return replace(call, lse=results.lse, lse_low=results.lse_low, lse_is_own=True)
+
+
+def narrow_call(call: AttentionCall) -> CrossAttentionCall:
+    """Attention with the scores of the call, and without dropout."""
+    values = dict(return_lse=True, return_statistics=False, deterministic=True)
+    shared = shared_fields(call, AttentionCall) | dict(dropout_p=0.0, seed=None)
+    return CrossAttentionCall(**shared, v=call.k[..., :NARROW], **values)
 
 
 BACKENDS = (
@@ -160,106 +153,3 @@ BACKENDS = (
     Backend("eager", reference.reasons, run_eager, by_name=True),
 )
 attention_weights.backends, attention_weights.check = BACKENDS, check
-
-
-class AttentionWeightsFunction(torch.autograd.Function):
-    """Wires the launchers into autograd; nothing is computed here."""
-
-    @staticmethod
-    def forward(ctx, q, k, bias, scale, lse, lse_low, start, stop, mask, seed, options):
-        launch = forward_op if torch.compiler.is_compiling() else launch_forward
-        ctx.save_for_backward(q, k, bias, scale, lse, lse_low, start, stop, mask, seed)
-        ctx.options = options
-        return launch(q, k, bias, scale, lse, lse_low, start, stop, mask, seed, *options)
-
-    @staticmethod
-    def backward(ctx, dweights):
-        launch = backward_op if torch.compiler.is_compiling() else launch_backward
-        needs, saved = ctx.needs_input_grad[:5], ctx.saved_tensors
-        with torch.no_grad():
-            grads = launch(dweights, *saved, *ctx.options, needs)
-        grads = tuple(g if needed else None for g, needed in zip(grads, needs, strict=True))
-        grads = refuse_double_backward("attention_weights", grads, (dweights, *saved[:5]))
-        return *grads, *[None] * 6
-
-
-def launch_forward(
-    q: Tensor,
-    k: Tensor,
-    bias: Tensor | None,
-    scale_tensor: Tensor | None,
-    lse: Tensor,
-    lse_low: Tensor | None,
-    start: Tensor | None,
-    stop: Tensor | None,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    scale: float,
-    softcap: float,
-    dropout_p: float,
-    average_heads: bool,
-    own_lse: bool,
-    allow_tf32: bool,
-) -> Tensor:
-    """[B, 1, Nq, Nk] averaged over the heads, or [B, Hq, Nq, Nk]."""
-    from ..triton_kernels import attention_weights as kernels
-
-    return kernels.forward(
-        q, k, bias, scale_tensor, lse, lse_low, start, stop, mask, seed, scale, softcap,
-        dropout_p, average_heads, allow_tf32,
-    )  # fmt: skip
-
-
-def launch_backward(
-    dweights: Tensor,
-    q: Tensor,
-    k: Tensor,
-    bias: Tensor | None,
-    scale_tensor: Tensor | None,
-    lse: Tensor,
-    lse_low: Tensor | None,
-    start: Tensor | None,
-    stop: Tensor | None,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    scale: float,
-    softcap: float,
-    dropout_p: float,
-    average_heads: bool,
-    own_lse: bool,
-    allow_tf32: bool,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(dq, dk, dbias, dscale, dlse); those not in `needs` have no elements."""
-    from ..triton_kernels import attention_weights as kernels
-
-    return kernels.backward(
-        dweights, q, k, bias, scale_tensor, lse, lse_low, start, stop, mask, seed, scale, softcap,
-        dropout_p, average_heads, own_lse, allow_tf32, needs,
-    )  # fmt: skip
-
-
-# Under torch.compile and torch.export a launch is one node; an eager call goes straight to it.
-forward_op = torch.library.custom_op(
-    "xattn_kernels::attention_weights_forward", launch_forward, mutates_args=()
-)
-backward_op = torch.library.custom_op(
-    "xattn_kernels::attention_weights_backward", launch_backward, mutates_args=()
-)
-
-
-@forward_op.register_fake
-def fake_forward(q, k, bias, scale_tensor, lse, lse_low, start, stop, mask, seed, scale, softcap,
-                 dropout_p, average_heads, own_lse, allow_tf32):  # fmt: skip
-    B, Hq, Nq, _ = q.shape
-    return q.new_empty((B, 1 if average_heads else Hq, Nq, k.shape[2]))
-
-
-@backward_op.register_fake
-def fake_backward(dweights, q, k, bias, scale_tensor, lse, lse_low, start, stop, mask, seed, scale,
-                  softcap, dropout_p, average_heads, own_lse, allow_tf32, needs):  # fmt: skip
-    rows = [empty_rows(t, t.shape[3]) for t in (q, k)]
-    rest = [None if t is None else t.new_empty(t.shape) for t in (bias, scale_tensor, lse)]
-    return tuple(
-        t if needed else q.new_empty(0) for t, needed in zip(rows + rest, needs, strict=True)
-    )

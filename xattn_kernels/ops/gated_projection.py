@@ -6,25 +6,21 @@ Its product is PyTorch's, the rest `gated_residual`; the gradients are matrix pr
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
+from functools import cache, partial
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
+from ..core.call import GatedProjectionCall, GatedResidualCall
 from ..core.dispatch import Backend, run, without_autocast
-from ..core.kernel_op import apart, refuse_double_backward
+from ..core.kernel_op import Gradients, Needs, kernel_op, launchers_of
+from ..core.layout import GatedResults, dense_like, empty_like
 from . import gated_residual as gated
-from .gated_residual import GatedResidualInputs, check_float, launch_forward
-
-
-@dataclass(frozen=True)
-class GatedProjectionInputs(GatedResidualInputs):
-    """One checked call; `weight`, `bias` are those of the product, `h` stands for its result."""
-
-    a: Tensor | None = None
+from .gated_residual import check_float
 
 
 def gated_projection(
@@ -65,12 +61,12 @@ def gated_projection(
 
     Source: Alayrac et al., "Flamingo: a visual language model for few-shot learning" (2022).
     """
-    inputs = check(x, a, gate, weight, bias, row_mask=row_mask)
-    return run("gated_projection", BACKENDS, inputs, backend)
+    call = check(x, a, gate, weight, bias, row_mask=row_mask)
+    return run("gated_projection", BACKENDS, call, backend)
 
 
-def check(x, a, gate, weight, bias=None, *, row_mask=None) -> GatedProjectionInputs:
-    """The checked inputs of one call; raises TypeError or ValueError naming the argument."""
+def check(x, a, gate, weight, bias=None, *, row_mask=None) -> GatedProjectionCall:
+    """The call with these arguments; raises TypeError or ValueError naming the argument."""
     for name, t in {"x": x, "a": a, "weight": weight, "bias": bias}.items():
         if t is not None or name != "bias":
             check_float(name, t, x)
@@ -87,61 +83,49 @@ def check(x, a, gate, weight, bias=None, *, row_mask=None) -> GatedProjectionInp
     for name, t in {"weight": weight, "bias": bias}.items():
         if t is not None and t.dtype != a.dtype:
             raise TypeError(f"{name} must have the dtype of a, {a.dtype}, got {t.dtype}")
-    h = a.new_empty(()).expand(x.shape)  # its shape and dtype, no memory
-    plain = gated.check(x, h, gate, row_mask=row_mask)
-    plain = {name: getattr(plain, name) for name in ("x", "h", "gate", "row_mask")}
-    return GatedProjectionInputs(**plain, a=a, weight=weight, bias=bias)
+    gated.check(x, unwritten_branch(x, a), gate, row_mask=row_mask)
+    return GatedProjectionCall(x=x, a=a, gate=gate, weight=weight, bias=bias, row_mask=row_mask)
 
 
-def kernel_reasons(of_gates: Callable, x: GatedProjectionInputs) -> list[str]:
+def unwritten_branch(x: Tensor, a: Tensor) -> Tensor:
+    """The shape and dtype of the product; it takes no memory."""
+    return a.new_empty(()).expand(x.shape)
+
+
+def branch_call(call: GatedProjectionCall, h: Tensor) -> GatedResidualCall:
+    """The gated residual of the product h."""
+    return GatedResidualCall(x=call.x, h=h, gate=call.gate, row_mask=call.row_mask)
+
+
+def kernel_reasons(of_gates: Callable, call: GatedProjectionCall) -> list[str]:
     """Why a kernel of the gated residual, whose reasons are `of_gates`, cannot run this call."""
-    product = torch.empty_like(x.x, dtype=x.h.dtype, device="meta")
-    return of_gates(replace(x, h=product))
+    product = torch.empty_like(call.x, dtype=call.a.dtype, device="meta")
+    return of_gates(branch_call(call, product))
 
 
-def run_kernel(backend: str, x: GatedProjectionInputs) -> Tensor:
-    leaves = apart(x.x, x.a, x.gate, x.weight, x.bias)
-    return GatedProjectionFunction.apply(*leaves, x.row_mask, backend)
+@cache
+def launchers(backend: str) -> SimpleNamespace:
+    """`forward` and `backward` of a backend."""
+    return SimpleNamespace(forward=partial(forward, backend), backward=backward)
 
 
-def run_eager(x: GatedProjectionInputs) -> Tensor:
-    a = x.a if x.row_mask is None else x.a.masked_fill(~x.row_mask[..., None], 0.0)
-    return reference.gated_residual(x.x, F.linear(a, x.weight, x.bias), x.gate, x.row_mask)
+def forward(backend: str, call: GatedProjectionCall) -> GatedResults:
+    """y, by PyTorch's product and a backend's kernel of the gated residual."""
+    h = F.linear(call.a, call.weight, call.bias)
+    return launchers_of(backend, "gated_residual").forward(branch_call(call, h))
 
 
-BACKENDS = (
-    Backend("triton", partial(kernel_reasons, gated.triton_reasons), partial(run_kernel, "triton")),
-    Backend("cuda", partial(kernel_reasons, gated.cuda_reasons), partial(run_kernel, "cuda")),
-    Backend("eager", reference.reasons, run_eager),
-)
-gated_projection.backends, gated_projection.check = BACKENDS, check
+def backward(
+    upstream: GatedResults, call: GatedProjectionCall, results: GatedResults, needs: Needs
+) -> Gradients:
+    """The gradients that `needs` names, of a, gate, weight and bias."""
+    with without_autocast(call.device):
+        return gradients(upstream.y, call, needs)
 
 
-class GatedProjectionFunction(torch.autograd.Function):
-    """Wires the product and the launcher into autograd."""
-
-    @staticmethod
-    def forward(ctx, x, a, gate, weight, bias, row_mask, backend):
-        ctx.save_for_backward(a, gate, weight, bias, row_mask)
-        launch = gated.forward_op if torch.compiler.is_compiling() else launch_forward
-        h = F.linear(a, weight, bias)
-        y, _ = launch(x, h, gate, None, None, row_mask, "", 0.0, backend)
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        needs, saved = ctx.needs_input_grad[:5], ctx.saved_tensors
-        with torch.no_grad(), without_autocast(dy.device):
-            grads = (dy if needs[0] else None, *gradients(dy, *saved, needs[1:]))
-        grads = refuse_double_backward("gated_projection", grads, (dy, *saved[:4]))
-        return *grads, None, None
-
-
-def gradients(
-    dy: Tensor, a: Tensor, gate: Tensor, weight: Tensor, bias: Tensor | None,
-    row_mask: Tensor | None, needs: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """(da, dgate, dweight, dbias); None for those not in `needs`."""
+def gradients(dy: Tensor, call: GatedProjectionCall, needs: Needs) -> Gradients:
+    """`backward` outside of autocast."""
+    a, gate, weight, bias, row_mask = call.a, call.gate, call.weight, call.bias, call.row_mask
     dim, width = weight.shape
     t = torch.tanh(gate.float() if gate.dtype != torch.float64 else gate)
     rows = dy
@@ -150,21 +134,23 @@ def gradients(
     rows = rows.reshape(-1, dim).to(a.dtype)
     a_rows = a.reshape(len(rows), width)
     column = t.expand(dim)[:, None]
-    da = dgate = dweight = dbias = None
-    if needs[0]:
-        da = (rows @ (weight * column).to(a.dtype)).view(a.shape)
-    if needs[1] or needs[2]:
+    grads = {}
+    if "a" in needs:
+        grads["a"] = (rows @ (weight * column).to(a.dtype)).view(a.shape)
+    if "gate" in needs or "weight" in needs:
         dweight = product(rows.mT, a_rows)
-    if bias is not None and (needs[1] or needs[3]):
+    if bias is not None and ("gate" in needs or "bias" in needs):
         dbias = rows.sum(0, dtype=t.dtype)
-    if needs[1]:
+    if "gate" in needs:
         sums = (weight * dweight).sum(1, dtype=t.dtype)
         sums = sums if bias is None else sums + bias * dbias
         sums = (sums if gate.numel() == dim else sums.sum()).view(gate.shape)
-        dgate = ((1 - t * t) * sums).to(gate.dtype)
-    dweight = (dweight * column).to(weight.dtype) if needs[2] else None
-    dbias = (dbias * column[:, 0]).to(bias.dtype) if bias is not None and needs[3] else None
-    return da, dgate, dweight, dbias
+        grads["gate"] = ((1 - t * t) * sums).to(gate.dtype)
+    if "weight" in needs:
+        grads["weight"] = (dweight * column).to(weight.dtype)
+    if "bias" in needs:
+        grads["bias"] = (dbias * column[:, 0]).to(bias.dtype)
+    return grads
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -174,3 +160,41 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     if a.is_cuda and torch.version.hip is None:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
+
+
+projection_op = kernel_op(
+    "gated_projection",
+    GatedProjectionCall,
+    GatedResults,
+    lambda call, backend: GatedResults(empty_like(call.x), None),
+    gradients=dict.fromkeys(("x", "a", "gate", "weight", "bias"), dense_like),
+    without_launch=lambda upstream, call: {"x": upstream.y},
+    keep=lambda call, results, _: (replace(call, x=None), results),
+    launchers=launchers,
+)
+
+
+def run_kernels(call: GatedProjectionCall, backend: str) -> Tensor:
+    return projection_op(call, backend).y
+
+
+def run_eager(call: GatedProjectionCall) -> Tensor:
+    a = call.a
+    if call.row_mask is not None:
+        a = a.masked_fill(~call.row_mask[..., None], 0.0)
+    h = F.linear(a, call.weight, call.bias)
+    return reference.gated_residual(call.x, h, call.gate, call.row_mask)
+
+
+BACKENDS = (
+    Backend(
+        "triton",
+        partial(kernel_reasons, gated.triton_reasons),
+        partial(run_kernels, backend="triton"),
+    ),
+    Backend(
+        "cuda", partial(kernel_reasons, gated.cuda_reasons), partial(run_kernels, backend="cuda")
+    ),
+    Backend("eager", reference.reasons, run_eager),
+)
+gated_projection.backends, gated_projection.check = BACKENDS, check

@@ -1,4 +1,4 @@
-"""`gated_residual`, also with the next layer's norm: public ops, autograd Function, custom ops.
+"""`gated_residual`, also with the next layer's norm: public ops and backends.
 
 The equations are in `reference.py`, the kernels in `triton_kernels/gated_residual.py` and
 `csrc/gated_residual.cuh`.
@@ -6,9 +6,8 @@ The equations are in `reference.py`, the kernels in `triton_kernels/gated_residu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -16,14 +15,11 @@ from torch import Tensor
 
 from .. import reference
 from ..core.arguments import check_number
-from ..core.dispatch import (
-    TRITON_DTYPES,
-    Backend,
-    run,
-    triton_device_reasons,
-)
-from ..core.kernel_op import apart, refuse_double_backward
-from ..core.layout import empty_like
+from ..core.call import GatedResidualCall
+from ..core.dispatch import TRITON_DTYPES, Backend, run, triton_device_reasons
+from ..core.kernel_op import Needs, kernel_op
+from ..core.layout import GatedResults, empty_gated, empty_like
+from ..cuda_kernels import gated_residual as cuda_kernels
 from ..cuda_kernels import launch as cuda
 
 NORMS = ("layer", "rms")
@@ -44,20 +40,37 @@ class GatedResidualNormResult(NamedTuple):
     normed: Tensor
 
 
-@dataclass(frozen=True)
-class GatedResidualInputs:
-    """One checked call. `norm` is None for the plain form; `row_mask` has the shape of the rows."""
+def constant(call: GatedResidualCall, needs: Needs) -> tuple[str, ...]:
+    """The results without a derivative: of the norm's weight and bias y knows nothing."""
+    return () if {"x", "h", "gate"} & set(needs) else ("y",)
 
-    x: Tensor
-    h: Tensor
-    gate: Tensor
-    row_mask: Tensor | None
-    norm: str | None = None
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    eps: float = 0.0
 
-    device = property(lambda self: self.x.device)
+def without_launch(upstream: GatedResults, call: GatedResidualCall) -> dict[str, Tensor | None]:
+    """The gradients that take no kernel: without one of the norm, dx is dy."""
+    if upstream.normed is not None:
+        return {}
+    return {"x": upstream.y, "weight": None, "bias": None}
+
+
+def keep(call: GatedResidualCall, results: GatedResults, needs: Needs) -> tuple:
+    """What the backward is given: h is for the gate's gradient, else its shape is enough, and the
+    statistics of a norm are computed again from y."""
+    h = call.h if "gate" in needs else call.h.new_empty(()).expand(call.h.shape)
+    y = None if call.norm is None else results.y
+    return replace(call, x=None, h=h), GatedResults(y, None)
+
+
+gated_op = kernel_op(
+    "gated_residual",
+    GatedResidualCall,
+    GatedResults,
+    empty_gated,
+    gradients=dict.fromkeys(("x", "h", "gate", "weight", "bias"), empty_like),
+    saved=("y",),
+    constant=constant,
+    without_launch=without_launch,
+    keep=keep,
+)
 
 
 def gated_residual(
@@ -94,7 +107,8 @@ def gated_residual(
 
     Source: Alayrac et al., "Flamingo: a visual language model for few-shot learning" (2022).
     """
-    return run("gated_residual", BACKENDS, check(x, h, gate, row_mask=row_mask), backend).y
+    call = check(x, h, gate, row_mask=row_mask)
+    return run("gated_residual", BACKENDS, call, backend).y
 
 
 def gated_residual_norm(
@@ -135,12 +149,12 @@ def gated_residual_norm(
     Source: Ba et al., "Layer normalization" (2016); Zhang and Sennrich, "Root mean square layer
     normalization" (2019).
     """
-    x = check_norm(x, h, gate, weight, bias, norm=norm, eps=eps, row_mask=row_mask)
-    return run("gated_residual_norm", BACKENDS, x, backend)
+    call = check_norm(x, h, gate, weight, bias, norm=norm, eps=eps, row_mask=row_mask)
+    return run("gated_residual_norm", BACKENDS, call, backend)
 
 
-def check(x, h, gate, *, row_mask=None) -> GatedResidualInputs:
-    """The checked inputs of one call; raises TypeError or ValueError naming the argument."""
+def check(x, h, gate, *, row_mask=None) -> GatedResidualCall:
+    """The call with these arguments; raises TypeError or ValueError naming the argument."""
     for name, t in {"x": x, "h": h, "gate": gate}.items():
         check_float(name, t, x)
     if x.dim() < 1 or x.shape[-1] < 1:
@@ -156,13 +170,13 @@ def check(x, h, gate, *, row_mask=None) -> GatedResidualInputs:
         raise ValueError(
             f"gate must be a scalar, [1] or [dim] = [{x.shape[-1]}], got shape {list(gate.shape)}"
         )
-    return GatedResidualInputs(x, h, gate, check_row_mask(row_mask, x))
+    return GatedResidualCall(x=x, h=h, gate=gate, row_mask=check_row_mask(row_mask, x))
 
 
 def check_norm(
     x, h, gate, weight=None, bias=None, *, norm="layer", eps=1e-5, row_mask=None
-) -> GatedResidualInputs:
-    """The same for the form with a norm."""
+) -> GatedResidualCall:
+    """The call of the form with a norm."""
     plain = check(x, h, gate, row_mask=row_mask)
     if norm not in NORMS:
         raise ValueError(f"norm must be one of {NORMS}, got {norm!r}")
@@ -176,8 +190,7 @@ def check_norm(
     eps = check_number("eps", eps, allowed)
     if not 0.0 <= eps < float("inf"):
         raise ValueError(f"eps must be {allowed}, got {eps}")
-    options = dict(norm=norm, weight=weight, bias=bias, eps=eps)
-    return GatedResidualInputs(plain.x, plain.h, plain.gate, plain.row_mask, **options)
+    return replace(plain, norm=norm, weight=weight, bias=bias, eps=eps)
 
 
 def check_float(name: str, t, x: Tensor) -> None:
@@ -193,6 +206,7 @@ def check_float(name: str, t, x: Tensor) -> None:
 
 
 def check_row_mask(row_mask, x: Tensor) -> Tensor | None:
+    """row_mask, which is bool with a value for each row of x."""
     if row_mask is None:
         return None
     if not isinstance(row_mask, Tensor):
@@ -209,178 +223,75 @@ def check_row_mask(row_mask, x: Tensor) -> Tensor | None:
     return row_mask
 
 
-def widest_norm(x: GatedResidualInputs) -> int:
+def widest_norm(call: GatedResidualCall) -> int:
     """The widest row of which the backward keeps all it sums in the registers of one block."""
-    if x.x.shape[-1] % 16:
+    if call.x.shape[-1] % 16:
         return 2048
-    return 4096 if x.x.dtype == torch.float32 or x.gate.numel() > 1 else 8192
+    return 4096 if call.x.dtype == torch.float32 or call.gate.numel() > 1 else 8192
 
 
-def kernel_reasons(x: GatedResidualInputs) -> list[str]:
+def kernel_reasons(call: GatedResidualCall) -> list[str]:
     """Why no kernel can run this call."""
-    found = []
-    for name, t in {"x": x.x, "h": x.h, "gate": x.gate, "weight": x.weight, "bias": x.bias}.items():
+    reasons = []
+    for name in ("x", "h", "gate", "weight", "bias"):
+        t = getattr(call, name)
         if t is not None and t.dtype not in TRITON_DTYPES:
-            found.append(f"the dtype of {name}, {t.dtype}, is not float32, float16 or bfloat16")
+            reasons.append(f"the dtype of {name}, {t.dtype}, is not float32, float16 or bfloat16")
     if not torch.compiler.is_compiling():  # or a trace would be held to fewer rows
-        found += row_reasons(x.x)
-    for name, t in {"x": x.x, "h": x.h}.items():
+        reasons += row_reasons(call.x)
+    for name, t in {"x": call.x, "h": call.h}.items():
         if t.shape[-1] > 1 and t.stride(-1) != 1:
-            found.append(f"the last dimension of {name} is not contiguous")
-    return found
+            reasons.append(f"the last dimension of {name} is not contiguous")
+    return reasons
 
 
 def row_reasons(x: Tensor) -> list[str]:
+    """Why there are too many rows."""
     return [f"x has more than {MOST_ROWS} rows"] if x[..., 0].numel() > MOST_ROWS else []
 
 
-def width_reasons(x: GatedResidualInputs, widest: int) -> list[str]:
-    if x.norm is None or x.x.shape[-1] <= widest:
+def width_reasons(call: GatedResidualCall, widest: int) -> list[str]:
+    """Why the rows are too wide for a norm."""
+    if call.norm is None or call.x.shape[-1] <= widest:
         return []
-    return [f"dim {x.x.shape[-1]} > {widest}, a row and its sums do not fit registers"]
+    return [f"dim {call.x.shape[-1]} > {widest}, a row and its sums do not fit registers"]
 
 
-def triton_reasons(x: GatedResidualInputs) -> list[str]:
+def triton_reasons(call: GatedResidualCall) -> list[str]:
     """Why the Triton kernels cannot run this call."""
-    found = triton_device_reasons(x.device) + kernel_reasons(x)
-    return found + width_reasons(x, widest_norm(x))
+    reasons = triton_device_reasons(call.device) + kernel_reasons(call)
+    return reasons + width_reasons(call, widest_norm(call))
 
 
-def cuda_reasons(x: GatedResidualInputs) -> list[str]:
+def cuda_reasons(call: GatedResidualCall) -> list[str]:
     """Why the CUDA kernels cannot run this call."""
-    if found := cuda.device_reasons(x.device) + kernel_reasons(x):
-        return found
-    kernels = kernels_of("cuda")
-    mask = None if x.row_mask is None else x.row_mask[..., None]
-    most, found = cuda.extension().MAX_ROW_DIMS, kernels.dimensions(x.x, x.h, mask)
-    if found > most:
+    if reasons := cuda.device_reasons(call.device) + kernel_reasons(call):
+        return reasons
+    mask = None if call.row_mask is None else call.row_mask[..., None]
+    most, walks = cuda.extension().MAX_ROW_DIMS, cuda_kernels.dimensions(call.x, call.h, mask)
+    if walks > most:
         return [
-            f"the leading dimensions of x, h and row_mask are {found} walks, at most {most} fit"
+            f"the leading dimensions of x, h and row_mask are {walks} walks, at most {most} fit"
         ]
-    return width_reasons(x, kernels.widest_norm(x.x, x.h))
+    return width_reasons(call, cuda_kernels.widest_norm(call.x, call.h))
 
 
-def run_kernels(backend: str, x: GatedResidualInputs) -> GatedResidualNormResult:
-    options = (x.norm or "", x.eps, backend)
-    leaves = apart(x.x, x.h, x.gate, x.weight, x.bias)
-    results = GatedResidualFunction.apply(*leaves, x.row_mask, options)
-    return GatedResidualNormResult(*results)
+def run_kernels(call: GatedResidualCall, backend: str) -> GatedResidualNormResult:
+    return GatedResidualNormResult(*gated_op(call, backend))
 
 
-def run_eager(x: GatedResidualInputs) -> GatedResidualNormResult:
-    y = reference.gated_residual(x.x, x.h, x.gate, x.row_mask)
-    normed = y if x.norm is None else reference.norm(y, x.norm, x.weight, x.bias, x.eps)
-    return GatedResidualNormResult(y, normed)
+def run_eager(call: GatedResidualCall) -> GatedResidualNormResult:
+    y = reference.gated_residual(call.x, call.h, call.gate, call.row_mask)
+    if call.norm is None:
+        return GatedResidualNormResult(y, y)
+    norm = reference.norm(y, call.norm, call.weight, call.bias, call.eps)
+    return GatedResidualNormResult(y, norm)
 
 
 BACKENDS = (
-    Backend("triton", triton_reasons, partial(run_kernels, "triton")),
-    Backend("cuda", cuda_reasons, partial(run_kernels, "cuda")),
+    Backend("triton", triton_reasons, partial(run_kernels, backend="triton")),
+    Backend("cuda", cuda_reasons, partial(run_kernels, backend="cuda")),
     Backend("eager", reference.reasons, run_eager),
 )
 gated_residual.backends, gated_residual.check = BACKENDS, check
 gated_residual_norm.backends, gated_residual_norm.check = BACKENDS, check_norm
-
-
-class GatedResidualFunction(torch.autograd.Function):
-    """Wires the launchers into autograd; nothing is computed here."""
-
-    @staticmethod
-    def forward(ctx, x, h, gate, weight, bias, row_mask, options):
-        ctx.set_materialize_grads(False)
-        launch = forward_op if torch.compiler.is_compiling() else launch_forward
-        y, normed = launch(x, h, gate, weight, bias, row_mask, *options)
-        if not any(ctx.needs_input_grad[:3]):  # of the norm's weight and bias y knows nothing
-            ctx.mark_non_differentiable(y)
-        # statistics are computed again; h is for the gate's gradient, else its shape is enough
-        h = h if ctx.needs_input_grad[2] else h.new_empty(()).expand(h.shape)
-        ctx.save_for_backward(h, gate, weight, bias, row_mask, y if options[0] else None)
-        ctx.options = options
-        return y, normed
-
-    @staticmethod
-    def backward(ctx, dy, dnormed):
-        saved, (norm, eps, backend) = ctx.saved_tensors, ctx.options
-        norm = norm if dnormed is not None else ""
-        if dy is None and not norm:
-            return (None,) * 7
-        needs = [n and (i < 3 or bool(norm)) for i, n in enumerate(ctx.needs_input_grad[:5])]
-        launch = backward_op if torch.compiler.is_compiling() else launch_backward
-        with torch.no_grad():
-            grads = launch(dy, dnormed if norm else None, *saved, norm, eps, needs, backend)
-        grads = [g if needed else None for g, needed in zip(grads, needs, strict=True)]
-        if not norm and needs[0]:
-            grads[0] = dy
-        grads = refuse_double_backward("gated_residual", tuple(grads), (dy, dnormed, *saved[:4]))
-        return *grads, None, None
-
-
-def kernels_of(backend: str) -> ModuleType:
-    """The launchers `forward` and `backward` of a backend."""
-    if backend == "cuda":
-        from ..cuda_kernels import gated_residual as kernels
-    else:
-        from ..triton_kernels import gated_residual as kernels
-    return kernels
-
-
-def launch_forward(
-    x: Tensor,
-    h: Tensor,
-    gate: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    row_mask: Tensor | None,
-    norm: str,
-    eps: float,
-    backend: str = "triton",
-) -> tuple[Tensor, Tensor]:
-    """(y, normed); normed has no elements when norm is empty."""
-    if found := row_reasons(x):
-        raise RuntimeError(f"gated_residual: {found[0]}")
-    return kernels_of(backend).forward(x, h, gate, weight, bias, row_mask, norm, eps)
-
-
-def launch_backward(
-    dy: Tensor | None,
-    dnormed: Tensor | None,
-    h: Tensor,
-    gate: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    row_mask: Tensor | None,
-    y: Tensor | None,
-    norm: str,
-    eps: float,
-    needs: list[bool],
-    backend: str = "triton",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dh, dgate, dweight, dbias); those not in `needs`, and dx without a norm, which is dy,
-    have no elements."""
-    return kernels_of(backend).backward(
-        dy, dnormed, h, gate, weight, bias, row_mask, y, norm, eps, needs
-    )
-
-
-forward_op = torch.library.custom_op(
-    "xattn_kernels::gated_residual_forward", launch_forward, mutates_args=()
-)
-backward_op = torch.library.custom_op(
-    "xattn_kernels::gated_residual_backward", launch_backward, mutates_args=()
-)
-
-
-@forward_op.register_fake
-def fake_forward(x, h, gate, weight, bias, row_mask, norm, eps, backend="triton"):
-    return empty_like(x), empty_like(x) if norm else x.new_empty(0)
-
-
-@backward_op.register_fake
-def fake_backward(
-    dy, dnormed, h, gate, weight, bias, row_mask, y, norm, eps, needs, backend="triton"
-):
-    like = (y if norm else None, h, gate, weight, bias)
-    return tuple(
-        empty_like(t) if needed and t is not None else h.new_empty(0)
-        for t, needed in zip(like, needs, strict=True)
-    )

@@ -3,23 +3,42 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from numbers import Integral
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from ..core.call import TopKAttentionInputs, TopKAttentionResult, check_inputs
-from ..core.dispatch import Backend, allow_tf32, run
-from ..core.kernel_op import apart, refuse_double_backward
-from ..core.layout import empty_rows, saves_indices
+from ..core.call import TopKAttentionCall, TopKAttentionResult
+from ..core.dispatch import Backend, run
+from ..core.kernel_op import kernel_op
+from ..core.layout import TopKResults, empty_topk, gradients_of
+from ..core.tensor_arguments import attention_fields, check_tensors, value_fields
 from ..torch_kernels import cross_attention as torch_attention
 from ..torch_kernels import topk_attention as torch_topk
-from ..torch_kernels import topk_blocks as torch_blocks
 from . import topk_blocks as by_blocks
 from .cross_attention import attend, cuda_reasons, triton_reasons
+
+
+def without_mask(call: TopKAttentionCall, results: TopKResults, needs) -> tuple:
+    """What the backward is given: the choice is in the mask, and one of its two forms is enough."""
+    if results.bits is not None:
+        results = results._replace(indices=None)
+    return replace(call, mask=None), results
+
+
+topk_op = kernel_op(
+    "topk_attention",
+    TopKAttentionCall,
+    TopKResults,
+    empty_topk,
+    gradients=gradients_of("q", "k", "v", "scale_tensor"),
+    saved=("out", "lse", "entropy", "bits", "indices"),
+    constant=lambda call, needs: ("max_probability", "bits", "indices"),
+    keep=without_mask,
+)
 
 
 def topk_attention(
@@ -74,7 +93,7 @@ def topk_attention(
     transformers via top-k attention" (2021), both by way of the matrix of scores; blocks by pooled
     keys as in Yuan et al., "Native sparse attention" (2025), without its other branches.
     """
-    x = check(
+    call = check(
         q,
         k,
         v,
@@ -87,8 +106,8 @@ def topk_attention(
         return_statistics=return_statistics,
         validate=validate,
     )
-    result = run("topk_attention", BACKENDS, x, backend)
-    return result if x.return_lse or x.return_indices else result.out
+    result = run("topk_attention", BACKENDS, call, backend)
+    return result if call.return_lse or call.return_indices else result.out
 
 
 @torch.no_grad()
@@ -127,18 +146,18 @@ def kept_mass(
 
 
 def check(
-    q, k, v, top_k=None, *, topk_blocks=None, return_indices=False, **options
-) -> TopKAttentionInputs:
-    """The checked inputs of one call; raises TypeError or ValueError naming the argument."""
+    q, k, v, top_k=None, *, topk_blocks=None, return_indices=False, return_lse=False,
+    return_statistics=False, **options,
+) -> TopKAttentionCall:  # fmt: skip
+    """The call with these arguments; raises TypeError or ValueError naming the argument."""
     top_k, topk_blocks = check_chosen(top_k, topk_blocks)
-    plain = check_inputs(q, k, v, **options)
-    if topk_blocks is not None and isinstance(plain.Nk, int):  # a block of all keys is not padded
-        topk_blocks = (
-            min(topk_blocks[0], max(16, 1 << (plain.Nk - 1).bit_length())),
-            topk_blocks[1],
-        )
-    return TopKAttentionInputs(
-        **vars(plain),
+    check_tensors(q, k, v)
+    Nk = k.shape[2]
+    if topk_blocks is not None and isinstance(Nk, int):  # a block of all keys is not padded
+        topk_blocks = (min(topk_blocks[0], max(16, 1 << (Nk - 1).bit_length())), topk_blocks[1])
+    return TopKAttentionCall(
+        **attention_fields(q, k, **options),
+        **value_fields(v, return_lse=return_lse, return_statistics=return_statistics),
         top_k=top_k,
         topk_blocks=topk_blocks,
         return_indices=bool(return_indices),
@@ -165,6 +184,7 @@ def described(top_k) -> str:
 
 
 def check_top_k(top_k) -> int:
+    """top_k, an int from 1 on."""
     if isinstance(top_k, bool) or not isinstance(top_k, (Integral, torch.SymInt)):
         raise TypeError(f"top_k must be an int >= 1, got {described(top_k)}")
     if top_k < 1:
@@ -173,6 +193,7 @@ def check_top_k(top_k) -> int:
 
 
 def check_topk_blocks(topk_blocks) -> tuple[int, int]:
+    """(block_size, n_blocks), two ints."""
     allowed = "topk_blocks must be (block_size, n_blocks)"
     if not isinstance(topk_blocks, (tuple, list)) or len(topk_blocks) != 2:
         raise TypeError(f"{allowed}, got {topk_blocks!r}")
@@ -187,191 +208,49 @@ def check_topk_blocks(topk_blocks) -> tuple[int, int]:
     return size, n
 
 
-def cuda_topk_reasons(x: TopKAttentionInputs) -> list[str]:
+def cuda_topk_reasons(call: TopKAttentionCall) -> list[str]:
     """Why the CUDA kernels cannot run this call."""
-    blocks = ["blocks of keys have no CUDA kernel"] * (x.topk_blocks is not None)
-    return cuda_reasons(x) + blocks
+    blocks = ["blocks of keys have no CUDA kernel"] * (call.topk_blocks is not None)
+    return cuda_reasons(call) + blocks
 
 
-def run_triton(x: TopKAttentionInputs) -> TopKAttentionResult:
-    return by_blocks.run_triton(x) if x.topk_blocks is not None else run_kernels(x, "triton")
+def run_triton(call: TopKAttentionCall) -> TopKAttentionResult:
+    by_keys = call.topk_blocks is None
+    return run_kernels(call, "triton") if by_keys else by_blocks.run_triton(call)
 
 
-def run_kernels(x: TopKAttentionInputs, backend: str) -> TopKAttentionResult:
-    start, stop = x.bounds()
-    if x.top_k >= x.Nk:  # every allowed key: attention itself
-        result, _ = attend(x, backend)
-        indices = all_keys(x, backend) if x.return_indices else None
-        return TopKAttentionResult(
-            result.out, result.lse, indices, result.entropy, result.max_probability
-        )
-    q, k, v = apart(x.q, x.k, x.v)
-    scale_tensor = x.scale if isinstance(x.scale, Tensor) else None
-    options = (
-        math.nan if scale_tensor is not None else x.scale,
-        x.top_k,
-        x.return_statistics,
-        x.return_indices,
-        allow_tf32(),
-        backend,
-    )
-    out, lse, entropy, max_probability, _, indices = TopKAttentionFunction.apply(
-        q, k, v, scale_tensor, start, stop, x.mask, options
-    )
-    return TopKAttentionResult(
-        out,
-        lse if x.return_lse else None,
-        indices if x.return_indices else None,
-        *((entropy, max_probability) if x.return_statistics else (None, None)),
-    )
+def run_kernels(call: TopKAttentionCall, backend: str) -> TopKAttentionResult:
+    """What the kernels of a backend make of a call by keys."""
+    if call.top_k >= call.Nk and backend != "torch":  # every allowed key: attention itself
+        results = attend(call, backend)
+        indices = all_keys(call, backend) if call.return_indices else None
+    else:
+        results = topk_op(call, backend)
+        indices = results.indices if call.return_indices else None
+    lse = results.lse if call.return_lse else None
+    return TopKAttentionResult(results.out, lse, indices, results.entropy, results.max_probability)
 
 
-def all_keys(x: TopKAttentionInputs, backend: str) -> Tensor:
+def all_keys(call: TopKAttentionCall, backend: str) -> Tensor:
     """The indices of a call that takes every allowed key."""
+    narrow = call.k[..., : min(call.D, 16)]
     with torch.no_grad():
-        scale_tensor = x.scale if isinstance(x.scale, Tensor) else None
-        scale = math.nan if scale_tensor is not None else x.scale
-        launch = forward_op if torch.compiler.is_compiling() else launch_forward
-        narrow = x.k[..., : min(x.D, 16)]
-        operands = (x.q, x.k, narrow, scale_tensor, *x.bounds(), x.mask)
-        return launch(*operands, scale, x.top_k, False, True, allow_tf32(), backend)[5]
+        return topk_op(replace(call, v=narrow, return_statistics=False), backend).indices
 
 
-def run_gathered(x: TopKAttentionInputs) -> TopKAttentionResult:
-    kept = x.top_k or math.prod(x.topk_blocks)
-    if kept >= x.Nk and not x.return_indices and not torch_attention.reasons(x):
-        return TopKAttentionResult(torch_attention.cross_attention(x).out, None, None, None, None)
-    return (torch_topk.topk_attention if x.topk_blocks is None else torch_blocks.topk_blocks)(x)
+def run_torch(call: TopKAttentionCall) -> TopKAttentionResult:
+    """What PyTorch's kernels and operations make of the call."""
+    chosen = call.top_k or math.prod(call.topk_blocks)
+    if chosen >= call.Nk and not call.return_indices and not torch_attention.reasons(call):
+        out = torch_attention.cross_attention(call).out
+        return TopKAttentionResult(out, None, None, None, None)
+    return by_blocks.run_torch(call) if call.topk_blocks else run_kernels(call, "torch")
 
 
 BACKENDS = (
     Backend("triton", triton_reasons, run_triton),
     Backend("cuda", cuda_topk_reasons, partial(run_kernels, backend="cuda")),
-    Backend("torch", torch_topk.reasons, run_gathered, note=torch_topk.NOTE),
+    Backend("torch", torch_topk.reasons, run_torch, note=torch_topk.NOTE),
     Backend("eager", reference.reasons, reference.topk_attention, by_name=True),
 )
 topk_attention.backends, topk_attention.check = BACKENDS, check
-
-
-class TopKAttentionFunction(torch.autograd.Function):
-    """Wires the launchers into autograd; nothing is computed here."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, scale, start, stop, mask, options):
-        ctx.set_materialize_grads(False)
-        launch = forward_op if torch.compiler.is_compiling() else launch_forward
-        results = launch(q, k, v, scale, start, stop, mask, *options)
-        out, lse, entropy, max_probability, bits, indices = results
-        saved = bits if bits.numel() else indices
-        ctx.save_for_backward(q, k, v, scale, start, stop, saved, out, lse, entropy)
-        ctx.options = options
-        ctx.mark_non_differentiable(max_probability, bits, indices)
-        return results
-
-    @staticmethod
-    def backward(ctx, dout, dlse, dentropy, *_):
-        saved = ctx.saved_tensors
-        launch = backward_op if torch.compiler.is_compiling() else launch_backward
-        with torch.no_grad():
-            needs, backend = ctx.needs_input_grad[:4], ctx.options[-1]
-            grads = launch(dout, dlse, dentropy, *saved, *ctx.options[:-1], needs, backend)
-        grads = tuple(g if needed else None for g, needed in zip(grads, needs, strict=True))
-        grads = refuse_double_backward("topk_attention", grads, (dout, *saved[:4]))
-        return *grads, *[None] * 4
-
-
-def kernels_of(backend: str) -> ModuleType:
-    """The launchers `forward` and `backward` of a backend."""
-    if backend == "cuda":
-        from ..cuda_kernels import topk_attention as kernels
-    else:
-        from ..triton_kernels import topk_attention as kernels
-    return kernels
-
-
-def launch_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale_tensor: Tensor | None,
-    start: Tensor | None,
-    stop: Tensor | None,
-    mask: Tensor | None,
-    scale: float,
-    top_k: int,
-    statistics: bool,
-    with_indices: bool,
-    allow_tf32: bool,
-    backend: str = "triton",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(out, lse, entropy, max_probability, bits, indices); what is not there has no elements."""
-    return kernels_of(backend).forward(
-        q, k, v, scale_tensor, start, stop, mask, scale, top_k, statistics, with_indices, allow_tf32
-    )
-
-
-def launch_backward(
-    dout: Tensor | None,
-    dlse: Tensor | None,
-    dentropy: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale_tensor: Tensor | None,
-    start: Tensor | None,
-    stop: Tensor | None,
-    selected: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    entropy: Tensor,
-    scale: float,
-    top_k: int,
-    statistics: bool,
-    with_indices: bool,
-    allow_tf32: bool,
-    needs: list[bool],
-    backend: str = "triton",
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dq, dk, dv, dscale); those not in `needs` have no elements."""
-    # a traced graph passes zeros where autograd passes None, without statistics of no elements
-    dentropy = dentropy if statistics else None
-    return kernels_of(backend).backward(
-        dout, dlse, dentropy, q, k, v, scale_tensor, start, stop, selected, out, lse, entropy,
-        scale, top_k, allow_tf32, needs,
-    )  # fmt: skip
-
-
-# Under torch.compile and torch.export a launch is one node; an eager call goes straight to it.
-forward_op = torch.library.custom_op(
-    "xattn_kernels::topk_attention_forward", launch_forward, mutates_args=()
-)
-backward_op = torch.library.custom_op(
-    "xattn_kernels::topk_attention_backward", launch_backward, mutates_args=()
-)
-
-
-@forward_op.register_fake
-def fake_forward(
-    q, k, v, scale_tensor, start, stop, mask, scale, top_k, statistics, with_indices,
-    allow_tf32, backend="triton",
-):  # fmt: skip
-    rows, Nk = q.shape[:3], k.shape[2]
-    indexed = saves_indices(Nk, top_k)
-    shapes = (rows if wanted else (0,) for wanted in (True, statistics, statistics))
-    floats = (q.new_empty(shape, dtype=torch.float32) for shape in shapes)
-    shapes = (
-        (0,) if indexed else (*rows, -(-Nk // 32)),
-        (*rows, top_k) if indexed or with_indices else (0,),
-    )
-    ints = (q.new_empty(shape, dtype=torch.int32) for shape in shapes)
-    return empty_rows(q, v.shape[3]), *floats, *ints
-
-
-@backward_op.register_fake
-def fake_backward(
-    dout, dlse, dentropy, q, k, v, scale_tensor, start, stop, selected, out, lse, entropy, scale,
-    top_k, statistics, with_indices, allow_tf32, needs, backend="triton",
-):  # fmt: skip
-    grads = [empty_rows(t, t.shape[3]) for t in (q, k, v)]
-    grads.append(None if scale_tensor is None else scale_tensor.new_empty(scale_tensor.shape))
-    return tuple(t if needed else q.new_empty(0) for t, needed in zip(grads, needs, strict=True))

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from ..core.arguments import check_module, check_rule
 from ..core.call import (
-    CrossAttentionInputs,
+    CrossAttentionCall,
     CrossAttentionResult,
-    TopKAttentionInputs,
+    TopKAttentionCall,
     TopKAttentionResult,
 )
 from ..core.dispatch import OBSERVERS
 from .row_statistics import row_statistics
 
-ATTENTION = (CrossAttentionInputs, TopKAttentionInputs)  # but no op that returns weights alone
+ATTENTION = (CrossAttentionCall, TopKAttentionCall)  # but no op that returns weights alone
 Sides = tuple[Tensor | None, Tensor | None]
 
 
@@ -31,7 +31,7 @@ class ObservedCall(NamedTuple):
     name: str
     module: nn.Module
     arguments: tuple[Any, ...]
-    inputs: CrossAttentionInputs
+    inputs: CrossAttentionCall
     backend: str
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from ..core.call import TopKAttentionInputs
+from ..core.call import TopKAttentionCall
 from .layers import (
     ObservedCall,
     Watch,
@@ -91,7 +91,7 @@ def layer_sums(call: ObservedCall) -> LayerSums:
     score = torch.where(has_keys, s.lse + s.max_probability.log(), EMPTY)
     sums = torch.stack([has_keys.sum().to(s.lse.dtype), s.entropy.sum(), s.max_probability.sum()])
     most_keys = x.Nk
-    if isinstance(x, TopKAttentionInputs):
+    if isinstance(x, TopKAttentionCall):
         most_keys = min(most_keys, x.top_k or math.prod(x.topk_blocks))
     norms = [None if t is None else feature_norm(t) for t in sides(call)]
     return LayerSums(most_keys, sums, torch.stack([s.max_probability.max(), score.max()]), norms)

@@ -10,9 +10,9 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import reference
 from ..core.call import (
-    CrossAttentionInputs,
+    CrossAttentionCall,
     CrossAttentionResult,
-    TopKAttentionInputs,
+    TopKAttentionCall,
     TopKAttentionResult,
 )
 from ..core.dispatch import without_autocast
@@ -24,7 +24,7 @@ NARROW = 16  # the width of values that are not needed; kernels are no faster wi
 
 
 def row_statistics(
-    x: CrossAttentionInputs, backend: str | None = None
+    x: CrossAttentionCall, backend: str | None = None
 ) -> CrossAttentionResult | TopKAttentionResult:
     """The statistics of the call `x` before dropout; lse and entropy have gradients for q, k, bias
     and scale.
@@ -34,7 +34,7 @@ def row_statistics(
     """
     options = dict(dropout_p=0.0, seed=None, return_lse=True, return_statistics=True)
     y = replace(x, v=x.v[..., :NARROW].detach(), **options)
-    sparse = isinstance(x, TopKAttentionInputs)
+    sparse = isinstance(x, TopKAttentionCall)
     backends = (topk_attention if sparse else cross_attention).backends
     for b in sorted(backends, key=lambda b: b.name != backend):
         if "eager" not in (b.name, backend) and not b.reasons(y):
@@ -44,7 +44,7 @@ def row_statistics(
         return reference.topk_attention(y) if sparse else in_chunks(y)
 
 
-def in_chunks(x: CrossAttentionInputs) -> CrossAttentionResult:
+def in_chunks(x: CrossAttentionCall) -> CrossAttentionResult:
     """The statistics by the equations, for at most CHUNK scores at a time."""
     if 0 in (x.B, x.Nq):
         return reference.cross_attention(x)
@@ -60,6 +60,6 @@ def in_chunks(x: CrossAttentionInputs) -> CrossAttentionResult:
     return CrossAttentionResult(None, *(torch.cat(t) for t in zip(*by_batch, strict=True)))
 
 
-def statistics(x: CrossAttentionInputs) -> tuple[Tensor, ...]:
+def statistics(x: CrossAttentionCall) -> tuple[Tensor, ...]:
     """(lse, entropy, max_probability) by the equations."""
     return reference.softmax(reference.scores(x))[1:]

@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .. import reference
-from ..core.call import CrossAttentionInputs
+from ..core.call import AttentionCall
 
 NEG_INF = float("-inf")
 
 
 def attend(
-    x: CrossAttentionInputs, *, lse: Tensor | None = None, out: bool, average_heads: bool | None
+    call: AttentionCall, *, lse: Tensor | None = None, out: bool, average_heads: bool | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """(out, weights) by the equations of `reference.py`, None for what is not asked for.
 
@@ -27,31 +27,35 @@ def attend(
     None (None). With `lse` [B, Hq, Nq] the probabilities are exp(s - lse). Dropout without a seed
     takes torch's generator.
     """
-    allowed, bias = reference.allowed_keys(x), x.bias
+    allowed, bias = reference.allowed_keys(call), call.bias
     if bias is None and allowed is not None:  # once for all heads
-        bias, allowed = torch.where(allowed, 0.0, NEG_INF).to(_sum_dtype(x)), None
-    scale = x.scale[None] if isinstance(x.scale, Tensor) else None
-    k, v = reference.used_keys(x.k, x), reference.used_keys(x.v, x) if out else None
-    tensors = (x.q, k, v, allowed, bias, lse, scale)
+        bias, allowed = torch.where(allowed, 0.0, NEG_INF).to(_sum_dtype(call)), None
+    scale = None if call.scale_tensor is None else call.scale_tensor[None]
+    k, v = reference.used_keys(call.k, call), reference.used_keys(call.v, call) if out else None
+    tensors = (call.q, k, v, allowed, bias, lse, scale)
     outs, weights = [], []
-    mean = x.q.new_zeros((x.B, x.Nq, x.Nk), dtype=_sum_dtype(x)) if average_heads else None
-    for head in zip(*(_per_head(t, x.Hq) for t in tensors), range(x.Hq), strict=True):
+    mean = (
+        call.q.new_zeros((call.B, call.Nq, call.Nk), dtype=_sum_dtype(call))
+        if average_heads
+        else None
+    )
+    for head in zip(*(_per_head(t, call.Hq) for t in tensors), range(call.Hq), strict=True):
         p, head_out = checkpoint(
-            _one_head, x, *head, use_reentrant=False,
-            preserve_rng_state=x.dropout_p > 0.0 and x.seed is None,
+            _one_head, call, *head, use_reentrant=False,
+            preserve_rng_state=call.dropout_p > 0.0 and call.seed is None,
         )  # fmt: skip
         outs.append(head_out)
         if average_heads:
-            mean.add_(p, alpha=1.0 / x.Hq)
+            mean.add_(p, alpha=1.0 / call.Hq)
         elif average_heads is not None:
-            weights.append(p.to(x.q.dtype))
+            weights.append(p.to(call.q.dtype))
     if average_heads is not None:
-        weights = mean.to(x.q.dtype) if average_heads else torch.stack(weights, dim=1)
+        weights = mean.to(call.q.dtype) if average_heads else torch.stack(weights, dim=1)
     return torch.stack(outs, dim=1) if out else None, None if average_heads is None else weights
 
 
-def _sum_dtype(x: CrossAttentionInputs) -> torch.dtype:
-    return torch.promote_types(x.q.dtype, torch.float32)
+def _sum_dtype(call: AttentionCall) -> torch.dtype:
+    return torch.promote_types(call.q.dtype, torch.float32)
 
 
 def _per_head(t: Tensor | None, Hq: int) -> list[Tensor | None]:
@@ -66,10 +70,10 @@ def _per_head(t: Tensor | None, Hq: int) -> list[Tensor | None]:
 
 
 def _one_head(
-    x: CrossAttentionInputs, q, k, v, allowed, bias, lse, scale, head: int
+    call: AttentionCall, q, k, v, allowed, bias, lse, scale, head: int
 ) -> tuple[Tensor, Tensor | None]:
     """(p [B, Nq, Nk] after dropout, out [B, Nq, Dv] or None) of q [B, Nq, D] and k [B, Nk, D]."""
-    q, k = q.to(_sum_dtype(x)), k.to(_sum_dtype(x))
+    q, k = q.to(_sum_dtype(call)), k.to(_sum_dtype(call))
     if allowed is not None:
         bias = torch.where(allowed, bias, NEG_INF)
     empty = None
@@ -78,7 +82,7 @@ def _one_head(
         empty = (bias == NEG_INF).all(-1, keepdim=True)
         bias = bias.masked_fill(empty, 0.0)
     # [B, Nq, Nk]
-    s = _scores(q, k, bias, x.scale if scale is None else scale.to(q.dtype), x.softcap)
+    s = _scores(q, k, bias, call.scale if scale is None else scale.to(q.dtype), call.softcap)
     if lse is None:
         p = s.softmax(-1)
     else:
@@ -86,11 +90,13 @@ def _one_head(
         p = (s - lse.masked_fill(lse == NEG_INF, float("inf"))[..., None]).exp()
     if empty is not None:
         p = p.masked_fill(empty, 0.0)  # in the backward too, whatever gradient arrives
-    if x.dropout_p > 0.0 and x.seed is None:
-        p = F.dropout(p, x.dropout_p)
-    elif x.dropout_p > 0.0:
-        keep = reference.philox_keep(x.seed, x.dropout_p, x.B, 1, x.Nq, x.Nk, first_head=head)
-        p = p * (keep[:, 0].to(p.dtype) / (1.0 - x.dropout_p))
+    if call.dropout_p > 0.0 and call.seed is None:
+        p = F.dropout(p, call.dropout_p)
+    elif call.dropout_p > 0.0:
+        keep = reference.philox_keep(
+            call.seed, call.dropout_p, call.B, 1, call.Nq, call.Nk, first_head=head
+        )
+        p = p * (keep[:, 0].to(p.dtype) / (1.0 - call.dropout_p))
     return p, None if v is None else torch.bmm(p, v.to(p.dtype)).to(v.dtype)
 
 

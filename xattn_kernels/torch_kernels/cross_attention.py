@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.call import CrossAttentionInputs, CrossAttentionResult
+from ..core.call import CrossAttentionCall, CrossAttentionResult
 from ..core.dispatch import without_autocast
 from .slices import (
     ALL,
@@ -34,8 +34,9 @@ WIDE_ROWS = 192  # from here on torch's CPU kernel takes larger tiles
 SHORT_CALL = 2**16  # (row, key) pairs; below, torch's CPU backward is slowest in 16 bit
 
 
-class Call(NamedTuple):
-    """One call of torch's kernel; `exact`: each row sees each key. Empty rows have keys 0:0."""
+class Region(NamedTuple):
+    """What one call of torch's kernel computes; `exact`: each row sees each key. Empty rows have keys
+    0:0."""
 
     batch: slice
     rows: slice
@@ -43,85 +44,87 @@ class Call(NamedTuple):
     exact: bool = True
 
 
-def reasons(x: CrossAttentionInputs) -> list[str]:
+def reasons(call: CrossAttentionCall) -> list[str]:
     """Why `F.scaled_dot_product_attention` cannot compute this call; empty when it can."""
     lacks = {
-        f"dtype {x.q.dtype} is not float64, float32, float16 or bfloat16": x.q.dtype not in DTYPES,
-        "torch's kernels have no softcap": x.softcap is not None,
-        "torch's kernels cannot drop the weights that the seed says": x.dropout_p > 0.0,
-        "torch's kernels return no lse": x.return_lse,
-        "torch's kernels return no entropy or max_probability": x.return_statistics,
-        "on the meta device a KeyInterval has no values": x.interval is not None and x.q.is_meta,
+        f"dtype {call.q.dtype} is not float64, float32, float16 or bfloat16": call.q.dtype
+        not in DTYPES,
+        "torch's kernels have no softcap": call.softcap is not None,
+        "torch's kernels cannot drop the weights that the seed says": call.dropout_p > 0.0,
+        "torch's kernels return no lse": call.return_lse,
+        "torch's kernels return no entropy or max_probability": call.return_statistics,
+        "on the meta device a KeyInterval has no values": call.start is not None and call.q.is_meta,
         "a head width of 1 whose rows reach over 2^31 elements: BLAS counts 32 bits": any(
             t.is_cpu and t.shape[3] == 1 and (t.shape[2] - 1) * t.stride(2) >= 2**31
-            for t in (x.q, x.k, x.v)
+            for t in (call.q, call.k, call.v)
         ),
     }
     return [reason for reason, applies in lacks.items() if applies]
 
 
-def cross_attention(x: CrossAttentionInputs) -> CrossAttentionResult:
+def cross_attention(call: CrossAttentionCall) -> CrossAttentionResult:
     """out [B, Hq, Nq, Dv] in the dtype of q, by one call of torch's kernel per run of rows."""
-    calls = plan(x)
-    q, k, v, bias, scale = prepare(x, calls)
-    start, stop = x.bounds()
-    rows = [(c.batch, ALL, c.rows) for c in calls]
-    keys = [(c.batch, ALL, c.keys) for c in calls]
-    apart = keys_apart(calls)
+    regions = plan(call)
+    q, k, v, bias, scale = prepare(call, regions)
+    rows = [(c.batch, ALL, c.rows) for c in regions]
+    keys = [(c.batch, ALL, c.keys) for c in regions]
+    apart = keys_apart(regions)
     parts = zip(
-        calls,
+        regions,
         slices(q, rows),
         slices(k, keys, apart),
         slices(v, keys, apart),
-        slices(bias, pairs(bias, calls), apart=False),
-        slices(x.mask, pairs(x.mask, calls)),
+        slices(bias, pairs(bias, regions), apart=False),
+        slices(call.mask, pairs(call.mask, regions)),
         strict=True,
     )
     outs = []
-    for call, *tensors in parts:
-        if call.exact and not wants_grad(bias):
+    for region, *tensors in parts:
+        if region.exact and not wants_grad(bias):
             outs.append(attend(scale, *tensors))
         else:
-            bounds = (None, None) if call.exact else (start[call[:2]], stop[call[:2]])
-            outs.append(Recomputed.apply(scale, *tensors, *bounds, call.keys.start))
-    out = outs[0] if len(outs) == 1 else Pasted.apply((x.B, x.Nq), rows, *outs)
-    return CrossAttentionResult(out[..., : x.Dv].to(x.q.dtype))
+            bounds = (
+                (None, None) if region.exact else (call.start[region[:2]], call.stop[region[:2]])
+            )
+            outs.append(Recomputed.apply(scale, *tensors, *bounds, region.keys.start))
+    out = outs[0] if len(outs) == 1 else Pasted.apply((call.B, call.Nq), rows, *outs)
+    return CrossAttentionResult(out[..., : call.Dv].to(call.q.dtype))
 
 
-def plan(x: CrossAttentionInputs) -> list[Call]:
-    """The calls; together they have every row of every batch element once."""
-    if x.interval is None or 0 in (x.B, x.Nq, x.Nk):
-        calls = [Call(slice(0, x.B), slice(0, x.Nq), slice(0, x.Nk))]
+def plan(call: CrossAttentionCall) -> list[Region]:
+    """The regions; together they have every row of every batch element once."""
+    if call.start is None or 0 in (call.B, call.Nq, call.Nk):
+        regions = [Region(slice(0, call.B), slice(0, call.Nq), slice(0, call.Nk))]
     else:
-        width = x.Hq * (x.D + x.Dv)
-        calls = [call for runs in equal_rows(x) for call in merge(*runs, width)]
-    if wants_grad(x.bias) and x.Nq:  # for it torch forms the scores, so few rows at once
-        calls = [
-            call._replace(rows=slice(row, min(row + BLOCK_ROWS, call.rows.stop)))
-            for call in calls
-            for row in range(call.rows.start, call.rows.stop, BLOCK_ROWS)
+        width = call.Hq * (call.D + call.Dv)
+        regions = [region for runs in equal_rows(call) for region in merge(*runs, width)]
+    if wants_grad(call.bias) and call.Nq:  # for it torch forms the scores, so few rows at once
+        regions = [
+            region._replace(rows=slice(row, min(row + BLOCK_ROWS, region.rows.stop)))
+            for region in regions
+            for row in range(region.rows.start, region.rows.stop, BLOCK_ROWS)
         ]
-    return calls
+    return regions
 
 
-def equal_rows(x: CrossAttentionInputs) -> Iterator[tuple[slice, list[int], list[list[int]]]]:
+def equal_rows(call: CrossAttentionCall) -> Iterator[tuple[slice, list[int], list[list[int]]]]:
     """(batch, rows, keys) for neighbouring batch elements that share their intervals.
 
     Each row from rows[i] to rows[i + 1] sees the keys from keys[i][0] to keys[i][1]; 0 to 0: none.
     """
-    start, stop = x.bounds()
+    start, stop = call.start, call.stop
     shared = start.stride(0) == stop.stride(0) == 0
     # [B or 1, Nq, 2]
-    bounds = torch.stack((start, stop), -1)[: 1 if shared else None].cpu().clamp(0, x.Nk)
+    bounds = torch.stack((start, stop), -1)[: 1 if shared else None].cpu().clamp(0, call.Nk)
     bounds[bounds[..., 0] >= bounds[..., 1]] = 0
     new_row = (bounds[:, 1:] != bounds[:, :-1]).any(-1)
     new_element = (bounds[1:] != bounds[:-1]).flatten(1).any(1)
-    for batch in pairwise([0, *(new_element.nonzero().flatten() + 1).tolist(), x.B]):
+    for batch in pairwise([0, *(new_element.nonzero().flatten() + 1).tolist(), call.B]):
         rows = [0, *(new_row[batch[0]].nonzero().flatten() + 1).tolist()]
-        yield slice(*batch), [*rows, x.Nq], bounds[batch[0], rows].tolist()
+        yield slice(*batch), [*rows, call.Nq], bounds[batch[0], rows].tolist()
 
 
-def merge(batch: slice, rows: list[int], keys: list[list[int]], width: int) -> Iterator[Call]:
+def merge(batch: slice, rows: list[int], keys: list[list[int]], width: int) -> Iterator[Region]:
     """Joins runs into blocks of at most BLOCK_ROWS rows where one call costs less than several.
 
     A block's keys have no gap, for keys in nobody's interval may hold anything; empty rows stay
@@ -143,7 +146,7 @@ def merge(batch: slice, rows: list[int], keys: list[list[int]], width: int) -> I
 
     alone = [0.0, *accumulate(cost(i, i + 1) for i in range(len(keys)))]
 
-    def joined(i: int, j: int) -> Iterator[Call]:
+    def joined(i: int, j: int) -> Iterator[Region]:
         n, first, stop = rows[j] - rows[i], min(starts[i:j]), max(stops[i:j])
         middle = (i + j) // 2
         if n > BLOCK_ROWS:  # the half with a whole number of blocks
@@ -155,7 +158,7 @@ def merge(batch: slice, rows: list[int], keys: list[list[int]], width: int) -> I
             several = min(cost(i, middle) + cost(middle, j), alone[j] - alone[i])
             one = gapless and cost(i, j) <= several
         if one:
-            yield Call(batch, slice(rows[i], rows[j]), slice(first, stop), exact=j == i + 1)
+            yield Region(batch, slice(rows[i], rows[j]), slice(first, stop), exact=j == i + 1)
         else:
             yield from joined(i, middle)
             yield from joined(middle, j)
@@ -163,22 +166,22 @@ def merge(batch: slice, rows: list[int], keys: list[list[int]], width: int) -> I
     yield from joined(0, len(keys))
 
 
-def prepare(x: CrossAttentionInputs, calls: list[Call]) -> tuple:
+def prepare(call: CrossAttentionCall, regions: list[Region]) -> tuple:
     """(q, k, v, bias, scale) as torch's kernels are fast and accurate on; scale is a float."""
-    q, k, v, bias, scale = x.q, x.k, x.v, x.bias, x.scale
-    if q.dtype.itemsize == 2 and len(calls) > 1 and any(map(wants_grad, (q, k, v))):
-        work = sum(length(c.rows) * length(c.keys) for c in calls)
-        if q.is_cpu and work < SHORT_CALL * len(calls):
+    q, k, v, bias, scale = call.q, call.k, call.v, call.bias, call.scale
+    if q.dtype.itemsize == 2 and len(regions) > 1 and any(map(wants_grad, (q, k, v))):
+        work = sum(length(c.rows) * length(c.keys) for c in regions)
+        if q.is_cpu and work < SHORT_CALL * len(regions):
             q, k, v = q.float(), k.float(), v.float()
-        elif not keys_apart(calls):  # calls add up in the gradients
+        elif not keys_apart(regions):  # regions add up in the gradients
             k, v = k.float(), v.float()
     if wants_grad(bias):  # likewise
         bias = bias.to(torch.promote_types(bias.dtype, torch.float32))
-    if isinstance(scale, Tensor):
+    if call.scale_tensor is not None:
         wide = torch.promote_types(q.dtype, torch.float32)
-        q, scale = (q.to(wide) * scale.to(wide).view(1, -1, 1, 1)).to(q.dtype), 1.0
-    if q.is_cpu and x.D != x.Dv:  # the CPU kernel that forms no scores has one width for all
-        q, k, v = (F.pad(t, (0, max(x.D, x.Dv) - t.shape[3])) for t in (q, k, v))
+        q, scale = (q.to(wide) * call.scale_of_heads(wide)).to(q.dtype), 1.0
+    if q.is_cpu and call.D != call.Dv:  # the CPU kernel that forms no scores has one width for all
+        q, k, v = (F.pad(t, (0, max(call.D, call.Dv) - t.shape[3])) for t in (q, k, v))
     return q, k, v, bias, scale
 
 
@@ -231,16 +234,16 @@ class Recomputed(torch.autograd.Function):
         return None, *(next(grads) if need else None for need in needed), *[None] * 4
 
 
-def pairs(t: Tensor | None, calls: list[Call]) -> list[tuple]:
+def pairs(t: Tensor | None, regions: list[Region]) -> list[tuple]:
     """The region of each call in a tensor that broadcasts to [B, Hq, Nq, Nk]."""
     sizes = (0,) * 4 if t is None else t.shape
-    full = [(call.batch, ALL, call.rows, call.keys) for call in calls]
+    full = [(region.batch, ALL, region.rows, region.keys) for region in regions]
     return [tuple(ALL if n == 1 else s for n, s in zip(sizes, r, strict=True)) for r in full]
 
 
-def keys_apart(calls: list[Call]) -> bool:
-    """Whether no key of a batch element is in two calls."""
-    spans = sorted((c.batch.start, c.keys.start, c.keys.stop) for c in calls)
+def keys_apart(regions: list[Region]) -> bool:
+    """Whether no key of a batch element is in two regions."""
+    spans = sorted((c.batch.start, c.keys.start, c.keys.stop) for c in regions)
     return all(a[0] != b[0] or a[2] <= b[1] for a, b in pairwise(spans))
 
 
