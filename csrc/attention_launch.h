@@ -1,4 +1,5 @@
-// What the launchers of attention share: which kernel a call takes, and how many splits.
+// What the launchers of attention share: the choice of the kernel for a call, and of the number of
+// splits.
 #pragma once
 
 #include <algorithm>
@@ -7,19 +8,19 @@
 
 namespace xattn {
 
-// Below it float32 may round a positive scale to 0.
+// float32 may round a smaller positive scale to 0.
 constexpr float kSmallestScale = 1.17549435e-38f;
 
-// The width of the kernels for a call's heads.
+// The width of the kernels that serve heads of these widths.
 inline int KernelWidth(const CrossAttentionShape& s) {
   const int width = std::max(s.D, s.Dv);
   return width <= 64 ? 64 : width <= 128 ? 128 : 256;
 }
 
 inline int Group(const CrossAttentionShape& s) { return s.Hq / s.Hkv; }
-inline int64_t CeilDiv(int64_t n, int64_t of) { return (n + of - 1) / of; }
+inline int64_t CeilDiv(int64_t n, int64_t divisor) { return (n + divisor - 1) / divisor; }
 
-// Whether a score is a product and one positive scale.
+// Whether every score is <q, k> times one positive scale, and nothing else.
 inline bool IsPlain(const CrossAttentionCall& c) {
   return c.shape.dtype != DType::kFloat32 && c.mask.data == nullptr && c.bias.data == nullptr &&
          c.scales.data == nullptr && c.seed == nullptr && c.softcap == 0.f &&
@@ -53,8 +54,8 @@ inline bool IsValid(const CrossAttentionCall& c) {
          DType::kFloat32 <= s.dtype && s.dtype <= last && AreBoth(c.start.data, c.stop.data);
 }
 
-// How many blocks share a loop of `steps` tiles so that the device is filled twice over. A split
-// keeps at least four tiles: below that its merge costs more than it hides.
+// The number of blocks that share a loop of `steps` tiles so that they fill the device twice over.
+// A split keeps at least four tiles, because merging shorter ones costs more time than it saves.
 inline int32_t Splits(int64_t blocks, int64_t steps, int multiprocessors) {
   const int64_t wanted = 2 * multiprocessors / std::max<int64_t>(blocks, 1);
   return static_cast<int32_t>(std::max<int64_t>(1, std::min(wanted, steps / 4)));
@@ -78,7 +79,7 @@ auto WithWidth(const CrossAttentionShape& s, F f) {
   }
 }
 
-// f of the KernelOf of a call.
+// Calls f with the KernelOf that serves calls of this shape.
 template <class F>
 auto WithKernel(const CrossAttentionShape& s, F f) {
   switch (s.dtype) {
@@ -91,7 +92,7 @@ auto WithKernel(const CrossAttentionShape& s, F f) {
   }
 }
 
-// f of whether a call is plain, as a constant.
+// Calls f with `plain` as a constant. float32 has no plain kernels.
 template <class T, class F>
 cudaError_t WithPlain(const CrossAttentionCall& c, bool plain, F f) {
   if constexpr (sizeof(T) == 2)

@@ -1,4 +1,5 @@
-// What attention kernels walk: packed rows, their key intervals, and tiles of keys or rows.
+// What the kernels of attention iterate over: packed rows, their key intervals, and tiles of keys
+// or of rows.
 #pragma once
 
 #include "cross_attention.h"
@@ -7,21 +8,22 @@
 
 namespace xattn {
 
-// How a kernel for rows of WIDTH elements is cut. Each warp has 16 of the rows that stay, and the
-// tiles that pass by are shared by all. Sized for 99 KiB of shared memory, which all have.
+// The tile sizes of a block whose rows have WIDTH elements. Each warp keeps 16 rows in registers
+// for the whole loop ("staying" rows), and all warps share the tiles that the loop loads ("passing"
+// ones). The sizes fit into 99 KiB of shared memory, which every device from sm_80 on has.
 template <class T, int WIDTH>
 struct AttentionBlock {
   static constexpr int kRowBytes = WIDTH * sizeof(T);
   static constexpr int kRows = kRowBytes > 512 ? 32 : 64;
   static constexpr int kThreads = kRows / 16 * kWarpSize;
-  // of keys that pass by the forward's rows and those of dq, and of rows that pass by keys
+  // The forward and dq load kKeys keys at a time, dk and dv kPassingRows rows.
   static constexpr int kKeys = kRowBytes > 512 ? 16 : kRowBytes > 256 || sizeof(T) == 4 ? 32 : 64;
   static constexpr int kPassingRows = kRowBytes > 512 ? 16 : kRowBytes > 128 ? 32 : 64;
-  // tiles in flight of the backward; the forward has two
+  // The backward has kStages tiles in flight, the forward two.
   static constexpr int kStages = kRowBytes > 256 ? 1 : 2;
 };
 
-// A block's place in a 1-d grid, which has no limit of 65,535.
+// What a block works on. The grid is 1-d, because its other dimensions end at 65,535.
 struct Place {
   int tile, hkv, b, split;
 
@@ -33,7 +35,7 @@ struct Place {
   }
 };
 
-// The part of [begin, end) that is this split's, in whole tiles.
+// Narrows [begin, end) to the whole tiles of one split.
 __device__ __forceinline__ void SplitRange(int& begin, int& end, int split, int n_splits,
                                            int tile) {
   const int tiles = (max(end - begin, 0) + tile - 1) / tile;
@@ -42,19 +44,21 @@ __device__ __forceinline__ void SplitRange(int& begin, int& end, int split, int 
   end = min(end, begin + each);
 }
 
-// The packed row p of a key head: query i of head h.
+// A row of the scores, query i of head h. All queries of the heads that share a key head are
+// packed: query i of the n-th of them is row i * group + n. The last tile may have rows that do not
+// exist.
 struct PackedRow {
   int i, h;
-  bool there;
+  bool exists;
 
-  __device__ __forceinline__ PackedRow(int query, int head, bool is_there)
-      : i(query), h(head), there(is_there) {}
+  __device__ __forceinline__ PackedRow(int query, int head, bool row_exists)
+      : i(query), h(head), exists(row_exists) {}
 
-  __device__ __forceinline__ PackedRow(const CrossAttentionShape& s, int p, int hkv) {
+  __device__ __forceinline__ PackedRow(const CrossAttentionShape& s, int packed, int hkv) {
     const int group = s.Hq / s.Hkv;
-    i = group == 1 ? p : p / group;
-    h = hkv * group + p - i * group;
-    there = i < s.Nq;
+    i = group == 1 ? packed : packed / group;
+    h = hkv * group + packed - i * group;
+    exists = i < s.Nq;
   }
 };
 
@@ -63,31 +67,31 @@ __device__ __forceinline__ T* RowOf(const HeadTensor& t, int b, int h, int n) {
   return static_cast<T*>(t.data) + b * t.strides[0] + h * t.strides[1] + n * t.strides[2];
 }
 
-// Of [B, Hq, Nq].
+// The index of a row in [B, Hq, Nq].
 __device__ __forceinline__ int64_t RowNumber(const CrossAttentionShape& s, int b,
                                              const PackedRow& row) {
   return (int64_t{b} * s.Hq + row.h) * s.Nq + row.i;
 }
 
 struct Interval {
-  int first, last;  // keys first <= j < last
+  int first, last;  // first <= j < last
 
   __device__ __forceinline__ bool Has(int j) const { return j >= first && j < last; }
 };
 
-// A row's keys, (Nk, 0) where there is none, or no row.
+// The keys of a row. The interval is (Nk, 0) where the row has no key or does not exist.
 __device__ __forceinline__ Interval KeysOf(const CrossAttentionCall& c, int b,
                                            const PackedRow& row) {
   Interval keys{0, c.shape.Nk};
-  if (row.there && c.start.data != nullptr) {
+  if (row.exists && c.start.data != nullptr) {
     keys.first = max(c.start.data[b * c.start.strides[0] + row.i * c.start.strides[1]], 0);
     keys.last = min(c.stop.data[b * c.stop.strides[0] + row.i * c.stop.strides[1]], keys.last);
   }
-  if (!row.there || keys.first >= keys.last) return {c.shape.Nk, 0};
+  if (!row.exists || keys.first >= keys.last) return {c.shape.Nk, 0};
   return keys;
 }
 
-// Of rows: the keys that any of them sees, and those that all of them see.
+// The keys [begin, end) that some of several rows see, and [full_begin, full_end) that all see.
 struct KeyRange {
   int begin, end, full_begin, full_end;
 
@@ -111,7 +115,7 @@ struct KeyRange {
     full_end = __reduce_min_sync(kAllLanes, full_end);
   }
 
-  // For all threads of the block; `scratch` has a place for each warp.
+  // Every thread of the block must call this; `scratch` has one element for each warp.
   __device__ __forceinline__ void AddWarps(KeyRange* scratch) {
     AddLanes();
     if (threadIdx.x % kWarpSize == 0) scratch[threadIdx.x / kWarpSize] = *this;
@@ -119,20 +123,20 @@ struct KeyRange {
     for (int w = 0; w < static_cast<int>(blockDim.x) / kWarpSize; ++w) Add(scratch[w]);
   }
 
-  // Whether some row does not see all of the keys from k0 on.
+  // Whether some row does not see all of the n keys from k0 on.
   __device__ __forceinline__ bool Cuts(int k0, int n) const {
     return k0 < full_begin || k0 + n > full_end;
   }
 };
 
-// The packed rows of a block whose warps have 16 each, and what a lane knows of its two.
+// The packed rows that a block keeps, 16 for each warp. A lane has two of them in its fragments.
 struct StayingRows {
   int hkv, b, p0, row0;
   PackedRow rows[2];
   Interval keys[2];
-  KeyRange range;  // of the rows that are there
+  KeyRange range;  // of the rows that exist
 
-  // For all threads of the block; `scratch` has a place for each warp.
+  // Every thread of the block must call this; `scratch` has one element for each warp.
   __device__ __forceinline__ StayingRows(const CrossAttentionCall& c, const Place& place,
                                          int n_rows, KeyRange* scratch)
       : hkv(place.hkv),
@@ -144,25 +148,26 @@ struct StayingRows {
         keys{KeysOf(c, b, rows[0]), KeysOf(c, b, rows[1])},
         range(c.shape.Nk) {
     for (int r = 0; r < 2; ++r)
-      if (rows[r].there) range.Add(keys[r]);
+      if (rows[r].exists) range.Add(keys[r]);
     range.AddWarps(scratch);
   }
 
   static __device__ __forceinline__ int Lane() { return threadIdx.x % kWarpSize; }
 
-  // Begins to copy them from `t`, `width` columns.
+  // Starts to copy the first `width` columns of these rows of `t`.
   template <int THREADS, class T, int ROWS, int WIDTH>
   __device__ __forceinline__ void Copy(const Tile<T, ROWS, WIDTH>& tile, const HeadTensor& t,
                                        int width, const CrossAttentionCall& c) const {
     const auto row_of = [&](int n) -> const T* {
       const PackedRow row(c.shape, p0 + n, hkv);
-      return row.there ? RowOf<const T>(t, b, row.h, row.i) : nullptr;
+      return row.exists ? RowOf<const T>(t, b, row.h, row.i) : nullptr;
     };
     tile.template Copy<THREADS>(row_of, width, static_cast<const T*>(t.data), c.aligned);
   }
 };
 
-// Keys j0 <= j < last; further rows of the tile are zeros, whatever lies there.
+// Starts to copy the keys j0 <= j < last. The other rows of the tile become zeros, because memory
+// after the last key may hold NaN.
 template <int THREADS, class T, int ROWS, int WIDTH>
 __device__ __forceinline__ void CopyKeys(const Tile<T, ROWS, WIDTH>& tile, const T* t,
                                          int64_t stride, int width, int j0, int last,
@@ -173,7 +178,7 @@ __device__ __forceinline__ void CopyKeys(const Tile<T, ROWS, WIDTH>& tile, const
   tile.template Copy<THREADS>(row_of, width, t, aligned);
 }
 
-// Two tensors whose rows pass by: STAGES pairs of tiles in shared memory.
+// STAGES pairs of tiles in shared memory, for two tensors whose rows a loop loads together.
 template <class T, int ROWS, int WIDTH, int STAGES, int THREADS>
 struct PassingTiles {
   using One = Tile<T, ROWS, WIDTH>;
@@ -186,7 +191,7 @@ struct PassingTiles {
     return {First(stage).base + One::kBytes};
   }
 
-  // Keys j0 <= j < last of k and v.
+  // Starts to copy the keys j0 <= j < last of k and v.
   __device__ __forceinline__ void CopyKeysAndValues(const CrossAttentionCall& c, int b, int hkv,
                                                     int stage, int j0, int last) const {
     CopyKeys<THREADS>(First(stage), RowOf<const T>(c.k, b, hkv, 0), c.k.strides[2], c.shape.D, j0,
@@ -196,8 +201,8 @@ struct PassingTiles {
   }
 };
 
-// The tiles of rows that reach the keys [k0, k1), in ascending order; the same for all THREADS, all
-// of which must call it. Without bounds every tile does.
+// Iterates over the tiles of rows that see some of the keys [k0, k1), in ascending order. All
+// THREADS of the block must call it, and get the same tiles. Without bounds every tile counts.
 template <int THREADS>
 class MeetingTiles {
  public:
@@ -211,28 +216,28 @@ class MeetingTiles {
         k0_(k0),
         k1_(k1) {}
 
-  // The next one, or a number from `end` on.
+  // The next tile, or a number from `end` on after the last one.
   __device__ __forceinline__ int Next() {
     if (bounds_ == nullptr) return next_++;
     while (next_ < end_) {
       if (next_ >= chunk_ + THREADS) Find();
-      const int at = next_ - chunk_;
-      if (const uint32_t left = words_[at / 32] >> at % 32) {
+      const int bit = next_ - chunk_;
+      if (const uint32_t left = words_[bit / 32] >> bit % 32) {
         next_ += __ffs(left);
         return next_ - 1;
       }
-      next_ = chunk_ + (at / 32 + 1) * 32;
+      next_ = chunk_ + (bit / 32 + 1) * 32;
     }
     return end_;
   }
 
  private:
-  // One bit for each of THREADS tiles from next_ on: whether some row of it sees one of the keys.
+  // Sets one bit for each of THREADS tiles from next_ on that has a row which sees one of the keys.
   __device__ __forceinline__ void Find() {
     chunk_ = next_;
     const int t = chunk_ + threadIdx.x;
-    const int4 of = t < end_ ? bounds_[t] : int4{0, 0, 0, 0};
-    const uint32_t word = __ballot_sync(kAllLanes, t < end_ && of.x < k1_ && of.w > k0_);
+    const int4 bounds = t < end_ ? bounds_[t] : int4{0, 0, 0, 0};
+    const uint32_t word = __ballot_sync(kAllLanes, t < end_ && bounds.x < k1_ && bounds.w > k0_);
     __syncthreads();
     if (threadIdx.x % kWarpSize == 0) words_[threadIdx.x / kWarpSize] = word;
     __syncthreads();
@@ -243,21 +248,21 @@ class MeetingTiles {
   int next_, end_, chunk_, k0_, k1_;
 };
 
-// Writes what this lane has of a row, as sums of a product lie: columns 8 n + 2 (lane % 4) and the
-// next, times `factor`.
+// Writes this lane's elements of a row, times `factor`. They are those of the fragment of a
+// product: columns 8 n + 2 (lane % 4) and the next one.
 template <class T, int HALF, int N>
-__device__ __forceinline__ void StoreRow(T* to, const float (&c)[N][4], float factor, int width) {
+__device__ __forceinline__ void StoreRow(T* row, const float (&c)[N][4], float factor, int width) {
   const int lane = threadIdx.x % kWarpSize;
-  const bool pairs = reinterpret_cast<uintptr_t>(to) % (2 * sizeof(T)) == 0;
+  const bool pairs = reinterpret_cast<uintptr_t>(row) % (2 * sizeof(T)) == 0;
 #pragma unroll
   for (int n = 0; n < N; ++n) {
     const int column = n * 8 + lane % 4 * 2;
     const float x[2] = {c[n][2 * HALF] * factor, c[n][2 * HALF + 1] * factor};
     if (pairs && column + 1 < width) {
-      StoreFloats<T, 2>(to + column, x);
+      StoreFloats<T, 2>(row + column, x);
     } else {
-      if (column < width) to[column] = FromFloat<T>(x[0]);
-      if (column + 1 < width) to[column + 1] = FromFloat<T>(x[1]);
+      if (column < width) row[column] = FromFloat<T>(x[0]);
+      if (column + 1 < width) row[column + 1] = FromFloat<T>(x[1]);
     }
   }
 }

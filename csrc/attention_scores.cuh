@@ -1,4 +1,5 @@
-// Scores of pairs and their gradients, in the kernels that take every flag; scores are natural.
+// Scores of pairs and their gradients, for the kernels that serve every flag. Scores have natural
+// units here, while the plain kernels use log2 units.
 #pragma once
 
 #include "attention_rows.cuh"
@@ -6,8 +7,8 @@
 
 namespace xattn {
 
-__device__ __forceinline__ float LoadPair(const PairTensor& t, int64_t at) {
-  return Numbers{const_cast<void*>(t.data), t.dtype}.Load(at);
+__device__ __forceinline__ float LoadPair(const PairTensor& t, int64_t offset) {
+  return Numbers{const_cast<void*>(t.data), t.dtype}.Load(offset);
 }
 
 __device__ __forceinline__ float ScaleOf(const CrossAttentionCall& c, int h) {
@@ -34,7 +35,7 @@ struct ScoreRow {
   int b, h, i;
   Interval keys;
   float scale;
-  int64_t mask, bias;  // offsets of key 0
+  int64_t mask, bias;  // the offsets of this row's key 0
 
   __device__ __forceinline__ ScoreRow(const CrossAttentionCall& c, int batch, const PackedRow& row,
                                       const Interval& interval)
@@ -46,8 +47,8 @@ struct ScoreRow {
     return b * t.strides[0] + h * t.strides[1] + i * t.strides[2];
   }
 
-  // The score of key j, whose product with q is `qk`, -inf where it is forbidden; `tanh` is that of
-  // the softcap, or 0.
+  // The score of key j from `qk` = <q, k>; a forbidden key has -inf. Sets `tanh` to the one in the
+  // softcap, which the gradient needs, or to 0.
   __device__ __forceinline__ float Score(const CrossAttentionCall& c, int j, float qk,
                                          float& tanh) const {
     tanh = 0.f;
@@ -68,7 +69,8 @@ struct ScoreRow {
     return static_cast<const uint8_t*>(c.mask.data)[mask + j * c.mask.strides[3]] != 0;
   }
 
-  // Whether the pair has a gradient, given its score: what was not chosen has none, NaN or not.
+  // Whether the pair of this score has a gradient. A key that top-k did not choose has none, even
+  // if it holds NaN.
   __device__ __forceinline__ bool Sees(const CrossAttentionCall& c, int j, float s) const {
     return keys.Has(j) && !(c.mask_is_bits && s == -INFINITY);
   }
@@ -78,14 +80,15 @@ struct ScoreRow {
   }
 };
 
-// What the backward knows of a row beside its scores.
+// The terms of eq. ds that belong to a row.
 struct RowTerms {
   float lse;          // +inf for a row without keys, so that p = 0
-  float minus_delta;  // see RowTermsKernel
+  float minus_delta;  // as row_terms_kernel defines it
   float lse_low, dentropy;
 };
 
-// p and ds of a pair by eq. ds, from its score, <dout, v> and whether dropout keeps it.
+// p and ds of a pair by eq. ds. `s` is its score, `dp` is <dout, v>, `inside` says whether the pair
+// has a gradient, and `kept` whether dropout keeps it.
 struct PairGradient {
   float p, ds;
 
@@ -94,7 +97,7 @@ struct PairGradient {
     const float log2_p = (s - row.lse) * kLog2E - row.lse_low;
     p = inside ? ptx::Exp2(log2_p) : 0.f;
     float t = (kept ? dp * c.keep_scale : 0.f) + row.minus_delta;
-    // p = 0 has log2 p = -inf, and its term is 0
+    // The entropy's term is 0 for p = 0, where log2_p is -inf.
     if (p > 0.f) t -= row.dentropy * (log2_p * kLn2);
     ds = inside && row.lse != INFINITY ? p * t : 0.f;
     if (c.softcap > 0.f && inside) ds *= 1.f - tanh * tanh;

@@ -1,12 +1,18 @@
-// The Python module: params in, launches on a stream or a list of them out. Pointers and streams
-// are integers, as nothing here knows who owns the memory.
+// The Python module. Its functions take params and launch kernels on a stream, or list the
+// launches. Pointers and streams are integers, because nothing here knows who owns the memory.
+//
+// Every struct of params is a class with a property for each field. Its constructor takes keyword
+// arguments only, and fields that it is not given are 0.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
-#include <optional>
+#include <functional>
+#include <map>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 
 #include "cross_attention.h"
 #include "gated_residual.h"
@@ -17,7 +23,8 @@ namespace py = pybind11;
 namespace xattn {
 namespace {
 
-// Of CUDA, 1000 times the major version plus 10 times the minor one; 0 without a driver.
+// The version of CUDA that the driver supports, as 1000 * major + 10 * minor, or 0 without a
+// driver.
 int DriverVersion() {
   int version = 0;
   cudaDriverGetVersion(&version);
@@ -30,7 +37,7 @@ std::string Version(int version) {
 
 void Check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // the next call starts without it
+  cudaGetLastError();  // This clears the error, so that the next call does not return it again.
   std::string text =
       std::string(what) + ": " + cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")";
   if (error == cudaErrorNoDevice || (error == cudaErrorInsufficientDriver && DriverVersion() == 0))
@@ -47,7 +54,7 @@ void Check(cudaError_t error, const char* what) {
   throw std::runtime_error(text);
 }
 
-// Makes `device` current, and what was current before when it ends.
+// Makes `device` the current device during its lifetime.
 class DeviceGuard {
  public:
   DeviceGuard(int device, const char* what) {
@@ -68,7 +75,8 @@ class DeviceGuard {
 
 py::tuple AsTuple(const dim3& d) { return py::make_tuple(d.x, d.y, d.z); }
 
-// m.name(params, device, stream) launches; m.name_plan(params) lists the launches.
+// Defines m.name(params, device, stream), which launches, and m.name_plan(params), which lists the
+// launches.
 template <class Params>
 void DefineOp(py::module_& m, const char* name, cudaError_t (*launch)(const Params&, Queue&)) {
   m.def(name, [=](const Params& params, int device, uintptr_t stream) {
@@ -87,23 +95,94 @@ void DefineOp(py::module_& m, const char* name, cudaError_t (*launch)(const Para
   });
 }
 
+// How Python sees a field of type M: pointers are integers, arrays are lists, and other types are
+// themselves.
+template <class M>
+struct FieldOf {
+  using Value = M;
+  static M& Get(M& field) { return field; }
+  static void Set(M& field, const Value& value) { field = value; }
+};
+
+template <class M>
+struct FieldOf<M*> {
+  using Value = uintptr_t;
+  static Value Get(M* field) { return reinterpret_cast<Value>(field); }
+  static void Set(M*& field, Value value) { field = reinterpret_cast<M*>(value); }
+};
+
+template <class M, size_t N>
+struct FieldOf<M[N]> {
+  using Value = std::array<M, N>;
+  static Value Get(const M (&field)[N]) {
+    Value value;
+    std::copy_n(field, N, value.begin());
+    return value;
+  }
+  static void Set(M (&field)[N], const Value& value) {
+    std::copy(value.begin(), value.end(), field);
+  }
+};
+
+// The name of a member and the member, so that no member can be given the name of another.
+#define XATTN_FIELD(Struct, name) #name, &Struct::name
+
+// The Python class of a struct S of params.
+template <class S>
+class ParamsClass {
+ public:
+  ParamsClass(py::module_& m, const char* name) : name_(name), class_(m, name) {
+    class_.def(py::init([name](const py::kwargs& values) {
+      S params{};
+      for (const auto& [field, value] : values) {
+        const auto setter = Setters().find(py::cast<std::string_view>(field));
+        if (setter == Setters().end())
+          throw py::type_error(std::string(name) + " has no field '" +
+                               py::cast<std::string>(field) + "'");
+        setter->second(params, value);
+      }
+      return params;
+    }));
+  }
+
+  template <class M>
+  ParamsClass& Field(const char* field, M S::* member) {
+    using Value = typename FieldOf<M>::Value;
+    class_.def_property(
+        field, [=](S& params) -> decltype(auto) { return FieldOf<M>::Get(params.*member); },
+        [=](S& params, const Value& value) { FieldOf<M>::Set(params.*member, value); });
+    Setters()[field] = [=, name = name_](S& params, py::handle value) {
+      try {
+        FieldOf<M>::Set(params.*member, py::cast<Value>(value));
+      } catch (const py::cast_error&) {
+        throw py::type_error(std::string(name) + "." + field + " cannot be " +
+                             py::cast<std::string>(py::repr(value)));
+      }
+    };
+    return *this;
+  }
+
+ private:
+  using Setter = std::function<void(S&, py::handle)>;
+  // The constructor finds the setters here, as one by Python's own lookup takes several times as
+  // long.
+  static std::map<std::string, Setter, std::less<>>& Setters() {
+    static std::map<std::string, Setter, std::less<>> setters;
+    return setters;
+  }
+
+  const char* name_;
+  py::class_<S> class_;
+};
+
 void DefineTensors(py::module_& m) {
   py::enum_<DType>(m, "DType")
       .value("float32", DType::kFloat32)
       .value("float16", DType::kFloat16)
       .value("bfloat16", DType::kBFloat16);
-  py::class_<Numbers>(m, "Numbers")
-      .def(py::init([](uintptr_t data, DType dtype) {
-             return Numbers{reinterpret_cast<void*>(data), dtype};
-           }),
-           py::arg("data") = 0, py::arg("dtype") = DType::kFloat32);
-  py::class_<RowTensor>(m, "RowTensor")
-      .def(py::init([](uintptr_t data, std::array<int64_t, kMaxRowDims> strides) {
-             RowTensor t{reinterpret_cast<void*>(data), {}};
-             std::copy(strides.begin(), strides.end(), t.strides);
-             return t;
-           }),
-           py::arg("data") = 0, py::arg("strides") = std::array<int64_t, kMaxRowDims>{});
+  ParamsClass<Numbers>(m, "Numbers")
+      .Field(XATTN_FIELD(Numbers, data))
+      .Field(XATTN_FIELD(Numbers, dtype));
 }
 
 void DefineGatedResidual(py::module_& m) {
@@ -112,44 +191,50 @@ void DefineGatedResidual(py::module_& m) {
       .value("none", Norm::kNone)
       .value("layer", Norm::kLayer)
       .value("rms", Norm::kRms);
+  ParamsClass<RowTensor>(m, "RowTensor")
+      .Field(XATTN_FIELD(RowTensor, data))
+      .Field(XATTN_FIELD(RowTensor, strides));
+  ParamsClass<RowSizes>(m, "RowSizes")
+      .Field(XATTN_FIELD(RowSizes, rows))
+      .Field(XATTN_FIELD(RowSizes, sizes));
   using Shape = GatedResidualShape;
-  py::class_<Shape>(m, "GatedResidualShape")
-      .def(py::init([](uint32_t rows, std::array<int32_t, kMaxRowDims> sizes, int32_t dim,
-                       DType x_dtype, DType h_dtype, Norm norm, float eps, bool gate_is_vector) {
-        Shape shape{{rows, {}}, dim, x_dtype, h_dtype, norm, eps, gate_is_vector};
-        std::copy(sizes.begin(), sizes.end(), shape.rows.sizes);
-        return shape;
-      }));
+  ParamsClass<Shape>(m, "GatedResidualShape")
+      .Field(XATTN_FIELD(Shape, rows))
+      .Field(XATTN_FIELD(Shape, dim))
+      .Field(XATTN_FIELD(Shape, x_dtype))
+      .Field(XATTN_FIELD(Shape, h_dtype))
+      .Field(XATTN_FIELD(Shape, norm))
+      .Field(XATTN_FIELD(Shape, eps))
+      .Field(XATTN_FIELD(Shape, gate_is_vector));
   using Forward = GatedResidualForwardParams;
-  py::class_<Forward>(m, "GatedResidualForwardParams")
-      .def(py::init([](RowTensor y, RowTensor normed, RowTensor x, RowTensor h, RowTensor row_mask,
-                       Numbers gate, Numbers weight, Numbers bias, Shape shape) {
-        return Forward{y, normed, x, h, row_mask, gate, weight, bias, shape};
-      }));
+  ParamsClass<Forward>(m, "GatedResidualForwardParams")
+      .Field(XATTN_FIELD(Forward, y))
+      .Field(XATTN_FIELD(Forward, normed))
+      .Field(XATTN_FIELD(Forward, x))
+      .Field(XATTN_FIELD(Forward, h))
+      .Field(XATTN_FIELD(Forward, row_mask))
+      .Field(XATTN_FIELD(Forward, gate))
+      .Field(XATTN_FIELD(Forward, weight))
+      .Field(XATTN_FIELD(Forward, bias))
+      .Field(XATTN_FIELD(Forward, shape));
   using Backward = GatedResidualBackwardParams;
-  const auto floats = [](uintptr_t data) { return reinterpret_cast<float*>(data); };
-  py::class_<Backward>(m, "GatedResidualBackwardParams")
-      .def(py::init([=](RowTensor dx, RowTensor dh, Numbers dgate, Numbers dweight, Numbers dbias,
-                        uintptr_t gate_parts, uintptr_t weight_parts, uintptr_t bias_parts,
-                        RowTensor dy, RowTensor dnormed, RowTensor h, RowTensor y,
-                        RowTensor row_mask, Numbers gate, Numbers weight, Shape shape) {
-        return Backward{dx,
-                        dh,
-                        dgate,
-                        dweight,
-                        dbias,
-                        floats(gate_parts),
-                        floats(weight_parts),
-                        floats(bias_parts),
-                        dy,
-                        dnormed,
-                        h,
-                        y,
-                        row_mask,
-                        gate,
-                        weight,
-                        shape};
-      }));
+  ParamsClass<Backward>(m, "GatedResidualBackwardParams")
+      .Field(XATTN_FIELD(Backward, dx))
+      .Field(XATTN_FIELD(Backward, dh))
+      .Field(XATTN_FIELD(Backward, dgate))
+      .Field(XATTN_FIELD(Backward, dweight))
+      .Field(XATTN_FIELD(Backward, dbias))
+      .Field(XATTN_FIELD(Backward, gate_parts))
+      .Field(XATTN_FIELD(Backward, weight_parts))
+      .Field(XATTN_FIELD(Backward, bias_parts))
+      .Field(XATTN_FIELD(Backward, dy))
+      .Field(XATTN_FIELD(Backward, dnormed))
+      .Field(XATTN_FIELD(Backward, h))
+      .Field(XATTN_FIELD(Backward, y))
+      .Field(XATTN_FIELD(Backward, row_mask))
+      .Field(XATTN_FIELD(Backward, gate))
+      .Field(XATTN_FIELD(Backward, weight))
+      .Field(XATTN_FIELD(Backward, shape));
   m.def("gated_residual_parts", &GatedResidualParts);
   m.def("widest_normed_row", &WidestNormedRow);
   DefineOp<Forward>(m, "gated_residual_forward", &GatedResidualForward);
@@ -157,96 +242,75 @@ void DefineGatedResidual(py::module_& m) {
 }
 
 void DefineCrossAttention(py::module_& m) {
-  py::class_<HeadTensor>(m, "HeadTensor")
-      .def(py::init([](uintptr_t data, std::array<int64_t, 3> strides) {
-             return HeadTensor{reinterpret_cast<void*>(data), {strides[0], strides[1], strides[2]}};
-           }),
-           py::arg("data") = 0, py::arg("strides") = std::array<int64_t, 3>{});
-  py::class_<RowBounds>(m, "RowBounds")
-      .def(py::init([](uintptr_t data, std::array<int64_t, 2> strides) {
-             return RowBounds{reinterpret_cast<const int32_t*>(data), {strides[0], strides[1]}};
-           }),
-           py::arg("data") = 0, py::arg("strides") = std::array<int64_t, 2>{});
-  py::class_<PairTensor>(m, "PairTensor")
-      .def(py::init([](uintptr_t data, std::array<int64_t, 4> strides, DType dtype) {
-             PairTensor t{reinterpret_cast<const void*>(data), {}, dtype};
-             std::copy(strides.begin(), strides.end(), t.strides);
-             return t;
-           }),
-           py::arg("data") = 0, py::arg("strides") = std::array<int64_t, 4>{},
-           py::arg("dtype") = DType::kFloat32);
+  ParamsClass<HeadTensor>(m, "HeadTensor")
+      .Field(XATTN_FIELD(HeadTensor, data))
+      .Field(XATTN_FIELD(HeadTensor, strides));
+  ParamsClass<RowBounds>(m, "RowBounds")
+      .Field(XATTN_FIELD(RowBounds, data))
+      .Field(XATTN_FIELD(RowBounds, strides));
+  ParamsClass<PairTensor>(m, "PairTensor")
+      .Field(XATTN_FIELD(PairTensor, data))
+      .Field(XATTN_FIELD(PairTensor, strides))
+      .Field(XATTN_FIELD(PairTensor, dtype));
   using Shape = CrossAttentionShape;
-  py::class_<Shape>(m, "CrossAttentionShape")
-      .def(py::init([](int32_t B, int32_t Hq, int32_t Hkv, int32_t Nq, int32_t Nk, int32_t D,
-                       int32_t Dv,
-                       DType dtype) { return Shape{B, Hq, Hkv, Nq, Nk, D, Dv, dtype}; }));
+  ParamsClass<Shape>(m, "CrossAttentionShape")
+      .Field(XATTN_FIELD(Shape, B))
+      .Field(XATTN_FIELD(Shape, Hq))
+      .Field(XATTN_FIELD(Shape, Hkv))
+      .Field(XATTN_FIELD(Shape, Nq))
+      .Field(XATTN_FIELD(Shape, Nk))
+      .Field(XATTN_FIELD(Shape, D))
+      .Field(XATTN_FIELD(Shape, Dv))
+      .Field(XATTN_FIELD(Shape, dtype));
+  // `aligned` is not a property, because the launchers set it.
   using Call = CrossAttentionCall;
-  py::class_<Call>(m, "CrossAttentionCall")
-      .def(py::init([](HeadTensor q, HeadTensor k, HeadTensor v, RowBounds start, RowBounds stop,
-                       PairTensor mask, PairTensor bias, Numbers scales, int64_t scale_stride,
-                       uintptr_t seed, uint64_t threshold, float scale, float softcap,
-                       float keep_scale, Shape shape, bool mask_is_bits) {
-        return Call{q,
-                    k,
-                    v,
-                    start,
-                    stop,
-                    mask,
-                    bias,
-                    scales,
-                    scale_stride,
-                    reinterpret_cast<const int64_t*>(seed),
-                    threshold,
-                    scale,
-                    softcap,
-                    keep_scale,
-                    shape,
-                    mask_is_bits,
-                    false};
-      }));
-  const auto floats = [](uintptr_t data) { return reinterpret_cast<float*>(data); };
+  ParamsClass<Call>(m, "CrossAttentionCall")
+      .Field(XATTN_FIELD(Call, q))
+      .Field(XATTN_FIELD(Call, k))
+      .Field(XATTN_FIELD(Call, v))
+      .Field(XATTN_FIELD(Call, start))
+      .Field(XATTN_FIELD(Call, stop))
+      .Field(XATTN_FIELD(Call, mask))
+      .Field(XATTN_FIELD(Call, bias))
+      .Field(XATTN_FIELD(Call, scales))
+      .Field(XATTN_FIELD(Call, scale_stride))
+      .Field(XATTN_FIELD(Call, seed))
+      .Field(XATTN_FIELD(Call, threshold))
+      .Field(XATTN_FIELD(Call, scale))
+      .Field(XATTN_FIELD(Call, softcap))
+      .Field(XATTN_FIELD(Call, keep_scale))
+      .Field(XATTN_FIELD(Call, shape))
+      .Field(XATTN_FIELD(Call, mask_is_bits));
   using Forward = CrossAttentionForwardParams;
-  py::class_<Forward>(m, "CrossAttentionForwardParams")
-      .def(
-          py::init([=](HeadTensor out, std::array<uintptr_t, 4> rows, Call call, int32_t n_splits) {
-            return Forward{
-                out,  floats(rows[0]), floats(rows[1]), floats(rows[2]), floats(rows[3]), nullptr,
-                call, n_splits};
-          }))
-      .def_property("parts", nullptr, [=](Forward& p, uintptr_t data) { p.parts = floats(data); });
+  ParamsClass<Forward>(m, "CrossAttentionForwardParams")
+      .Field(XATTN_FIELD(Forward, out))
+      .Field(XATTN_FIELD(Forward, lse))
+      .Field(XATTN_FIELD(Forward, lse_low))
+      .Field(XATTN_FIELD(Forward, entropy))
+      .Field(XATTN_FIELD(Forward, max_probability))
+      .Field(XATTN_FIELD(Forward, parts))
+      .Field(XATTN_FIELD(Forward, call))
+      .Field(XATTN_FIELD(Forward, n_splits));
   using Backward = CrossAttentionBackwardParams;
-  py::class_<Backward>(m, "CrossAttentionBackwardParams")
-      .def(py::init([=](HeadTensor dq, HeadTensor dk, HeadTensor dv, HeadTensor out,
-                        HeadTensor dout, std::array<uintptr_t, 5> rows, Call call,
-                        std::array<int32_t, 4> bias_sizes) {
-        Backward p{dq,
-                   dk,
-                   dv,
-                   nullptr,
-                   nullptr,
-                   out,
-                   dout,
-                   floats(rows[0]),
-                   floats(rows[1]),
-                   floats(rows[2]),
-                   floats(rows[3]),
-                   floats(rows[4]),
-                   nullptr,
-                   call,
-                   1,
-                   1,
-                   1,
-                   {}};
-        std::copy(bias_sizes.begin(), bias_sizes.end(), p.bias_sizes);
-        return p;
-      }))
-      .def_readwrite("dq_splits", &Backward::dq_splits)
-      .def_readwrite("dkdv_splits", &Backward::dkdv_splits)
-      .def_readwrite("dbias_splits", &Backward::dbias_splits)
-      .def_property("dscale", nullptr,
-                    [=](Backward& p, uintptr_t data) { p.dscale = floats(data); })
-      .def_property("dbias", nullptr, [=](Backward& p, uintptr_t data) { p.dbias = floats(data); })
-      .def_property("parts", nullptr, [=](Backward& p, uintptr_t data) { p.parts = floats(data); });
+  ParamsClass<Backward>(m, "CrossAttentionBackwardParams")
+      .Field(XATTN_FIELD(Backward, dq))
+      .Field(XATTN_FIELD(Backward, dk))
+      .Field(XATTN_FIELD(Backward, dv))
+      .Field(XATTN_FIELD(Backward, dscale))
+      .Field(XATTN_FIELD(Backward, dbias))
+      .Field(XATTN_FIELD(Backward, out))
+      .Field(XATTN_FIELD(Backward, dout))
+      .Field(XATTN_FIELD(Backward, lse))
+      .Field(XATTN_FIELD(Backward, lse_low))
+      .Field(XATTN_FIELD(Backward, dlse))
+      .Field(XATTN_FIELD(Backward, dentropy))
+      .Field(XATTN_FIELD(Backward, entropy))
+      .Field(XATTN_FIELD(Backward, parts))
+      .Field(XATTN_FIELD(Backward, call))
+      .Field(XATTN_FIELD(Backward, dq_splits))
+      .Field(XATTN_FIELD(Backward, dkdv_splits))
+      .Field(XATTN_FIELD(Backward, dbias_splits))
+      .Field(XATTN_FIELD(Backward, bias_sizes));
   m.def("cross_attention_forward_splits", &CrossAttentionForwardSplits);
   m.def("cross_attention_backward_splits", &CrossAttentionBackwardSplits);
   m.def("cross_attention_forward_parts", &CrossAttentionForwardParts);
@@ -257,21 +321,18 @@ void DefineCrossAttention(py::module_& m) {
 
 void DefineTopKAttention(py::module_& m) {
   using Selection = TopKSelectionParams;
-  py::class_<Selection>(m, "TopKSelectionParams")
-      .def(py::init([](uintptr_t bits, CrossAttentionCall call, int32_t top_k) {
-        return Selection{reinterpret_cast<uint32_t*>(bits), call, top_k};
-      }));
+  ParamsClass<Selection>(m, "TopKSelectionParams")
+      .Field(XATTN_FIELD(Selection, bits))
+      .Field(XATTN_FIELD(Selection, call))
+      .Field(XATTN_FIELD(Selection, top_k));
   using Indices = TopKIndicesParams;
-  py::class_<Indices>(m, "TopKIndicesParams")
-      .def(py::init([](uintptr_t indices, uintptr_t bits, int64_t rows, int32_t Nk, int32_t top_k,
-                       bool to_bits) {
-        return Indices{reinterpret_cast<int32_t*>(indices),
-                       reinterpret_cast<uint32_t*>(bits),
-                       rows,
-                       Nk,
-                       top_k,
-                       to_bits};
-      }));
+  ParamsClass<Indices>(m, "TopKIndicesParams")
+      .Field(XATTN_FIELD(Indices, indices))
+      .Field(XATTN_FIELD(Indices, bits))
+      .Field(XATTN_FIELD(Indices, rows))
+      .Field(XATTN_FIELD(Indices, Nk))
+      .Field(XATTN_FIELD(Indices, top_k))
+      .Field(XATTN_FIELD(Indices, to_bits));
   DefineOp<Selection>(m, "topk_selection", &TopKSelection);
   DefineOp<Indices>(m, "topk_indices", &TopKIndices);
 }

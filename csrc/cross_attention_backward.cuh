@@ -1,8 +1,9 @@
 // Kernels of masked cross-attention, backward: terms of rows, dq, and dk with dv.
 //
-// The dq kernel holds rows and walks their keys as the forward does. The dkdv kernel holds keys and
-// walks the tiles of rows that reach them, in the transposed products: its columns are rows of the
-// scores. Nothing is summed by atomics. PLAIN as in cross_attention.cuh.
+// The dq kernel keeps rows and iterates over their keys, as the forward does. The dkdv kernel keeps
+// keys and iterates over the tiles of rows that see them. It computes the products transposed, so
+// that a row of its fragments is a key and a column is a row of the scores. No sum uses atomics.
+// cross_attention.cuh explains PLAIN.
 #pragma once
 
 #include <type_traits>
@@ -11,51 +12,50 @@
 
 namespace xattn {
 
-// What the kernels share beside the params, laid out in `parts`.
+// What the kernels pass to each other. The memory is that of `params.parts`.
 struct BackwardParts {
   float *lse, *minus_delta;  // [B, Hq, Nq]
-  int4* bounds;              // [B, n_tiles]: smallest and largest start, smallest and largest stop
-  float *dq, *dk, *dv;       // [splits, ...] where there are several
+  int4* bounds;  // [B, n_tiles], the smallest and largest start and smallest and largest stop
+  float *dq, *dk, *dv;  // [n_splits, B, H, N, width], used if there are several splits
 };
 
 struct BackwardCall {
-  CrossAttentionBackwardParams p;
+  CrossAttentionBackwardParams params;
   BackwardParts parts;
 };
 
 constexpr int kTermWarps = 8;
 
-// delta = <out, dout> - dlse + dentropy entropy: what eq. ds subtracts from dp, negated as it is
-// added to the product. lse is in the unit of the scores, with +inf in place of -inf. A warp for
-// each row.
+// Computes, with one warp for each row, minus_delta = -(<out, dout> - dlse + dentropy * entropy),
+// which eq. ds adds to dp, and lse in the unit of the scores, with +inf in place of -inf.
 template <class T, bool PLAIN>
 __global__ void __launch_bounds__(kTermWarps* kWarpSize)
     row_terms_kernel(const __grid_constant__ BackwardCall call) {
-  const CrossAttentionBackwardParams& p = call.p;
-  const CrossAttentionShape& s = p.call.shape;
+  const CrossAttentionBackwardParams& params = call.params;
+  const CrossAttentionShape& s = params.call.shape;
   const int64_t r = int64_t{blockIdx.x} * kTermWarps + threadIdx.x / kWarpSize;
   if (r >= int64_t{s.B} * s.Hq * s.Nq) return;
   const int i = r % s.Nq, h = r / s.Nq % s.Hq, b = r / s.Nq / s.Hq;
-  const T *out = RowOf<const T>(p.out, b, h, i), *dout = RowOf<const T>(p.dout, b, h, i);
+  const T *out = RowOf<const T>(params.out, b, h, i), *dout = RowOf<const T>(params.dout, b, h, i);
   float delta = 0.f;
   for (int column = threadIdx.x % kWarpSize; column < s.Dv; column += kWarpSize)
     delta += ToFloat(out[column]) * ToFloat(dout[column]);
   delta = WarpSum(delta);
   if (threadIdx.x % kWarpSize != 0) return;
-  if (p.dlse != nullptr) delta -= p.dlse[r];
-  if (p.dentropy != nullptr) delta += p.dentropy[r] * p.entropy[r];
-  const bool empty = p.lse[r] == -INFINITY;
-  // NaN that arrives at a row without keys must not reach its dq
+  if (params.dlse != nullptr) delta -= params.dlse[r];
+  if (params.dentropy != nullptr) delta += params.dentropy[r] * params.entropy[r];
+  const bool empty = params.lse[r] == -INFINITY;
+  // A NaN in dout, dlse or dentropy of a row without keys must not reach its dq.
   call.parts.minus_delta[r] = empty ? 0.f : -delta;
-  call.parts.lse[r] = empty ? INFINITY : p.lse[r] * (PLAIN ? kLog2E : 1.f);
+  call.parts.lse[r] = empty ? INFINITY : params.lse[r] * (PLAIN ? kLog2E : 1.f);
 }
 
-// The bounds of each tile of ROWS packed rows, one warp for each. A row that is not there starts at
-// Nk and stops at 0, so that no tile of keys counts as whole beside it.
+// Computes, with one warp for each tile of ROWS packed rows, the bounds of their intervals. A row
+// that does not exist starts at Nk and stops at 0, so that its tile is masked for every key.
 template <int ROWS>
 __global__ void __launch_bounds__(kTermWarps* kWarpSize)
     tile_bounds_kernel(const __grid_constant__ BackwardCall call) {
-  const CrossAttentionCall& c = call.p.call;
+  const CrossAttentionCall& c = call.params.call;
   const int n_tiles = (c.shape.Nq * (c.shape.Hq / c.shape.Hkv) + ROWS - 1) / ROWS;
   const int64_t n = int64_t{blockIdx.x} * kTermWarps + threadIdx.x / kWarpSize;
   if (n >= int64_t{c.shape.B} * n_tiles) return;
@@ -71,46 +71,46 @@ __global__ void __launch_bounds__(kTermWarps* kWarpSize)
 __device__ __forceinline__ RowTerms LoadTerms(const BackwardCall& call, int b,
                                               const PackedRow& row) {
   RowTerms terms{INFINITY, 0.f, 0.f, 0.f};
-  if (!row.there) return terms;
-  const CrossAttentionBackwardParams& p = call.p;
-  const int64_t r = RowNumber(p.call.shape, b, row);
+  if (!row.exists) return terms;
+  const CrossAttentionBackwardParams& params = call.params;
+  const int64_t r = RowNumber(params.call.shape, b, row);
   terms.lse = call.parts.lse[r], terms.minus_delta = call.parts.minus_delta[r];
-  if (p.lse_low != nullptr) terms.lse_low = p.lse_low[r];
-  if (p.dentropy != nullptr) terms.dentropy = p.dentropy[r];
+  if (params.lse_low != nullptr) terms.lse_low = params.lse_low[r];
+  if (params.dentropy != nullptr) terms.dentropy = params.dentropy[r];
   return terms;
 }
 
-// Writes a row of dq, and of dscale the part that this block's keys have.
+// Writes a row of dq, and of dscale the sum over the keys of this block.
 template <class T, int HALF, int N>
 __device__ __forceinline__ void StoreDq(const BackwardCall& call, const Place& place,
                                         const PackedRow& row, const RowTerms& terms, float scale,
                                         float (&acc)[N][4]) {
-  const CrossAttentionBackwardParams& p = call.p;
-  const CrossAttentionShape& s = p.call.shape;
+  const CrossAttentionBackwardParams& params = call.params;
+  const CrossAttentionShape& s = params.call.shape;
   const int b = place.b;
-  const int64_t at = (int64_t{place.split} * s.B * s.Hq * s.Nq) + RowNumber(s, b, row);
-  const T* q = RowOf<const T>(p.call.q, b, row.h, row.i);
+  const int64_t part_row = (int64_t{place.split} * s.B * s.Hq * s.Nq) + RowNumber(s, b, row);
+  const T* q = RowOf<const T>(params.call.q, b, row.h, row.i);
   float q_dq = 0.f;
 #pragma unroll
   for (int n = 0; n < N; ++n)
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       float& x = acc[n][2 * HALF + i];
-      // whatever reached a row without keys
+      // A row without keys has dq = 0, even if acc holds NaN.
       if (terms.lse == INFINITY) x = 0.f;
       const int column = n * 8 + threadIdx.x % 4 * 2 + i;
-      if (p.dscale != nullptr && row.there && column < s.D) q_dq += x * ToFloat(q[column]);
+      if (params.dscale != nullptr && row.exists && column < s.D) q_dq += x * ToFloat(q[column]);
     }
-  if (p.dscale != nullptr) {
+  if (params.dscale != nullptr) {
     q_dq += __shfl_xor_sync(kAllLanes, q_dq, 1);
     q_dq += __shfl_xor_sync(kAllLanes, q_dq, 2);
-    if (row.there && threadIdx.x % 4 == 0) p.dscale[at] = q_dq;
+    if (row.exists && threadIdx.x % 4 == 0) params.dscale[part_row] = q_dq;
   }
-  if (!row.there || p.dq.data == nullptr) return;
-  if (p.dq_splits > 1)
-    StoreRow<float, HALF>(call.parts.dq + at * s.D, acc, scale, s.D);
+  if (!row.exists || params.dq.data == nullptr) return;
+  if (params.dq_splits > 1)
+    StoreRow<float, HALF>(call.parts.dq + part_row * s.D, acc, scale, s.D);
   else
-    StoreRow<T, HALF>(RowOf<T>(p.dq, b, row.h, row.i), acc, scale, s.D);
+    StoreRow<T, HALF>(RowOf<T>(params.dq, b, row.h, row.i), acc, scale, s.D);
 }
 
 template <class T, int WIDTH, bool PLAIN>
@@ -121,30 +121,30 @@ __global__ void __launch_bounds__(AttentionBlock<T, WIDTH>::kThreads, 1)
   constexpr int kKeys = Block::kKeys;
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ KeyRange scratch[Block::kThreads / kWarpSize];
-  const CrossAttentionBackwardParams& p = call.p;
-  const CrossAttentionCall& c = p.call;
+  const CrossAttentionBackwardParams& params = call.params;
+  const CrossAttentionCall& c = params.call;
   const CrossAttentionShape& shape = c.shape;
   const int n_rows = shape.Nq * (shape.Hq / shape.Hkv);
   const Place place((n_rows + Block::kRows - 1) / Block::kRows, shape);
   const uint32_t base = ptx::SharedAddress(shared);
   const RowsTile q_tile{base}, dout_tile{base + RowsTile::kBytes};
-  StayingRows own(c, place, Block::kRows, scratch);
-  own.template Copy<Block::kThreads>(q_tile, c.q, shape.D, c);
-  own.template Copy<Block::kThreads>(dout_tile, p.dout, shape.Dv, c);
-  KeyRange& range = own.range;
-  SplitRange(range.begin, range.end, place.split, p.dq_splits, kKeys);
+  StayingRows staying(c, place, Block::kRows, scratch);
+  staying.template Copy<Block::kThreads>(q_tile, c.q, shape.D, c);
+  staying.template Copy<Block::kThreads>(dout_tile, params.dout, shape.Dv, c);
+  KeyRange& range = staying.range;
+  SplitRange(range.begin, range.end, place.split, params.dq_splits, kKeys);
   const PassingTiles<T, kKeys, WIDTH, Block::kStages, Block::kThreads> tiles{base +
                                                                              2 * RowsTile::kBytes};
   const auto copy_keys = [&](int k0, int stage) {
-    tiles.CopyKeysAndValues(c, own.b, own.hkv, stage, k0, range.end);
+    tiles.CopyKeysAndValues(c, staying.b, staying.hkv, stage, k0, range.end);
   };
 
   const int lane = StayingRows::Lane();
-  const RowTerms terms[2] = {LoadTerms(call, own.b, own.rows[0]),
-                             LoadTerms(call, own.b, own.rows[1])};
-  const ScoreRow score_rows[2] = {{c, own.b, own.rows[0], own.keys[0]},
-                                  {c, own.b, own.rows[1], own.keys[1]}};
-  // [16, WIDTH] of a warp
+  const RowTerms terms[2] = {LoadTerms(call, staying.b, staying.rows[0]),
+                             LoadTerms(call, staying.b, staying.rows[1])};
+  const ScoreRow score_rows[2] = {{c, staying.b, staying.rows[0], staying.keys[0]},
+                                  {c, staying.b, staying.rows[1], staying.keys[1]}};
+  // [16, WIDTH] per warp
   float acc[WIDTH / 8][4] = {};
   constexpr int kStages = Block::kStages;
   int stage = 0;
@@ -158,10 +158,11 @@ __global__ void __launch_bounds__(AttentionBlock<T, WIDTH>::kThreads, 1)
     ptx::CommitCopies();
     ptx::WaitForCopies<kStages - 1>();
     __syncthreads();
-    // [16, kKeys] of a warp
+    // [16, kKeys] per warp
     float s[kKeys / 8][4] = {}, dp[kKeys / 8][4] = {};
-    MultiplyTransposed(s, q_tile, own.row0, tiles.First(stage), shape.D);
-    MultiplyTransposed(dp, dout_tile, own.row0, tiles.Second(stage), shape.Dv);
+    MultiplyTransposed(s, q_tile, staying.row0, tiles.First(stage), shape.D);
+    MultiplyTransposed(dp, dout_tile, staying.row0, tiles.Second(stage), shape.Dv);
+    auto& ds = s;  // ds replaces the score of each pair, to save registers.
 #pragma unroll
     for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
@@ -169,14 +170,14 @@ __global__ void __launch_bounds__(AttentionBlock<T, WIDTH>::kThreads, 1)
         const int j = k0 + n * 8 + lane % 4 * 2 + i % 2;
         const RowTerms& row = terms[i / 2];
         if constexpr (PLAIN) {
-          const float prob = ptx::Exp2(fmaf(s[n][i], c.scale * kLog2E, -row.lse));
-          s[n][i] = prob * (dp[n][i] + row.minus_delta);
+          const float p = ptx::Exp2(fmaf(s[n][i], c.scale * kLog2E, -row.lse));
+          ds[n][i] = p * (dp[n][i] + row.minus_delta);
         } else {
-          const ScoreRow& of = score_rows[i / 2];
+          const ScoreRow& score_row = score_rows[i / 2];
           float tanh;
-          const float score = of.Score(c, j, s[n][i], tanh);
-          s[n][i] =
-              PairGradient(c, row, of.Sees(c, j, score), score, tanh, dp[n][i], of.Keeps(c, j)).ds;
+          const float score = score_row.Score(c, j, s[n][i], tanh);
+          const bool inside = score_row.Sees(c, j, score), kept = score_row.Keeps(c, j);
+          ds[n][i] = PairGradient(c, row, inside, score, tanh, dp[n][i], kept).ds;
         }
       }
     if (PLAIN && range.Cuts(k0, kKeys)) {
@@ -184,17 +185,17 @@ __global__ void __launch_bounds__(AttentionBlock<T, WIDTH>::kThreads, 1)
       for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          if (!own.keys[i / 2].Has(k0 + n * 8 + lane % 4 * 2 + i % 2)) s[n][i] = 0.f;
+          if (!staying.keys[i / 2].Has(k0 + n * 8 + lane % 4 * 2 + i % 2)) ds[n][i] = 0.f;
     }
-    MultiplyInto(acc, s, tiles.First(stage), shape.D);
+    MultiplyInto(acc, ds, tiles.First(stage), shape.D);
     __syncthreads();
   }
   ptx::WaitForCopies<0>();
-  StoreDq<T, 0>(call, place, own.rows[0], terms[0], score_rows[0].scale, acc);
-  StoreDq<T, 1>(call, place, own.rows[1], terms[1], score_rows[1].scale, acc);
+  StoreDq<T, 0>(call, place, staying.rows[0], terms[0], score_rows[0].scale, acc);
+  StoreDq<T, 1>(call, place, staying.rows[1], terms[1], score_rows[1].scale, acc);
 }
 
-// Terms and intervals of the rows that pass by, in shared memory.
+// The terms and intervals of passing rows, in shared memory.
 template <int ROWS, int STAGES>
 struct PassingTerms {
   struct Stage {
@@ -205,33 +206,35 @@ struct PassingTerms {
 
   Stage* stages;
 
-  // Of the packed rows from p0 on.
+  // Loads those of the ROWS packed rows from p0 on.
   __device__ __forceinline__ void Load(int stage, const BackwardCall& call, int b, int hkv,
                                        int p0) const {
     for (int n = threadIdx.x; n < ROWS; n += blockDim.x) {
-      const PackedRow row(call.p.call.shape, p0 + n, hkv);
+      const PackedRow row(call.params.call.shape, p0 + n, hkv);
       stages[stage].terms[n] = LoadTerms(call, b, row);
-      stages[stage].keys[n] = KeysOf(call.p.call, b, row);
+      stages[stage].keys[n] = KeysOf(call.params.call, b, row);
     }
   }
 };
 
-// Writes the row of key j of a gradient, or the part of it that this block's rows have.
+// Writes the row of key j of a gradient: the result itself, or the sum over this block's split of
+// the rows.
 template <class T, int HALF, int N>
 __device__ __forceinline__ void StoreKeyGradient(const BackwardCall& call, const Place& place,
-                                                 int j, const HeadTensor& to, float* parts,
+                                                 int j, const HeadTensor& gradient, float* parts,
                                                  const float (&acc)[N][4], float factor,
                                                  int width) {
-  const CrossAttentionShape& s = call.p.call.shape;
+  const CrossAttentionShape& s = call.params.call.shape;
   if (j >= s.Nk) return;
-  const int64_t at = ((int64_t{place.split} * s.B + place.b) * s.Hkv + place.hkv) * s.Nk + j;
-  if (call.p.dkdv_splits > 1)
-    StoreRow<float, HALF>(parts + at * width, acc, factor, width);
+  const int64_t part_row = ((int64_t{place.split} * s.B + place.b) * s.Hkv + place.hkv) * s.Nk + j;
+  if (call.params.dkdv_splits > 1)
+    StoreRow<float, HALF>(parts + part_row * width, acc, factor, width);
   else
-    StoreRow<T, HALF>(RowOf<T>(to, place.b, place.hkv, j), acc, factor, width);
+    StoreRow<T, HALF>(RowOf<T>(gradient, place.b, place.hkv, j), acc, factor, width);
 }
 
-// DK, DV: which of them this kernel computes; both, but where their sums do not fit registers.
+// DK and DV say which gradients the kernel computes. One kernel computes both unless their sums
+// need too many registers.
 template <class T, int WIDTH, bool PLAIN, bool DK, bool DV>
 __global__ void __launch_bounds__(AttentionBlock<T, WIDTH>::kThreads, 1)
     dkdv_kernel(const __grid_constant__ BackwardCall call) {
@@ -241,8 +244,8 @@ __global__ void __launch_bounds__(AttentionBlock<T, WIDTH>::kThreads, 1)
   using Passing = PassingTiles<T, kRows, WIDTH, kStages, Block::kThreads>;
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ uint32_t words[Block::kThreads / kWarpSize];
-  const CrossAttentionBackwardParams& p = call.p;
-  const CrossAttentionCall& c = p.call;
+  const CrossAttentionBackwardParams& params = call.params;
+  const CrossAttentionCall& c = params.call;
   const CrossAttentionShape& shape = c.shape;
   const Place place((shape.Nk + Block::kRows - 1) / Block::kRows, shape);
   const int hkv = place.hkv, b = place.b, k0 = place.tile * Block::kRows;
@@ -260,7 +263,7 @@ __global__ void __launch_bounds__(AttentionBlock<T, WIDTH>::kThreads, 1)
   const int n_tiles = (shape.Nq * (shape.Hq / shape.Hkv) + kRows - 1) / kRows;
   const int4* bounds = c.start.data == nullptr ? nullptr : call.parts.bounds + int64_t{b} * n_tiles;
   int begin = 0, end = n_tiles;
-  SplitRange(begin, end, place.split, p.dkdv_splits, 1);
+  SplitRange(begin, end, place.split, params.dkdv_splits, 1);
   const int last_key = min(k0 + Block::kRows, shape.Nk);
   MeetingTiles<Block::kThreads> meeting(bounds, begin, end, k0, last_key, words);
 
@@ -269,23 +272,25 @@ __global__ void __launch_bounds__(AttentionBlock<T, WIDTH>::kThreads, 1)
       reinterpret_cast<typename PassingTerms<kRows, kStages>::Stage*>(
           shared + 2 * KeysTile::kBytes + Passing::kBytes)};
   const auto copy_rows = [&](int t, int stage) {
-    const auto copy = [&](const auto& tile, const HeadTensor& of, int width) {
+    const auto copy = [&](const auto& tile, const HeadTensor& tensor, int width) {
       const auto row_of = [&](int n) -> const T* {
         const PackedRow row(shape, t * kRows + n, hkv);
-        return row.there ? RowOf<const T>(of, b, row.h, row.i) : nullptr;
+        return row.exists ? RowOf<const T>(tensor, b, row.h, row.i) : nullptr;
       };
-      tile.template Copy<Block::kThreads>(row_of, width, static_cast<const T*>(of.data), c.aligned);
+      tile.template Copy<Block::kThreads>(row_of, width, static_cast<const T*>(tensor.data),
+                                          c.aligned);
     };
     copy(tiles.First(stage), c.q, shape.D);
-    copy(tiles.Second(stage), p.dout, shape.Dv);
+    copy(tiles.Second(stage), params.dout, shape.Dv);
     terms.Load(stage, call, b, hkv, t * kRows);
   };
 
-  // applied to the sum: before, 16 bits would lose what a small scale leaves of ds
+  // A scale that all rows share multiplies the sum. If it multiplied ds, a small scale would make
+  // ds too small for 16 bits.
   const bool one_scale = PLAIN || c.scale_stride == 0 || shape.Hq == shape.Hkv;
   const float scale = ScaleOf(c, hkv * (shape.Hq / shape.Hkv));
 
-  // [16, WIDTH] of a warp
+  // [16, WIDTH] per warp
   float dk[DK ? WIDTH / 8 : 1][4] = {}, dv[DV ? WIDTH / 8 : 1][4] = {};
   int stage = 0, t = meeting.Next();
   if (kStages == 2 && t < end) copy_rows(t, 0);
@@ -299,31 +304,33 @@ __global__ void __launch_bounds__(AttentionBlock<T, WIDTH>::kThreads, 1)
     ptx::CommitCopies();
     ptx::WaitForCopies<kStages - 1>();
     __syncthreads();
-    // [16, kRows] of a warp: its keys beside the rows that pass by
+    // [16, kRows] per warp, of its keys and the passing rows
     float s[kRows / 8][4] = {}, dp[kRows / 8][4] = {};
     MultiplyTransposed(s, k_tile, row0, tiles.First(stage), shape.D);
     if (DK) MultiplyTransposed(dp, v_tile, row0, tiles.Second(stage), shape.Dv);
+    // p after dropout replaces s, and ds replaces dp, to save registers.
+    auto &p = s, &ds = dp;
 #pragma unroll
     for (int n = 0; n < kRows / 8; ++n)
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const int column = n * 8 + lane % 4 * 2 + e;
         const RowTerms row = terms.stages[stage].terms[column];
-        const ScoreRow of(c, b, PackedRow(shape, t * kRows + column, hkv),
-                          terms.stages[stage].keys[column]);
+        const ScoreRow score_row(c, b, PackedRow(shape, t * kRows + column, hkv),
+                                 terms.stages[stage].keys[column]);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int j = k0 + row0 + lane / 4 + 8 * half, i = 2 * half + e;
           if constexpr (PLAIN) {
-            s[n][i] = ptx::Exp2(fmaf(s[n][i], c.scale * kLog2E, -row.lse));
-            dp[n][i] = s[n][i] * (dp[n][i] + row.minus_delta);
+            p[n][i] = ptx::Exp2(fmaf(s[n][i], c.scale * kLog2E, -row.lse));
+            ds[n][i] = p[n][i] * (dp[n][i] + row.minus_delta);
           } else {
             float tanh;
-            const float score = of.Score(c, j, s[n][i], tanh);
-            const bool kept = of.Keeps(c, j);
-            const PairGradient found(c, row, of.Sees(c, j, score), score, tanh, dp[n][i], kept);
-            s[n][i] = kept ? found.p : 0.f;
-            dp[n][i] = one_scale ? found.ds : found.ds * of.scale;
+            const float score = score_row.Score(c, j, s[n][i], tanh);
+            const bool inside = score_row.Sees(c, j, score), kept = score_row.Keeps(c, j);
+            const PairGradient pair(c, row, inside, score, tanh, dp[n][i], kept);
+            p[n][i] = kept ? pair.p : 0.f;
+            ds[n][i] = one_scale ? pair.ds : pair.ds * score_row.scale;
           }
         }
       }
@@ -335,11 +342,11 @@ __global__ void __launch_bounds__(AttentionBlock<T, WIDTH>::kThreads, 1)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const Interval keys = terms.stages[stage].keys[n * 8 + lane % 4 * 2 + i % 2];
-          if (!keys.Has(k0 + row0 + lane / 4 + i / 2 * 8)) s[n][i] = 0.f, dp[n][i] = 0.f;
+          if (!keys.Has(k0 + row0 + lane / 4 + i / 2 * 8)) p[n][i] = 0.f, ds[n][i] = 0.f;
         }
     }
-    if constexpr (DV) MultiplyInto(dv, s, tiles.Second(stage), shape.Dv);
-    if constexpr (DK) MultiplyInto(dk, dp, tiles.First(stage), shape.D);
+    if constexpr (DV) MultiplyInto(dv, p, tiles.Second(stage), shape.Dv);
+    if constexpr (DK) MultiplyInto(dk, ds, tiles.First(stage), shape.D);
     __syncthreads();
     t = next;
   }
@@ -348,35 +355,36 @@ __global__ void __launch_bounds__(AttentionBlock<T, WIDTH>::kThreads, 1)
     constexpr int kHalf = decltype(half)::value;
     const int j = k0 + row0 + lane / 4 + 8 * kHalf;
     if constexpr (DK)
-      StoreKeyGradient<T, kHalf>(call, place, j, p.dk, call.parts.dk, dk, one_scale ? scale : 1.f,
-                                 shape.D);
+      StoreKeyGradient<T, kHalf>(call, place, j, params.dk, call.parts.dk, dk,
+                                 one_scale ? scale : 1.f, shape.D);
     if constexpr (DV)
-      StoreKeyGradient<T, kHalf>(call, place, j, p.dv, call.parts.dv, dv, c.keep_scale, shape.Dv);
+      StoreKeyGradient<T, kHalf>(call, place, j, params.dv, call.parts.dv, dv, c.keep_scale,
+                                 shape.Dv);
   };
   store(std::integral_constant<int, 0>{});
   store(std::integral_constant<int, 1>{});
 }
 
 struct SumCall {
-  HeadTensor to;
+  HeadTensor out;
   const float* parts;  // [n_splits, B, H, N, width]
-  int64_t n;           // elements of `to`
+  int64_t n;           // the number of elements of `out`
   int32_t H, N, width, n_splits;
 };
 
 constexpr int kSumThreads = 256;
 
-// The sum of splits in their order.
+// Sums the splits in their order, so that the result does not depend on timing.
 template <class T>
 __global__ void __launch_bounds__(kSumThreads)
     sum_splits_kernel(const __grid_constant__ SumCall call) {
-  const int64_t at = int64_t{blockIdx.x} * kSumThreads + threadIdx.x;
-  if (at >= call.n) return;
+  const int64_t element = int64_t{blockIdx.x} * kSumThreads + threadIdx.x;
+  if (element >= call.n) return;
   float sum = 0.f;
-  for (int n = 0; n < call.n_splits; ++n) sum += call.parts[n * call.n + at];
-  const int64_t row = at / call.width;
+  for (int n = 0; n < call.n_splits; ++n) sum += call.parts[n * call.n + element];
+  const int64_t row = element / call.width;
   const int h = row / call.N % call.H, b = row / call.N / call.H;
-  RowOf<T>(call.to, b, h, row % call.N)[at % call.width] = FromFloat<T>(sum);
+  RowOf<T>(call.out, b, h, row % call.N)[element % call.width] = FromFloat<T>(sum);
 }
 
 }  // namespace xattn

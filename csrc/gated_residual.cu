@@ -1,4 +1,4 @@
-// Launchers of the gated residual: which kernel a call takes, and how many blocks of it.
+// Launchers of the gated residual. They choose the kernel for a call and the number of its blocks.
 #include <algorithm>
 
 #include "gated_residual.cuh"
@@ -6,7 +6,7 @@
 namespace xattn {
 namespace {
 
-// How a call is cut into blocks.
+// How the rows and columns of a call are divided among blocks.
 struct GatedWalk {
   int vec, lanes, teams, row_tiles, column_tiles;
 
@@ -30,17 +30,20 @@ bool IsAligned(const RowTensor& t, int element_size, int vec) {
   return aligned;
 }
 
-bool IsAligned(const GatedResidualForwardParams& p) {
-  const int size = SizeOf(p.shape.x_dtype), vec = 16 / size;
-  return p.shape.dim % vec == 0 && IsAligned(p.y, size, vec) && IsAligned(p.normed, size, vec) &&
-         IsAligned(p.x, size, vec) && IsAligned(p.h, SizeOf(p.shape.h_dtype), vec);
+bool IsAligned(const GatedResidualForwardParams& params) {
+  const int size = SizeOf(params.shape.x_dtype), vec = 16 / size;
+  return params.shape.dim % vec == 0 && IsAligned(params.y, size, vec) &&
+         IsAligned(params.normed, size, vec) && IsAligned(params.x, size, vec) &&
+         IsAligned(params.h, SizeOf(params.shape.h_dtype), vec);
 }
 
-bool IsAligned(const GatedResidualBackwardParams& p) {
-  const int size = SizeOf(p.shape.x_dtype), vec = 16 / size, h_size = SizeOf(p.shape.h_dtype);
-  return p.shape.dim % vec == 0 && IsAligned(p.dx, size, vec) && IsAligned(p.dh, h_size, vec) &&
-         IsAligned(p.dy, size, vec) && IsAligned(p.dnormed, size, vec) &&
-         IsAligned(p.h, h_size, vec) && IsAligned(p.y, size, vec);
+bool IsAligned(const GatedResidualBackwardParams& params) {
+  const int size = SizeOf(params.shape.x_dtype), vec = 16 / size,
+            h_size = SizeOf(params.shape.h_dtype);
+  return params.shape.dim % vec == 0 && IsAligned(params.dx, size, vec) &&
+         IsAligned(params.dh, h_size, vec) && IsAligned(params.dy, size, vec) &&
+         IsAligned(params.dnormed, size, vec) && IsAligned(params.h, h_size, vec) &&
+         IsAligned(params.y, size, vec);
 }
 
 template <class T, class H, Norm NORM>
@@ -64,7 +67,7 @@ cudaError_t WithNorm(Norm norm, F f) {
   return cudaErrorInvalidValue;
 }
 
-// f of the GatedTypes of a call.
+// Calls f with the GatedTypes of a call.
 template <class F>
 cudaError_t WithTypes(const GatedResidualShape& shape, F f) {
   const DType x = shape.x_dtype, h = shape.h_dtype;
@@ -136,17 +139,14 @@ cudaError_t GatedResidualBackward(const GatedResidualBackwardParams& params, Que
   const bool vector_sums = params.dweight.data != nullptr || params.dbias.data != nullptr ||
                            (params.dgate.data != nullptr && params.shape.gate_is_vector);
   if (error != cudaSuccess || (!vector_sums && params.dgate.data == nullptr)) return error;
-  const GatedSums sums{params.dgate,
-                       params.dweight,
-                       params.dbias,
-                       params.gate_parts,
-                       params.weight_parts,
-                       params.bias_parts,
-                       params.gate,
-                       params.shape.dim,
-                       walk.groups(),
-                       walk.column_tiles,
-                       params.shape.gate_is_vector};
+  GatedSums sums{};
+  sums.dgate = params.dgate, sums.dweight = params.dweight, sums.dbias = params.dbias;
+  sums.gate_parts = params.gate_parts;
+  sums.weight_parts = params.weight_parts;
+  sums.bias_parts = params.bias_parts;
+  sums.gate = params.gate, sums.gate_is_vector = params.shape.gate_is_vector;
+  sums.dim = params.shape.dim, sums.groups = walk.groups();
+  sums.column_tiles = walk.column_tiles;
   const int blocks = vector_sums ? (params.shape.dim + kGatedSumThreads - 1) / kGatedSumThreads : 1;
   return Launch<gated_sums_kernel>(queue, blocks, kGatedSumThreads, 0, sums);
 }

@@ -1,9 +1,9 @@
-// Kernels of the gated residual: forward, backward, and the sums of its parts.
+// Kernels of the gated residual: the forward, the backward, and the sums of the backward's parts.
 //
-// A team of threads walks whole rows of the result, each thread its own columns of every row: one
-// warp beside others in a block where rows are short, else the block. What belongs to a column is
-// summed in registers over the rows of one team, then over the teams of a block, then over blocks
-// in a kernel of its own, always in the same order.
+// A team of threads handles whole rows of the result, and each of its threads the same columns of
+// every row. A team is one of several warps of a block if rows are short, and else the whole block.
+// Sums over rows are taken in registers over the rows of a team, then over the teams of a block,
+// and then over the blocks by a second kernel, always in the same order.
 #pragma once
 
 #include "gated_residual.h"
@@ -11,14 +11,16 @@
 
 namespace xattn {
 
-constexpr int kGatedThreads = 512;  // of a block: the backward's sums take 48 registers of each
-constexpr int kGatedGroups = 256;  // blocks of a backward; the same on each device, as its sums are
+// The threads of a block. More would not fit: the backward's sums take 48 registers of each thread.
+constexpr int kGatedThreads = 512;
+// The blocks of a backward. The number does not depend on the device, so that sums do not either.
+constexpr int kGatedGroups = 256;
 constexpr int kGatedSumThreads = 128;
 
-// Runs of `vec` columns that a thread has in each row.
+// The number of runs of `vec` columns that a thread has in each row.
 __host__ __device__ constexpr int Vectors(int vec) { return vec == 1 ? 8 : 2; }
 
-// The place of a row in the leading dimensions.
+// The indices of a row in the leading dimensions.
 struct RowIndex {
   int i[kMaxRowDims];
 
@@ -33,14 +35,14 @@ struct RowIndex {
 
   template <class T>
   __device__ __forceinline__ T* Start(const RowTensor& t) const {
-    int64_t at = 0;
+    int64_t offset = 0;
 #pragma unroll
-    for (int d = 0; d < kMaxRowDims; ++d) at += i[d] * t.strides[d];
-    return static_cast<T*>(t.data) + at;
+    for (int d = 0; d < kMaxRowDims; ++d) offset += i[d] * t.strides[d];
+    return static_cast<T*>(t.data) + offset;
   }
 };
 
-// A thread's columns of a row: Vectors(VEC) runs of VEC, a block's width apart.
+// The columns of a row that a thread has: Vectors(VEC) runs of VEC columns, `step` columns apart.
 template <int VEC>
 struct ColumnRuns {
   int first, step, dim;
@@ -58,7 +60,7 @@ struct ColumnRuns {
   }
 };
 
-// tanh of the gate: one number, or one of each column.
+// tanh(gate), which is one number or one for each column.
 struct Gate {
   Numbers numbers;
   bool is_vector;
@@ -72,7 +74,7 @@ struct Gate {
   }
 };
 
-// Sum over the threads that share a row. `scratch` has a place for each warp of a block.
+// The sum of x over the threads of a team. `scratch` has one element for each warp of the block.
 __device__ __forceinline__ float TeamSum(float x, float* scratch) {
   x = WarpSum(x);
   if (blockDim.x == kWarpSize) return x;
@@ -84,7 +86,7 @@ __device__ __forceinline__ float TeamSum(float x, float* scratch) {
   return x;
 }
 
-// Makes y the normed row before weight and bias, and returns 1 / sqrt(...), by eq. norm.
+// Normalises the row y, without weight and bias, and returns the factor 1 / sqrt(...) of eq. norm.
 template <Norm NORM, int VEC>
 __device__ __forceinline__ float Normalise(float (&y)[Vectors(VEC)][VEC], ColumnRuns<VEC> columns,
                                            float eps, float* scratch) {
@@ -115,17 +117,17 @@ __device__ __forceinline__ float Normalise(float (&y)[Vectors(VEC)][VEC], Column
 
 template <class T, class H, int VEC, Norm NORM>
 __global__ void __launch_bounds__(kGatedThreads, 2)
-    gated_forward_kernel(const __grid_constant__ GatedResidualForwardParams p) {
+    gated_forward_kernel(const __grid_constant__ GatedResidualForwardParams params) {
   __shared__ float scratch[kWarpSize];
   const uint32_t r = blockIdx.x * blockDim.y + threadIdx.y;
-  if (r >= p.shape.rows.rows) return;  // all of a team
-  const RowIndex row(p.shape.rows, static_cast<int>(r));
-  const ColumnRuns<VEC> columns(p.shape.dim);
-  const Gate gate(p.gate, p.shape.gate_is_vector);
-  const bool gated = p.row_mask.data == nullptr || *row.Start<uint8_t>(p.row_mask) != 0;
-  const T* x = row.Start<T>(p.x);
-  const H* h = row.Start<H>(p.h);
-  T* y = row.Start<T>(p.y);
+  if (r >= params.shape.rows.rows) return;  // All threads of a team return together.
+  const RowIndex row(params.shape.rows, static_cast<int>(r));
+  const ColumnRuns<VEC> columns(params.shape.dim);
+  const Gate gate(params.gate, params.shape.gate_is_vector);
+  const bool gated = params.row_mask.data == nullptr || *row.Start<uint8_t>(params.row_mask) != 0;
+  const T* x = row.Start<T>(params.x);
+  const H* h = row.Start<H>(params.h);
+  T* y = row.Start<T>(params.y);
   float values[Vectors(VEC)][VEC];
   columns.ForEach([&](int n, int c) {
     LoadFloats(values[n], x + c);
@@ -142,20 +144,20 @@ __global__ void __launch_bounds__(kGatedThreads, 2)
     }
   });
   if constexpr (NORM != Norm::kNone) {
-    Normalise<NORM>(values, columns, p.shape.eps, scratch);
-    T* normed = row.Start<T>(p.normed);
+    Normalise<NORM>(values, columns, params.shape.eps, scratch);
+    T* normed = row.Start<T>(params.normed);
     columns.ForEach([&](int n, int c) {
 #pragma unroll
       for (int i = 0; i < VEC; ++i) {
-        if (p.weight.data != nullptr) values[n][i] *= p.weight.Load(c + i);
-        if (p.bias.data != nullptr) values[n][i] += p.bias.Load(c + i);
+        if (params.weight.data != nullptr) values[n][i] *= params.weight.Load(c + i);
+        if (params.bias.data != nullptr) values[n][i] += params.bias.Load(c + i);
       }
       StoreFloats(normed + c, values[n]);
     });
   }
 }
 
-// Adds up what the teams of a block hold for each column and stores it as one part.
+// Sums the teams' values of each column and writes them as the part of this block.
 template <int VEC>
 __device__ __forceinline__ void StoreColumnSums(float* parts,
                                                 const float (&sums)[Vectors(VEC)][VEC],
@@ -185,24 +187,24 @@ __device__ __forceinline__ void StoreColumnSums(float* parts,
 
 template <class T, class H, int VEC, Norm NORM>
 __global__ void __launch_bounds__(kGatedThreads)
-    gated_backward_kernel(const __grid_constant__ GatedResidualBackwardParams p) {
+    gated_backward_kernel(const __grid_constant__ GatedResidualBackwardParams params) {
   extern __shared__ float by_column[];
   __shared__ float scratch[kWarpSize];
-  const ColumnRuns<VEC> columns(p.shape.dim);
-  const Gate gate(p.gate, p.shape.gate_is_vector);
+  const ColumnRuns<VEC> columns(params.shape.dim);
+  const Gate gate(params.gate, params.shape.gate_is_vector);
   float gate_sums[Vectors(VEC)][VEC] = {}, weight_sums[Vectors(VEC)][VEC] = {};
   float bias_sums[Vectors(VEC)][VEC] = {};
-  const uint32_t teams = gridDim.x * blockDim.y;  // with it r stays below 2^32
-  for (uint32_t r = blockIdx.x * blockDim.y + threadIdx.y; r < p.shape.rows.rows; r += teams) {
-    const RowIndex row(p.shape.rows, static_cast<int>(r));
-    const bool gated = p.row_mask.data == nullptr || *row.Start<uint8_t>(p.row_mask) != 0;
+  const uint32_t teams = gridDim.x * blockDim.y;  // rows + teams is below 2^32, so r cannot wrap.
+  for (uint32_t r = blockIdx.x * blockDim.y + threadIdx.y; r < params.shape.rows.rows; r += teams) {
+    const RowIndex row(params.shape.rows, static_cast<int>(r));
+    const bool gated = params.row_mask.data == nullptr || *row.Start<uint8_t>(params.row_mask) != 0;
     float dy[Vectors(VEC)][VEC] = {};
     if constexpr (NORM != Norm::kNone) {
-      const T* y = row.Start<T>(p.y);
-      const T* dnormed = row.Start<T>(p.dnormed);
+      const T* y = row.Start<T>(params.y);
+      const T* dnormed = row.Start<T>(params.dnormed);
       float normed[Vectors(VEC)][VEC];
       columns.ForEach([&](int n, int c) { LoadFloats(normed[n], y + c); });
-      const float factor = Normalise<NORM>(normed, columns, p.shape.eps, scratch);
+      const float factor = Normalise<NORM>(normed, columns, params.shape.eps, scratch);
       float along = 0.f, sum = 0.f;
       columns.ForEach([&](int n, int c) {
         LoadFloats(dy[n], dnormed + c);
@@ -210,13 +212,13 @@ __global__ void __launch_bounds__(kGatedThreads)
         for (int i = 0; i < VEC; ++i) {
           weight_sums[n][i] += dy[n][i] * normed[n][i];
           bias_sums[n][i] += dy[n][i];
-          if (p.weight.data != nullptr) dy[n][i] *= p.weight.Load(c + i);
+          if (params.weight.data != nullptr) dy[n][i] *= params.weight.Load(c + i);
           along += dy[n][i] * normed[n][i];
           sum += dy[n][i];
         }
       });
-      along = TeamSum(along, scratch) / p.shape.dim;
-      const float mean = NORM == Norm::kLayer ? TeamSum(sum, scratch) / p.shape.dim : 0.f;
+      along = TeamSum(along, scratch) / params.shape.dim;
+      const float mean = NORM == Norm::kLayer ? TeamSum(sum, scratch) / params.shape.dim : 0.f;
       columns.ForEach([&](int n, int) {
 #pragma unroll
         for (int i = 0; i < VEC; ++i)
@@ -224,31 +226,31 @@ __global__ void __launch_bounds__(kGatedThreads)
       });
     }
     columns.ForEach([&](int n, int c) {
-      if (p.dy.data != nullptr) {
+      if (params.dy.data != nullptr) {
         float direct[VEC];
-        LoadFloats(direct, row.Start<T>(p.dy) + c);
+        LoadFloats(direct, row.Start<T>(params.dy) + c);
 #pragma unroll
         for (int i = 0; i < VEC; ++i) dy[n][i] += direct[i];
       }
-      if (p.dx.data != nullptr) StoreFloats(row.Start<T>(p.dx) + c, dy[n]);
-      if (p.gate_parts != nullptr && gated) {
+      if (params.dx.data != nullptr) StoreFloats(row.Start<T>(params.dx) + c, dy[n]);
+      if (params.gate_parts != nullptr && gated) {
         float branch[VEC];
-        LoadFloats(branch, row.Start<H>(p.h) + c);
+        LoadFloats(branch, row.Start<H>(params.h) + c);
 #pragma unroll
         for (int i = 0; i < VEC; ++i) gate_sums[n][i] += dy[n][i] * branch[i];
       }
-      if (p.dh.data != nullptr) {
+      if (params.dh.data != nullptr) {
         float dh[VEC];
 #pragma unroll
         for (int i = 0; i < VEC; ++i) dh[i] = gated ? gate.At(c + i) * dy[n][i] : 0.f;
-        StoreFloats(row.Start<H>(p.dh) + c, dh);
+        StoreFloats(row.Start<H>(params.dh) + c, dh);
       }
     });
   }
 
-  if (p.gate_parts != nullptr) {
+  if (params.gate_parts != nullptr) {
     if (gate.is_vector) {
-      StoreColumnSums(p.gate_parts, gate_sums, columns, by_column);
+      StoreColumnSums(params.gate_parts, gate_sums, columns, by_column);
     } else {
       float gate_sum = 0.f;
 #pragma unroll
@@ -257,12 +259,14 @@ __global__ void __launch_bounds__(kGatedThreads)
         for (int i = 0; i < VEC; ++i) gate_sum += gate_sums[n][i];
       gate_sum = BlockSum(gate_sum, scratch);
       if (threadIdx.x == 0 && threadIdx.y == 0)
-        p.gate_parts[int64_t{blockIdx.x} * gridDim.y + blockIdx.y] = gate_sum;
+        params.gate_parts[int64_t{blockIdx.x} * gridDim.y + blockIdx.y] = gate_sum;
     }
   }
   if constexpr (NORM != Norm::kNone) {
-    if (p.weight_parts != nullptr) StoreColumnSums(p.weight_parts, weight_sums, columns, by_column);
-    if (p.bias_parts != nullptr) StoreColumnSums(p.bias_parts, bias_sums, columns, by_column);
+    if (params.weight_parts != nullptr)
+      StoreColumnSums(params.weight_parts, weight_sums, columns, by_column);
+    if (params.bias_parts != nullptr)
+      StoreColumnSums(params.bias_parts, bias_sums, columns, by_column);
   }
 }
 
@@ -274,32 +278,34 @@ struct GatedSums {
   bool gate_is_vector;
 };
 
-// Adds up the parts of all blocks in their order.
-__device__ __forceinline__ float SumOfParts(const float* parts, int c, const GatedSums& p) {
+// The sum of a column's parts over all blocks, in their order.
+__device__ __forceinline__ float SumOfParts(const float* parts, int c, const GatedSums& params) {
   float sum = 0.f;
-  for (int group = 0; group < p.groups; ++group) sum += parts[int64_t{group} * p.dim + c];
+  for (int group = 0; group < params.groups; ++group) sum += parts[int64_t{group} * params.dim + c];
   return sum;
 }
 
 __global__ void __launch_bounds__(kGatedSumThreads)
-    gated_sums_kernel(const __grid_constant__ GatedSums p) {
+    gated_sums_kernel(const __grid_constant__ GatedSums params) {
   __shared__ float scratch[kWarpSize];
   const int c = blockIdx.x * blockDim.x + threadIdx.x;
-  if (c < p.dim) {
-    if (p.dweight.data != nullptr) p.dweight.Store(c, SumOfParts(p.weight_parts, c, p));
-    if (p.dbias.data != nullptr) p.dbias.Store(c, SumOfParts(p.bias_parts, c, p));
-    if (p.dgate.data != nullptr && p.gate_is_vector) {
-      const float t = tanhf(p.gate.Load(c));
-      p.dgate.Store(c, SumOfParts(p.gate_parts, c, p) * (1.f - t * t));
+  if (c < params.dim) {
+    if (params.dweight.data != nullptr)
+      params.dweight.Store(c, SumOfParts(params.weight_parts, c, params));
+    if (params.dbias.data != nullptr)
+      params.dbias.Store(c, SumOfParts(params.bias_parts, c, params));
+    if (params.dgate.data != nullptr && params.gate_is_vector) {
+      const float t = tanhf(params.gate.Load(c));
+      params.dgate.Store(c, SumOfParts(params.gate_parts, c, params) * (1.f - t * t));
     }
   }
-  if (p.dgate.data != nullptr && !p.gate_is_vector && blockIdx.x == 0) {
+  if (params.dgate.data != nullptr && !params.gate_is_vector && blockIdx.x == 0) {
     float sum = 0.f;
-    for (int n = threadIdx.x; n < p.groups * p.column_tiles; n += blockDim.x)
-      sum += p.gate_parts[n];
+    for (int n = threadIdx.x; n < params.groups * params.column_tiles; n += blockDim.x)
+      sum += params.gate_parts[n];
     sum = BlockSum(sum, scratch);
-    const float t = tanhf(p.gate.Load(0));
-    if (threadIdx.x == 0) p.dgate.Store(0, sum * (1.f - t * t));
+    const float t = tanhf(params.gate.Load(0));
+    if (threadIdx.x == 0) params.dgate.Store(0, sum * (1.f - t * t));
   }
 }
 

@@ -1,4 +1,4 @@
-// Where kernel launches go: a stream, or a list of what would be launched.
+// Queues, to which launchers push their kernels: a stream, or a list of what would be launched.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -11,15 +11,16 @@
 
 namespace xattn {
 
-// Bytes of static shared memory that no kernel is above.
+// No kernel has more bytes of static shared memory.
 constexpr size_t kMostStaticShared = 4 * 1024;
 
 class Queue {
  public:
   virtual ~Queue() = default;
-  // `kernel` is the host's symbol, `name` the C++ expression that names it in namespace xattn;
-  // `shared` is dynamic shared memory in bytes; `params` is the kernel's one argument, of `size`
-  // bytes, and may be gone afterwards. An error ends the launcher's call, which returns it.
+  // `kernel` is the symbol on the host, and `name` is the C++ expression that names it in namespace
+  // xattn. `shared` is the dynamic shared memory in bytes. `params` points to the kernel's only
+  // argument, of `size` bytes, which need not outlive the call. If Push returns an error, the
+  // launcher pushes nothing more and returns it.
   virtual cudaError_t Push(const void* kernel, std::string_view name, dim3 grid, dim3 block,
                            size_t shared, const void* params, size_t size) = 0;
 };
@@ -31,12 +32,12 @@ class StreamQueue final : public Queue {
 
   cudaError_t Push(const void* kernel, std::string_view, dim3 grid, dim3 block, size_t shared,
                    const void* params, size_t) override {
-    // More than 48 KiB must be asked for, of which a kernel may have some statically.
+    // A kernel must ask for more than 48 KiB, which include its static shared memory.
     constexpr size_t kWithoutAsking = 48 * 1024 - kMostStaticShared;
     if (shared > kWithoutAsking) {
       const cudaError_t error = cudaFuncSetAttribute(
           kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-      // the value, which is more than a block of this device can have
+      // The invalid value is `shared`: no block of this device can have so much.
       if (error == cudaErrorInvalidValue) return cudaErrorLaunchOutOfResources;
       if (error != cudaSuccess) return error;
     }
@@ -48,7 +49,7 @@ class StreamQueue final : public Queue {
   cudaStream_t stream_;
 };
 
-// What would be launched; needs no device.
+// Keeps what would be launched, and needs no device.
 class PlanQueue final : public Queue {
  public:
   struct Step {
@@ -68,7 +69,8 @@ class PlanQueue final : public Queue {
   std::vector<Step> steps;
 };
 
-// The text between "kernel = " and the next parameter in what the compiler calls this function.
+// The C++ expression that names `kernel`. It is the text between "kernel = " and the next template
+// parameter in the compiler's name of this function.
 template <auto kernel>
 constexpr std::string_view KernelName() {
   constexpr std::string_view text = __PRETTY_FUNCTION__;
@@ -77,7 +79,7 @@ constexpr std::string_view KernelName() {
   return text.substr(first, text.find_first_of(";]", first) - first);
 }
 
-// Blocks of a launch, as they are counted: a device takes fewer.
+// The number of blocks of a launch. It may be larger than what a device accepts.
 struct Grid {
   int64_t x, y;
 

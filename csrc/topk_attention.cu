@@ -1,4 +1,4 @@
-// Launchers of the choice of keys.
+// Launchers of the choice of keys in top-k attention.
 #include "attention_launch.h"
 #include "topk_attention.cuh"
 

@@ -1,8 +1,8 @@
-// Top-k attention: the choice of keys. What is chosen is attended to by the launchers of
-// cross_attention.h, with the choice as their mask.
+// The interface of the choice of keys in top-k attention. The launchers of cross_attention.h then
+// attend to the chosen keys, with the choice as their mask.
 //
-// A row chooses its top_k highest scores among the allowed keys, all of them where there are fewer;
-// of equal scores that of the lower key, and NaN before any number.
+// A row chooses the top_k allowed keys with the highest scores, or all allowed keys if there are
+// fewer. Of equal scores it takes those of the lower keys. NaN counts as higher than every number.
 #pragma once
 
 #include "cross_attention.h"
@@ -10,21 +10,21 @@
 namespace xattn {
 
 struct TopKSelectionParams {
-  uint32_t* bits;           // [B, Hq, Nq, ceil(Nk / 32)]: bit j % 32 of word j / 32 is key j's
-  CrossAttentionCall call;  // q, k and what scores need; v is not read, but Dv is a width
-  int32_t top_k;            // from 1
+  uint32_t* bits;           // [B, Hq, Nq, ceil(Nk / 32)]; key j has bit j % 32 of word j / 32
+  CrossAttentionCall call;  // v is not read, but Dv must be a valid width.
+  int32_t top_k;            // >= 1
 };
 
-// One form of a choice, of at most top_k keys in a row, from the other.
+// A choice of at most top_k keys per row in two forms, of which one is computed from the other.
 struct TopKIndicesParams {
-  int32_t* indices;  // [rows, top_k], ascending, then -1
+  int32_t* indices;  // [rows, top_k], ascending and filled up with -1
   uint32_t* bits;    // [rows, ceil(Nk / 32)]
   int64_t rows;
   int32_t Nk, top_k;
-  bool to_bits;  // or else to indices
+  bool to_bits;  // Bits are computed from indices if true, and else indices from bits.
 };
 
-// Errors as those of CrossAttentionForward.
+// Errors are those of CrossAttentionForward.
 cudaError_t TopKSelection(const TopKSelectionParams& params, Queue& queue);
 cudaError_t TopKIndices(const TopKIndicesParams& params, Queue& queue);
 

@@ -1,4 +1,4 @@
-// Element types, and tensors as kernels take them: a pointer, strides in elements, no owner.
+// The element types of tensors, and vectors of numbers whose type only the call knows.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -39,28 +39,28 @@ __device__ __forceinline__ __nv_bfloat16 FromFloat<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
-// VEC neighbouring elements, moved by one instruction of at most 16 bytes.
+// VEC contiguous elements, which one instruction of at most 16 bytes moves.
 template <class T, int VEC>
 struct alignas(sizeof(T) * VEC) Vector {
   T x[VEC];
 };
 
 template <class T, int VEC>
-__device__ __forceinline__ void LoadFloats(float (&to)[VEC], const T* from) {
-  const auto v = *reinterpret_cast<const Vector<T, VEC>*>(from);
+__device__ __forceinline__ void LoadFloats(float (&values)[VEC], const T* source) {
+  const auto v = *reinterpret_cast<const Vector<T, VEC>*>(source);
 #pragma unroll
-  for (int i = 0; i < VEC; ++i) to[i] = ToFloat(v.x[i]);
+  for (int i = 0; i < VEC; ++i) values[i] = ToFloat(v.x[i]);
 }
 
 template <class T, int VEC>
-__device__ __forceinline__ void StoreFloats(T* to, const float (&from)[VEC]) {
+__device__ __forceinline__ void StoreFloats(T* target, const float (&values)[VEC]) {
   Vector<T, VEC> v;
 #pragma unroll
-  for (int i = 0; i < VEC; ++i) v.x[i] = FromFloat<T>(from[i]);
-  *reinterpret_cast<Vector<T, VEC>*>(to) = v;
+  for (int i = 0; i < VEC; ++i) v.x[i] = FromFloat<T>(values[i]);
+  *reinterpret_cast<Vector<T, VEC>*>(target) = v;
 }
 
-// Neighbouring numbers of a type that only the call knows: gates, weights, scales.
+// Contiguous numbers, such as gates, weights and scales, of a type that only the call knows.
 struct Numbers {
   void* data;  // or null
   DType dtype;

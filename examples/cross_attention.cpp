@@ -20,7 +20,8 @@
 namespace {
 
 constexpr int B = 2, H = 8, Nq = 256, D = 64, kImages = 32, kTokens = 64, Nk = kImages * kTokens;
-// p and out are each rounded to 11 bits and |v| <= 1: up to 2^-10 together. The rest is float32.
+// p and out are each rounded to 11 bits, and |v| <= 1, so that the error is up to 2^-10. Everything
+// else is float32.
 constexpr double kTolerance = 1.0 / 512, kLseTolerance = 1e-4;
 
 void Check(cudaError_t error, const std::string& what) {
@@ -30,10 +31,10 @@ void Check(cudaError_t error, const std::string& what) {
 }
 
 struct Free {
-  void operator()(void* p) const { cudaFree(p); }
+  void operator()(void* data) const { cudaFree(data); }
 };
 
-// A tensor of the host, and after ToDevice one of the device.
+// A tensor on the host, and its copy on the device after ToDevice.
 template <class T>
 struct Mirrored {
   std::vector<T> host;
@@ -53,14 +54,15 @@ struct Mirrored {
   }
 };
 
-// [B, N, H, D] as a model's projections write them; results are NaN before they are written.
+// The tensors are [B, N, H, D] in memory, as a model's projections write them. Results are NaN
+// until they are written.
 struct Tensors {
   Mirrored<__half> q{B * Nq * H * D}, k{B * Nk * H * D}, v{B * Nk * H * D};
   Mirrored<__half> out{B * Nq * H * D, __float2half(NAN)};
   Mirrored<int32_t> start{B * Nq}, stop{B * Nq};
   Mirrored<float> lse{B * H * Nq, NAN};
 
-  // An image every seven rows; the first 20 rows have none before them, and so no key.
+  // There is an image every seven rows. The first 20 rows have none before them, and so no key.
   Tensors() {
     std::mt19937 random(0);
     std::uniform_real_distribution<float> number(-1, 1);
@@ -79,17 +81,17 @@ xattn::CrossAttentionForwardParams ParamsOf(const Tensors& t, int multiprocessor
   const auto heads = [](const Mirrored<__half>& t, int N) {
     return xattn::HeadTensor{t.device.get(), {N * H * D, D, H * D}};
   };
-  xattn::CrossAttentionForwardParams p{};  // what is left at 0 is not wanted
-  p.call.shape = {B, H, H, Nq, Nk, D, D, xattn::DType::kFloat16};
-  p.call.q = heads(t.q, Nq), p.call.k = heads(t.k, Nk), p.call.v = heads(t.v, Nk);
-  p.call.start = {t.start.device.get(), {Nq, 1}};
-  p.call.stop = {t.stop.device.get(), {Nq, 1}};
-  p.call.scale = 1 / std::sqrt(static_cast<float>(D));
-  p.call.keep_scale = 1;  // no dropout
-  p.out = heads(t.out, Nq);
-  p.lse = t.lse.device.get();
-  p.n_splits = xattn::CrossAttentionForwardSplits(p.call, multiprocessors);
-  return p;
+  xattn::CrossAttentionForwardParams params{};  // A null pointer stands for what is not wanted.
+  params.call.shape = {B, H, H, Nq, Nk, D, D, xattn::DType::kFloat16};
+  params.call.q = heads(t.q, Nq), params.call.k = heads(t.k, Nk), params.call.v = heads(t.v, Nk);
+  params.call.start = {t.start.device.get(), {Nq, 1}};
+  params.call.stop = {t.stop.device.get(), {Nq, 1}};
+  params.call.scale = 1 / std::sqrt(static_cast<float>(D));
+  params.call.keep_scale = 1;  // There is no dropout.
+  params.out = heads(t.out, Nq);
+  params.lse = t.lse.device.get();
+  params.n_splits = xattn::CrossAttentionForwardSplits(params.call, multiprocessors);
+  return params;
 }
 
 int Plan() {
@@ -101,29 +103,30 @@ int Plan() {
   return 0;
 }
 
-// lse of row (b, i) of head h by its definition, and in `out` [D] its result.
+// Computes row (b, i) of head h by the definition of attention. Returns its lse, and writes the
+// result to `out` [D].
 double Attend(const Tensors& t, int b, int h, int i, std::vector<double>& out) {
-  const auto at = [=](const Mirrored<__half>& of, int N, int n, int d) {
-    return double{__half2float(of.host[((b * N + n) * H + h) * D + d])};
+  const auto element = [=](const Mirrored<__half>& tensor, int N, int n, int d) {
+    return double{__half2float(tensor.host[((b * N + n) * H + h) * D + d])};
   };
   const int start = t.start.host[b * Nq + i], stop = t.stop.host[b * Nq + i];
   std::vector<double> s(stop - start);
   double m = -INFINITY, l = 0;
   for (int j = start; j < stop; ++j) {
     for (int d = 0; d < D; ++d)
-      s[j - start] += at(t.q, Nq, i, d) * at(t.k, Nk, j, d) / std::sqrt(D);
+      s[j - start] += element(t.q, Nq, i, d) * element(t.k, Nk, j, d) / std::sqrt(D);
     m = std::max(m, s[j - start]);
   }
   for (double x : s) l += std::exp(x - m);
   out.assign(D, 0);
   for (int j = start; j < stop; ++j)
-    for (int d = 0; d < D; ++d) out[d] += std::exp(s[j - start] - m) / l * at(t.v, Nk, j, d);
+    for (int d = 0; d < D; ++d) out[d] += std::exp(s[j - start] - m) / l * element(t.v, Nk, j, d);
   return m + std::log(l);
 }
 
-// 0 also of two equal infinities, and infinity where one of them is NaN.
-double Distance(double found, double expected) {
-  const double distance = found == expected ? 0 : std::abs(found - expected);
+// |actual - expected|, which is 0 for equal infinities, and infinity if one of the two is NaN.
+double Distance(double actual, double expected) {
+  const double distance = actual == expected ? 0 : std::abs(actual - expected);
   return std::isnan(distance) ? INFINITY : distance;
 }
 
@@ -147,12 +150,12 @@ int Compare(const Tensors& t) {
 
 int Run() {
   int n_devices = 0, multiprocessors = 0;
-  const cudaError_t found = cudaGetDeviceCount(&n_devices);
-  if (found == cudaErrorNoDevice || found == cudaErrorInsufficientDriver) {
-    std::fprintf(stderr, "no CUDA device, or no driver for one: %s\n", cudaGetErrorString(found));
+  const cudaError_t error = cudaGetDeviceCount(&n_devices);
+  if (error == cudaErrorNoDevice || error == cudaErrorInsufficientDriver) {
+    std::fprintf(stderr, "no CUDA device, or no driver for one: %s\n", cudaGetErrorString(error));
     return 77;
   }
-  Check(found, "cudaGetDeviceCount");
+  Check(error, "cudaGetDeviceCount");
   Check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0),
         "cudaDeviceGetAttribute");
   cudaStream_t stream = nullptr;

@@ -25,44 +25,48 @@ WRONG_SIZES = [
 ]
 
 
+def heads(data=64):
+    return _cuda.HeadTensor(data=data, strides=[64, 64, 64])
+
+
 def call(start=64, stop=64, bias=0, **sizes):
     """Of tensors at addresses that nobody reads."""
-    shape = _cuda.CrossAttentionShape(*(SIZES | sizes).values(), _cuda.DType.float16)
-    head, pair = _cuda.HeadTensor(64, [64, 64, 64]), _cuda.PairTensor
-    bounds = [_cuda.RowBounds(at, [5, 1]) for at in (start, stop)]
+    shape = _cuda.CrossAttentionShape(**SIZES | sizes, dtype=_cuda.DType.float16)
     return _cuda.CrossAttentionCall(
-        head, head, head, *bounds, pair(), pair(bias), _cuda.Numbers(), 0, 0, 0, 0.25, 0.0, 1.0,
-        shape, False,
+        q=heads(), k=heads(), v=heads(), scale=0.25, keep_scale=1.0, shape=shape,
+        start=_cuda.RowBounds(data=start, strides=[5, 1]),
+        stop=_cuda.RowBounds(data=stop, strides=[5, 1]),
+        bias=_cuda.PairTensor(data=bias),
     )  # fmt: skip
 
 
-def forward(n_splits=1, rows=(64, 0, 0, 0), **changes):
-    head = _cuda.HeadTensor(64, [64, 64, 64])
-    return _cuda.CrossAttentionForwardParams(head, rows, call(**changes), n_splits)
-
-
-ONE, LSE = (1, 1, 1), (64, 0, 0, 0, 0)
-
-
-def backward(dk=64, dv=64, bias_sizes=(1, *ONE), dbias=0, splits=ONE, rows=LSE, **changes):
-    of = lambda at: _cuda.HeadTensor(at, [64, 64, 64])  # noqa: E731
-    params = _cuda.CrossAttentionBackwardParams(
-        *map(of, (64, dk, dv, 64, 64)), rows, call(**changes), bias_sizes
+def forward(n_splits=1, entropy=0, **changes):
+    return _cuda.CrossAttentionForwardParams(
+        out=heads(), lse=64, entropy=entropy, call=call(**changes), n_splits=n_splits
     )
-    params.dbias = dbias
-    params.dq_splits, params.dkdv_splits, params.dbias_splits = splits
-    return params
+
+
+def backward(dk=64, dv=64, bias_sizes=(1, 1, 1, 1), dkdv_splits=1, dentropy=0, dbias=0, **changes):
+    return _cuda.CrossAttentionBackwardParams(
+        dq=heads(), dk=heads(dk), dv=heads(dv), dbias=dbias, out=heads(), dout=heads(), lse=64,
+        dentropy=dentropy, call=call(**changes), bias_sizes=bias_sizes, dq_splits=1,
+        dkdv_splits=dkdv_splits, dbias_splits=1,
+    )  # fmt: skip
+
+
+def selection(**changes):
+    return _cuda.TopKSelectionParams(bits=64, call=call(**changes), top_k=3)
 
 
 def rows_of(rows, dim, norm="none"):
-    row = _cuda.RowTensor(64, [max(dim, 1), 0, 0, 0])
+    row = _cuda.RowTensor(data=64, strides=[max(dim, 1), 0, 0, 0])
     shape = _cuda.GatedResidualShape(
-        rows, [max(rows, 1), 1, 1, 1], dim, _cuda.DType.float16, _cuda.DType.float16,
-        getattr(_cuda.Norm, norm), 1e-5, False,
+        rows=_cuda.RowSizes(rows=rows, sizes=[max(rows, 1), 1, 1, 1]), dim=dim,
+        x_dtype=_cuda.DType.float16, h_dtype=_cuda.DType.float16, norm=getattr(_cuda.Norm, norm),
+        eps=1e-5,
     )  # fmt: skip
-    nothing, gate = _cuda.RowTensor(), _cuda.Numbers(64)
-    none = _cuda.Numbers()
-    return _cuda.GatedResidualForwardParams(row, row, row, row, nothing, gate, none, none, shape)
+    gate = _cuda.Numbers(data=64)
+    return _cuda.GatedResidualForwardParams(y=row, normed=row, x=row, h=row, gate=gate, shape=shape)
 
 
 def assert_refused(op, params):
@@ -74,7 +78,7 @@ def assert_refused(op, params):
 def test_sizes_that_no_kernel_takes(sizes):
     assert_refused("cross_attention_forward", forward(**sizes))
     assert_refused("cross_attention_backward", backward(**sizes))
-    assert_refused("topk_selection", _cuda.TopKSelectionParams(64, call(**sizes), 3))
+    assert_refused("topk_selection", selection(**sizes))
     assert _cuda.cross_attention_forward_splits(call(**sizes), 132) == 1
     assert _cuda.cross_attention_forward_parts(forward(4, **sizes)) == 0
     assert _cuda.cross_attention_backward_parts(backward(**sizes)) == 0
@@ -84,14 +88,14 @@ WRONG_FORWARDS = {
     "start without stop": dict(stop=0),
     "stop without start": dict(start=0),
     "no splits": dict(n_splits=0),
-    "entropy without max_probability": dict(rows=(64, 0, 64, 0)),
+    "entropy without max_probability": dict(entropy=64),
 }
 WRONG_BACKWARDS = {
     "dk without dv": dict(dv=0),
     "dv without dk": dict(dk=0),
-    "no splits": dict(splits=(1, 0, 1)),
+    "no splits": dict(dkdv_splits=0),
     "dbias without bias": dict(dbias=64),
-    "dentropy without entropy": dict(rows=(64, 0, 0, 64, 0)),
+    "dentropy without entropy": dict(dentropy=64),
     "bias of no size": dict(bias=64, bias_sizes=(1, 0, 1, 1)),
 }
 
@@ -112,14 +116,14 @@ def test_what_is_valid_is_planned():
     """Or the tests above would refuse everything."""
     assert len(_cuda.cross_attention_forward_plan(forward(2))) == 2
     assert len(_cuda.cross_attention_backward_plan(backward(bias=64, dbias=64))) == 5
-    assert len(_cuda.topk_selection_plan(_cuda.TopKSelectionParams(64, call(), 3))) == 1
+    assert len(_cuda.topk_selection_plan(selection())) == 1
     assert len(_cuda.gated_residual_forward_plan(rows_of(2, 24))) == 1
     assert _cuda.cross_attention_forward_parts(forward(2)) == 2 * 2 * 4 * 5 * (16 + 4)
 
 
 def test_more_blocks_than_a_grid_has():
     assert_refused("cross_attention_forward", forward(B=2**25, Hq=64, Hkv=64))
-    assert_refused("topk_selection", _cuda.TopKSelectionParams(64, call(B=2**30), 3))
+    assert_refused("topk_selection", selection(B=2**30))
     assert_refused("gated_residual_forward", rows_of(1, 40_000_000))
 
 
@@ -130,6 +134,75 @@ def test_rows_that_are_not_there(rows, dim):
 
 def test_a_row_of_a_norm_is_at_most_as_wide_as_a_block():
     assert_refused("gated_residual_forward", rows_of(2, 8200, "rms"))
+
+
+PARAMS = sorted(
+    name for name, kind in (vars(_cuda) if _cuda else {}).items()
+    if isinstance(kind, type) and not hasattr(kind, "__members__")
+)  # fmt: skip
+
+
+def fields_of(kind: type) -> list[str]:
+    return [name for name, value in vars(kind).items() if isinstance(value, property)]
+
+
+def plain(value):
+    """A params struct as nested dicts, which compare by value."""
+    if (fields := fields_of(type(value))) and type(value).__name__ in PARAMS:
+        return {name: plain(getattr(value, name)) for name in fields}
+    return value
+
+
+def other_value(value, n: int):
+    """A value of the same kind that is not the default, different for each n."""
+    if isinstance(value, list):
+        return [n * 10 + k for k in range(len(value))]
+    if type(value).__name__ in PARAMS:
+        kind, first = type(value), fields_of(type(value))[0]
+        return kind(**{first: other_value(getattr(value, first), n)})
+    if hasattr(value, "__members__"):
+        return list(type(value).__members__.values())[1]
+    return type(value)(n + 1)
+
+
+@pytest.mark.parametrize("name", PARAMS)
+def test_params_are_set_by_name_alone(name):
+    """Each field that is given is the one of that name, and no other changes."""
+    kind = getattr(_cuda, name)
+    default = plain(kind())
+    assert default
+    values = {field: other_value(getattr(kind(), field), n) for n, field in enumerate(default)}
+    for field, value in values.items():
+        assigned = kind()
+        setattr(assigned, field, value)
+        expected = default | {field: plain(value)}
+        assert plain(value) != default[field]
+        assert plain(kind(**{field: value})) == plain(assigned) == expected
+    assert plain(kind(**values)) == {field: plain(value) for field, value in values.items()}
+
+
+@pytest.mark.parametrize("name", PARAMS)
+def test_a_wrong_field_is_an_error_that_names_it(name):
+    kind = getattr(_cuda, name)
+    with pytest.raises(TypeError, match=rf"^{name} has no field 'sclae'$"):
+        kind(sclae=1)
+    with pytest.raises(TypeError, match="incompatible constructor arguments"):
+        kind(1)
+    with pytest.raises(AttributeError, match="sclae"):
+        kind().sclae = 1
+
+
+def test_a_wrong_value_is_an_error_that_names_the_field():
+    with pytest.raises(TypeError, match=r"^HeadTensor\.strides cannot be \(1, 2\)$"):
+        _cuda.HeadTensor(strides=(1, 2))
+    with pytest.raises(TypeError, match=r"^CrossAttentionShape\.B cannot be 'two'$"):
+        _cuda.CrossAttentionShape(B="two")
+
+
+def test_a_nested_struct_is_changed_in_its_place():
+    params = forward()
+    params.call.shape.Nq = 7
+    assert params.call.shape.Nq == 7
 
 
 def test_static_shared_memory_is_within_what_a_launch_allows_for():

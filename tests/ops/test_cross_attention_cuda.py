@@ -101,12 +101,10 @@ def test_splits_fill_the_device():
     _cuda = launch.extension()
 
     def splits(B, Hq, Hkv, Nq, Nk):
-        none, bounds, pairs = _cuda.HeadTensor(), _cuda.RowBounds(), _cuda.PairTensor()
-        shape = _cuda.CrossAttentionShape(B, Hq, Hkv, Nq, Nk, 64, 64, _cuda.DType.float16)
-        call = _cuda.CrossAttentionCall(
-            none, none, none, bounds, bounds, pairs, pairs, _cuda.Numbers(), 0, 0, 0, 1.0, 0.0, 1.0,
-            shape, False,
-        )  # fmt: skip
+        shape = _cuda.CrossAttentionShape(
+            B=B, Hq=Hq, Hkv=Hkv, Nq=Nq, Nk=Nk, D=64, Dv=64, dtype=_cuda.DType.float16
+        )
+        call = _cuda.CrossAttentionCall(scale=1.0, keep_scale=1.0, shape=shape)
         return _cuda.cross_attention_forward_splits(call, 132)
 
     assert splits(1, 8, 8, 64, 16384) == 33  # 264 blocks for 8 heads

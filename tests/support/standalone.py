@@ -23,12 +23,12 @@ for name in ("torch", "triton", "numpy"):
 spec = importlib.util.spec_from_file_location("_cuda", {path!r})
 m = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(m)
-none, nothing = m.RowTensor(), m.Numbers()
-rows = [m.RowTensor(64 * n, [24, 0, 0, 0]) for n in (1, 2, 3)]
-shape = m.GatedResidualShape(2, [2, 1, 1, 1], 24, m.DType.{dtype}, m.DType.{h_dtype}, m.Norm.none,
-                             1e-5, False)
-params = m.GatedResidualForwardParams(rows[0], none, rows[1], rows[2], none, m.Numbers(64),
-                                      nothing, nothing, shape)
+y, x, h = (m.RowTensor(data=64 * n, strides=[24, 0, 0, 0]) for n in (1, 2, 3))
+shape = m.GatedResidualShape(
+    rows=m.RowSizes(rows=2, sizes=[2, 1, 1, 1]), dim=24, x_dtype=m.DType.{dtype},
+    h_dtype=m.DType.{h_dtype}, norm=m.Norm.none, eps=1e-5,
+)
+params = m.GatedResidualForwardParams(y=y, x=x, h=h, gate=m.Numbers(data=64), shape=shape)
 {last}
 """
 SYSTEM = {"libc", "libm", "libstdc++", "libgcc_s", "libdl", "librt", "libpthread"}

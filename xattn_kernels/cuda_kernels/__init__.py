@@ -1,1 +1,1 @@
-"""Launchers of the CUDA kernels in csrc/: plain tensors and numbers in, plain tensors out."""
+"""Launchers of the CUDA kernels in csrc/. They take tensors and numbers, and return tensors."""

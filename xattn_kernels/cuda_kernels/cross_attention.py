@@ -1,7 +1,7 @@
-"""Masked cross-attention: allocates, and launches the CUDA kernels of csrc/.
+"""The launchers of the CUDA kernels of masked cross-attention, which allocate what csrc/ writes.
 
-The launchers take and give what those of `triton_kernels/cross_attention.py` and
-`cross_attention_backward.py` do.
+Their arguments and results are those of the launchers in `triton_kernels/cross_attention.py` and
+`cross_attention_backward.py`.
 """
 
 from __future__ import annotations
@@ -17,45 +17,60 @@ from .launch import DTYPES, extension, numbers
 
 
 def heads(t: Tensor | None) -> Any:
-    """Of [B, H, N, width], or None."""
+    """The struct of a tensor [B, H, N, width], or of None."""
     if t is None:
         return extension().HeadTensor()
-    return extension().HeadTensor(launch.pointer(t), t.stride()[:3])
+    return extension().HeadTensor(data=launch.pointer(t), strides=t.stride()[:3])
 
 
 def bounds(t: Tensor | None) -> Any:
-    """Of int32 [B, Nq], or None."""
+    """The struct of an int32 tensor [B, Nq], or of None."""
     if t is None:
         return extension().RowBounds()
-    return extension().RowBounds(launch.pointer(t), t.stride())
+    return extension().RowBounds(data=launch.pointer(t), strides=t.stride())
 
 
 def pairs(t: Tensor | None) -> Any:
-    """Of a bool or floating-point tensor that broadcasts to [B, Hq, Nq, Nk], or of the words of
-    bits that stand for a bool one, or None."""
+    """The struct of a mask or bias that broadcasts to [B, Hq, Nq, Nk], or of None. A mask may have
+    words of bits in place of bools."""
     _cuda = extension()
     if t is None:
         return _cuda.PairTensor()
-    dtype = getattr(_cuda.DType, DTYPES.get(t.dtype, "float32"))  # bytes have none
-    return _cuda.PairTensor(launch.pointer(t), broadcast_strides(t), dtype)
+    tensor = _cuda.PairTensor(data=launch.pointer(t), strides=broadcast_strides(t))
+    if t.is_floating_point():
+        tensor.dtype = getattr(_cuda.DType, DTYPES[t.dtype])
+    return tensor
 
 
 def call_of(q, k, v, bias, scale_tensor, start, stop, mask, seed, scale, softcap, dropout_p) -> Any:
     _cuda = extension()
     B, Hq, Nq, D = q.shape
     Hkv, Nk, Dv = v.shape[1:]
-    shape = (B, Hq, Hkv, Nq, Nk, D, Dv, getattr(_cuda.DType, DTYPES[q.dtype]))
+    dtype = getattr(_cuda.DType, DTYPES[q.dtype])
+    shape = _cuda.CrossAttentionShape(B=B, Hq=Hq, Hkv=Hkv, Nq=Nq, Nk=Nk, D=D, Dv=Dv, dtype=dtype)
     per_head = scale_tensor is not None and scale_tensor.numel() > 1
     return _cuda.CrossAttentionCall(
-        heads(q), heads(k), heads(v), bounds(start), bounds(stop), pairs(mask), pairs(bias),
-        numbers(scale_tensor), scale_tensor.stride(0) if per_head else 0, launch.pointer(seed),
-        round(dropout_p * 2**32), scale, softcap, 1.0 / (1.0 - dropout_p),
-        _cuda.CrossAttentionShape(*shape), mask is not None and mask.dtype == torch.int32,
-    )  # fmt: skip
+        q=heads(q),
+        k=heads(k),
+        v=heads(v),
+        start=bounds(start),
+        stop=bounds(stop),
+        mask=pairs(mask),
+        bias=pairs(bias),
+        scales=numbers(scale_tensor),
+        scale_stride=scale_tensor.stride(0) if per_head else 0,
+        seed=launch.pointer(seed),
+        threshold=round(dropout_p * 2**32),
+        scale=scale,
+        softcap=softcap,
+        keep_scale=1.0 / (1.0 - dropout_p),
+        shape=shape,
+        mask_is_bits=mask is not None and mask.dtype == torch.int32,
+    )
 
 
 def as_float32(scale_tensor: Tensor | None) -> Tensor | None:
-    """A scale as the kernels read it, also one of float64."""
+    """The scale in the dtype that the kernels read. A scale may also be float64."""
     return scale_tensor.float() if scale_tensor is not None else None
 
 
@@ -63,9 +78,10 @@ def forward(
     q, k, v, bias, scale_tensor, start, stop, mask, seed, scale, softcap, dropout_p, statistics,
     allow_tf32=False,
 ):  # fmt: skip
-    """(out, lse, lse_low, entropy, max_probability): what was not asked for has no elements.
+    """(out, lse, lse_low, entropy, max_probability). Those that are not wanted have no elements.
 
-    As `forward` of the Triton kernels; float32 takes three products of TF32, also where one may do.
+    The arguments are those of `forward` of the Triton kernels. float32 takes three products of TF32
+    even if `allow_tf32`.
     """
     scale_tensor = as_float32(scale_tensor)
     out = empty_rows(q, v.shape[3])
@@ -82,7 +98,13 @@ def forward(
         )
         n_splits = launch.splits(_cuda.cross_attention_forward_splits, call, q.device)
         params = _cuda.CrossAttentionForwardParams(
-            heads(out), [*map(launch.pointer, rows)], call, n_splits
+            out=heads(out),
+            lse=launch.pointer(rows[0]),
+            lse_low=launch.pointer(rows[1]),
+            entropy=launch.pointer(rows[2]),
+            max_probability=launch.pointer(rows[3]),
+            call=call,
+            n_splits=n_splits,
         )
         parts = new_parts(_cuda.cross_attention_forward_parts(params), q)
         params.parts = launch.pointer(parts)
@@ -98,8 +120,8 @@ def backward(
     dout, dlse, dentropy, q, k, v, bias, scale_tensor, start, stop, mask, seed, out, lse, lse_low,
     entropy, scale, softcap, dropout_p, allow_tf32, needs,
 ):  # fmt: skip
-    """(dq, dk, dv, dbias, dscale); those that are not in the five `needs` have no elements. As
-    `backward` of the Triton kernels."""
+    """(dq, dk, dv, dbias, dscale). Those that the five `needs` exclude have no elements. The
+    arguments are those of `backward` of the Triton kernels."""
     if k.shape[2] == 0 or out.numel() == 0:
         return zero_gradients((q, k, v, bias, scale_tensor), needs, 3)
     if dout is None:
@@ -118,9 +140,19 @@ def backward(
 
     _cuda = extension()
     params = _cuda.CrossAttentionBackwardParams(
-        *map(heads, (dq, dk, dv, out, dout)), [*map(launch.pointer, rows)], call,
-        (1,) * 4 if bias is None else tuple(bias.shape),
-    )  # fmt: skip
+        dq=heads(dq),
+        dk=heads(dk),
+        dv=heads(dv),
+        out=heads(out),
+        dout=heads(dout),
+        lse=launch.pointer(rows[0]),
+        lse_low=launch.pointer(rows[1]),
+        dlse=launch.pointer(rows[2]),
+        dentropy=launch.pointer(rows[3]),
+        entropy=launch.pointer(rows[4]),
+        call=call,
+        bias_sizes=(1,) * 4 if bias is None else bias.shape,
+    )
     launch.splits(_cuda.cross_attention_backward_splits, params, q.device)
     dbias, dscale = dbias_and_dscale(params, q, bias, needs)
     parts = new_parts(_cuda.cross_attention_backward_parts(params), q)
@@ -136,7 +168,7 @@ def backward(
 
 
 def dbias_and_dscale(params: Any, q: Tensor, bias: Tensor | None, needs: list[bool]) -> tuple:
-    """What each of the splits adds to them, to be summed, or None; `params` has its pointers."""
+    """The tensors of the sums of each split, or None; sets their pointers in `params`."""
     dbias = dscale = None
     if needs[3]:
         dbias = q.new_empty((params.dbias_splits, *bias.shape), dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""The compiled extension: whether it is there, pointers of tensors, and launches."""
+"""The compiled extension: its import, pointers of tensors, and launches."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "b
 
 
 def load() -> tuple[ModuleType | None, list[str]]:
-    """`xattn_kernels._cuda`, and why there is none."""
+    """`xattn_kernels._cuda`, or None and the reason why it cannot be imported."""
     try:
         return import_module("xattn_kernels._cuda"), []
-    except ImportError as error:  # of a file that is there it is the loader's message
+    except ImportError as error:  # If the file exists, the message is the loader's.
         if isinstance(error, ModuleNotFoundError) and error.name == "xattn_kernels._cuda":
             return None, ["this build of xattn-kernels has no CUDA kernels (see XATTN_BUILD_CUDA)"]
         return None, [f"the CUDA kernels of this build do not load: {error}"]
 
 
-EXTENSION, MISSING_EXTENSION = load()  # once: a trace of torch.compile cannot look
+EXTENSION, MISSING_EXTENSION = load()  # A trace of torch.compile cannot import it.
 
 
 def extension() -> ModuleType | None:
@@ -44,19 +44,19 @@ def device_reasons(device: torch.device) -> list[str]:
     return build_reasons(*torch.cuda.get_device_capability(device))
 
 
-@torch.compiler.assume_constant_result  # of this machine
+@torch.compiler.assume_constant_result  # The result depends on the machine only.
 def build_reasons(major: int, minor: int) -> list[str]:
-    """Why what was built has nothing for a device of this capability, or for its driver."""
-    found, _cuda = [], extension()
+    """Why this build has no code for a device of this capability, or for its driver."""
+    reasons, _cuda = [], extension()
     oldest = divmod(_cuda.OLDEST_ARCH, 10)
     if (major, minor) < oldest:
         text = "compute capability {}.{} < {}.{}, the oldest of this build (XATTN_CUDA_ARCHS)"
-        found.append(text.format(major, minor, *oldest))
+        reasons.append(text.format(major, minor, *oldest))
     driver, built = driver_version(), _cuda.CUDA_VERSION
     if driver // 1000 < built // 1000:
         versions = (driver // 1000, driver % 1000 // 10, built // 1000, built % 1000 // 10)
-        found.append("the driver is for CUDA {}.{}, this build for {}.{}".format(*versions))
-    return found
+        reasons.append("the driver is for CUDA {}.{}, this build for {}.{}".format(*versions))
+    return reasons
 
 
 @cache
@@ -69,7 +69,7 @@ def pointer(t: Tensor | None) -> int:
 
 
 def submit(op: str, params: Any, device: torch.device) -> None:
-    """Launches on torch's current stream of `device`."""
+    """Launches an op on the current stream that torch has for `device`."""
     stream = torch.cuda.current_stream(device)
     getattr(extension(), op)(params, stream.device_index, stream.cuda_stream)
 
@@ -77,17 +77,18 @@ def submit(op: str, params: Any, device: torch.device) -> None:
 @cache
 def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
-        return 132  # an H200's, of which plans without a device are made
+        return 132  # Plans without a device are made for an H200.
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def splits(choose: Callable[[Any, int], Any], call: Any, device: torch.device) -> Any:
-    """What `choose` says of how many blocks share a loop, so that the device has work."""
+    """The number of blocks that share a loop, as `choose` suggests it for this device."""
     return choose(call, multiprocessors(device))
 
 
 def numbers(t: Tensor | None) -> Any:
-    """Neighbouring numbers of any of the dtypes."""
+    """The struct of contiguous numbers of any of the dtypes, or of None."""
     if t is None:
         return extension().Numbers()
-    return extension().Numbers(pointer(t), getattr(extension().DType, DTYPES[t.dtype]))
+    dtype = getattr(extension().DType, DTYPES[t.dtype])
+    return extension().Numbers(data=pointer(t), dtype=dtype)

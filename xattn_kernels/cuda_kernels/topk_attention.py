@@ -1,7 +1,7 @@
-"""Top-k attention: the choice of keys by a CUDA kernel, then attention with the choice as its mask.
+"""The launchers of top-k attention: a CUDA kernel chooses keys, and the choice masks attention.
 
-The launchers take and give what those of `triton_kernels/topk_attention.py` do. Chosen keys are
-never gathered: every product is computed and masked by the bits of the choice.
+Their arguments and results are those of the launchers in `triton_kernels/topk_attention.py`. Chosen
+keys are not gathered: the kernels compute every product, and mask it by the bits of the choice.
 """
 
 from __future__ import annotations
@@ -15,24 +15,30 @@ from .launch import extension
 
 
 def choose(q, k, scale_tensor, start, stop, mask, scale, top_k) -> Tensor:
-    """int32 [B, Hq, Nq, ceil(Nk / 32)], one bit for each key."""
+    """The chosen keys, as int32 [B, Hq, Nq, ceil(Nk / 32)] with one bit for each key."""
     bits = q.new_empty((*q.shape[:3], -(-k.shape[2] // 32)), dtype=torch.int32)
     if bits.numel():
         scale_tensor = cross_attention.as_float32(scale_tensor)
         call = cross_attention.call_of(
             q, k, k, None, scale_tensor, start, stop, mask, None, scale, 0.0, 0.0
         )
-        params = extension().TopKSelectionParams(launch.pointer(bits), call, top_k)
+        params = extension().TopKSelectionParams(bits=launch.pointer(bits), call=call, top_k=top_k)
         launch.submit("topk_selection", params, q.device)
     return bits
 
 
 def convert(indices: Tensor, bits: Tensor, Nk: int, to_bits: bool) -> None:
-    """Fills one form of a choice from the other, [B, Hq, Nq, *] both."""
+    """Fills `bits` from `indices` if `to_bits`, and else `indices` from `bits`; both are
+    [B, Hq, Nq, *]."""
     rows = indices.shape[:3].numel()
     if rows and Nk:
         params = extension().TopKIndicesParams(
-            launch.pointer(indices), launch.pointer(bits), rows, Nk, indices.shape[3], to_bits
+            indices=launch.pointer(indices),
+            bits=launch.pointer(bits),
+            rows=rows,
+            Nk=Nk,
+            top_k=indices.shape[3],
+            to_bits=to_bits,
         )
         launch.submit("topk_indices", params, indices.device)
     elif not to_bits:
@@ -43,7 +49,8 @@ def forward(
     q, k, v, scale_tensor, start, stop, mask, scale, top_k, statistics, with_indices,
     allow_tf32=False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """(out, lse, entropy, max_probability, bits, indices), as `forward` of the Triton kernels."""
+    """(out, lse, entropy, max_probability, bits, indices). The arguments are those of `forward` of
+    the Triton kernels."""
     Nk = k.shape[2]
     indexed = saves_indices(Nk, top_k)
     bits = choose(q, k, scale_tensor, start, stop, mask, scale, min(top_k, max(Nk, 1)))
@@ -62,7 +69,7 @@ def backward(
     dout, dlse, dentropy, q, k, v, scale_tensor, start, stop, selected, out, lse, entropy,
     scale, top_k, allow_tf32, needs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dq, dk, dv, dscale), as `backward` of the Triton kernels."""
+    """(dq, dk, dv, dscale). The arguments are those of `backward` of the Triton kernels."""
     Nk = k.shape[2]
     if out.numel() == 0 or Nk == 0:
         return zero_gradients((q, k, v, scale_tensor), needs, 3)
