@@ -44,35 +44,39 @@ def weights_kernel(
     n_heads,  # of `weights`
     T: tl.constexpr,  # Tiling
 ):
+    PRECISION: tl.constexpr = T.PRECISION
+    CHUNKS: tl.constexpr = T.CHUNKS
+    BLOCK_Q: tl.constexpr = T.BLOCK_Q
+    BLOCK_K: tl.constexpr = T.BLOCK_K
     pid = tl.program_id(0).to(tl.int64)
-    q_tiles, k_tiles = tl.cdiv(n.Nq, T.BLOCK_Q), tl.cdiv(n.Nk, T.BLOCK_K)
+    q_tiles, k_tiles = tl.cdiv(n.Nq, BLOCK_Q), tl.cdiv(n.Nk, BLOCK_K)
     k_tile_index, pid = pid % k_tiles, pid // k_tiles
     q_tile_index, pid = pid % q_tiles, pid // q_tiles
     weights_h, b = pid % n_heads, pid // n_heads
     # [BLOCK_Q], [BLOCK_K]
-    i = (q_tile_index * T.BLOCK_Q + tl.arange(0, T.BLOCK_Q)).to(tl.int32)
-    j = (k_tile_index * T.BLOCK_K + tl.arange(0, T.BLOCK_K)).to(tl.int32)
+    i = (q_tile_index * BLOCK_Q + tl.arange(0, BLOCK_Q)).to(tl.int32)
+    j = (k_tile_index * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int32)
     row_mask, exists = i < n.Nq, j < n.Nk
     heads = n.Hkv * T.GROUP // n_heads
     head_end = weights_h * heads + heads
     if s.start.ptr is not None:
         first, last = row_bounds(s, b, i, row_mask, n.Nk)
-        reaches = (tl.min(first) < (k_tile_index + 1) * T.BLOCK_K) & (
-            tl.max(last) > k_tile_index * T.BLOCK_K
+        reaches = (tl.min(first) < (k_tile_index + 1) * BLOCK_K) & (
+            tl.max(last) > k_tile_index * BLOCK_K
         )
         head_end = tl.where(reaches, head_end, weights_h * heads)
     # [BLOCK_Q, BLOCK_K]
-    acc = tl.full([T.BLOCK_Q, T.BLOCK_K], 0.0, tl.float32)
+    acc = tl.full([BLOCK_Q, BLOCK_K], 0.0, tl.float32)
     for head in range(weights_h * heads, head_end):
-        h = (tl.full([T.BLOCK_Q], 0, tl.int64) + head).to(tl.int32)
+        h = (tl.full([BLOCK_Q], 0, tl.int64) + head).to(tl.int32)
         # [BLOCK_Q, D], [BLOCK_K, D]
         rows = row_offsets(x.q.stride, b, h, i)
-        q_tile = load_tile(x.q.ptr, rows, row_mask, T.D, T.CHUNKS, T.ALIGN)
+        q_tile = load_tile(x.q.ptr, rows, row_mask, T.D, CHUNKS, T.ALIGN)
         keys = b * x.k.stride[0] + head // T.GROUP * x.k.stride[1]
         keys = keys + j.to(tl.int64) * x.k.stride[2]
-        k_tile = load_tile(x.k.ptr, keys, exists, T.D, T.CHUNKS, T.ALIGN)
+        k_tile = load_tile(x.k.ptr, keys, exists, T.D, CHUNKS, T.ALIGN)
         score, _ = tile_scores(
-            dot_nt(q_tile, k_tile, T.CHUNKS, T.PRECISION), row_scale(s.scale, head), s,
+            dot_nt(q_tile, k_tile, CHUNKS, PRECISION), row_scale(s.scale, head), s,
             pair_rows(s.bias, b, h, i, 1), pair_rows(s.mask, b, h, i, 1),
             row_mask[:, None], j[None, :], n.Nk,
         )  # fmt: skip

@@ -65,10 +65,14 @@ def forward_kernel(
     W: tl.constexpr,  # Walk
     SCALE_LATER: tl.constexpr,  # scale > 0 and nothing else in the scores: see `factor`
 ):
+    PRECISION: tl.constexpr = T.PRECISION
+    CHUNKS: tl.constexpr = T.CHUNKS
+    CHUNKS_V: tl.constexpr = T.CHUNKS_V
+    BLOCK_Q: tl.constexpr = T.BLOCK_Q
     NATURAL: tl.constexpr = s.bias.ptr is not None
-    tile, hkv, b, split = program(tl.cdiv(n.Nq * T.GROUP, T.BLOCK_Q), n.Hkv, n.B)
+    tile, hkv, b, split = program(tl.cdiv(n.Nq * T.GROUP, BLOCK_Q), n.Hkv, n.B)
     # [BLOCK_Q]
-    i, h, row_mask = packed_rows(tile, hkv, n.Nq, T.BLOCK_Q, T.GROUP)
+    i, h, row_mask = packed_rows(tile, hkv, n.Nq, BLOCK_Q, T.GROUP)
     keys = key_ranges(s, b, i, row_mask, n.Nk)
     key_begin, key_end = keys.begin, keys.end
     if s.bits.ptr is not None:  # words begin at multiples of 32
@@ -90,12 +94,12 @@ def forward_kernel(
     if s.bits.ptr is not None:
         words = row_offsets(s.bits.stride, b, h, i)
     # [BLOCK_Q, D]
-    q_tile = load_tile(x.q.ptr, row_offsets(x.q.stride, b, h, i), row_mask, T.D, T.CHUNKS, T.ALIGN)
+    q_tile = load_tile(x.q.ptr, row_offsets(x.q.stride, b, h, i), row_mask, T.D, CHUNKS, T.ALIGN)
     # [BLOCK_Q], [BLOCK_Q, DV]
-    m = tl.full([T.BLOCK_Q], LOWEST, tl.float32)
-    l = tl.full([T.BLOCK_Q], 0.0, tl.float32)
-    a = tl.full([T.BLOCK_Q], 0.0, tl.float32)  # sum of e * log(e), for the entropy
-    acc = zero_tile(T.BLOCK_Q, T.CHUNKS_V)
+    m = tl.full([BLOCK_Q], LOWEST, tl.float32)
+    l = tl.full([BLOCK_Q], 0.0, tl.float32)
+    a = tl.full([BLOCK_Q], 0.0, tl.float32)  # sum of e * log(e), for the entropy
+    acc = zero_tile(BLOCK_Q, CHUNKS_V)
     for PART in tl.static_range(WHOLE if W.TWO_LOOPS else ALL, ALL if W.TWO_LOOPS else ALL + 1):
         begin, end, gap, length = keys_of_part(
             key_begin, key_end, keys.full_begin, keys.full_end, T.BLOCK_K, PART
@@ -110,10 +114,10 @@ def forward_kernel(
                 exists = exists & (j >= keys.begin)
             # [BLOCK_K, D]
             run = run_offsets(x.k.stride, b, hkv, k0, T.BLOCK_K)
-            k_tile = load_tile(x.k.ptr, run, exists, T.D, T.CHUNKS, T.ALIGN)
+            k_tile = load_tile(x.k.ptr, run, exists, T.D, CHUNKS, T.ALIGN)
             # [BLOCK_Q, BLOCK_K]
             score, _ = tile_scores(
-                dot_nt(q_tile, k_tile, T.CHUNKS, T.PRECISION), rs, s, bias_rows, mask_rows,
+                dot_nt(q_tile, k_tile, CHUNKS, PRECISION), rs, s, bias_rows, mask_rows,
                 row_mask[:, None], j[None, :], n.Nk,
             )  # fmt: skip
             if s.bits.ptr is not None:
@@ -134,9 +138,9 @@ def forward_kernel(
             e = kept(e, dropout, Pair(b, h[:, None], i[:, None], j[None, :]))
             # [BLOCK_K, DV]
             run = run_offsets(x.v.stride, b, hkv, k0, T.BLOCK_K)
-            v_tile = load_tile(x.v.ptr, run, exists, T.DV, T.CHUNKS_V, T.ALIGN)
-            acc = scale_rows(acc, alpha, T.CHUNKS_V)
-            acc = dot_into(acc, e.to(v_tile[0].dtype), v_tile, T.CHUNKS_V, T.PRECISION)
+            v_tile = load_tile(x.v.ptr, run, exists, T.DV, CHUNKS_V, T.ALIGN)
+            acc = scale_rows(acc, alpha, CHUNKS_V)
+            acc = dot_into(acc, e.to(v_tile[0].dtype), v_tile, CHUNKS_V, PRECISION)
 
     empty = l == 0
     l = tl.where(empty, 1.0, l)
@@ -151,8 +155,8 @@ def forward_kernel(
         tl.store(results.entropy + rows, log_l - natural(a, NATURAL) / l, row_mask)
         tl.store(results.max_probability + rows, tl.where(empty, 0.0, 1.0 / l), row_mask)
     rows = split_offsets(out.stride, split, b, h, i)
-    acc = scale_rows(acc, times(1.0 / l, dropout.factor), T.CHUNKS_V)
-    store_tile(out.ptr, rows, row_mask, acc, T.DV, T.CHUNKS_V, T.ALIGN)
+    acc = scale_rows(acc, times(1.0 / l, dropout.factor), CHUNKS_V)
+    store_tile(out.ptr, rows, row_mask, acc, T.DV, CHUNKS_V, T.ALIGN)
 
 
 def forward(

@@ -97,10 +97,14 @@ def dq_kernel(
     T: tl.constexpr,  # Tiling
     W: tl.constexpr,  # Walk
 ):
+    PRECISION: tl.constexpr = T.PRECISION
+    CHUNKS: tl.constexpr = T.CHUNKS
+    CHUNKS_V: tl.constexpr = T.CHUNKS_V
+    BLOCK_Q: tl.constexpr = T.BLOCK_Q
     NATURAL: tl.constexpr = s.bias.ptr is not None
-    tile, hkv, b, split = program(tl.cdiv(n.Nq * T.GROUP, T.BLOCK_Q), n.Hkv, n.B)
+    tile, hkv, b, split = program(tl.cdiv(n.Nq * T.GROUP, BLOCK_Q), n.Hkv, n.B)
     # [BLOCK_Q]
-    i, h, row_mask = packed_rows(tile, hkv, n.Nq, T.BLOCK_Q, T.GROUP)
+    i, h, row_mask = packed_rows(tile, hkv, n.Nq, BLOCK_Q, T.GROUP)
     keys = key_ranges(s, b, i, row_mask, n.Nk)
     key_begin, key_end = keys.begin, keys.end
     if s.bits.ptr is not None:  # words begin at multiples of 32
@@ -122,11 +126,12 @@ def dq_kernel(
     rows = (b * n.Hkv * T.GROUP + h) * n.Nq + i
     row = load_rows(up.rows, rows, row_mask, 1)
     # [BLOCK_Q, D], [BLOCK_Q, DV]
-    q_rows, dout_rows = row_offsets(x.q.stride, b, h, i), row_offsets(up.dout.stride, b, h, i)
-    q_tile = load_tile(x.q.ptr, q_rows, row_mask, T.D, T.CHUNKS, T.ALIGN)
-    dout_tile = load_tile(up.dout.ptr, dout_rows, row_mask, T.DV, T.CHUNKS_V, T.ALIGN)
-    acc = zero_tile(T.BLOCK_Q, T.CHUNKS)
-    row_ds = tl.full([T.BLOCK_Q], 0.0, tl.float32)
+    q_rows = row_offsets(x.q.stride, b, h, i)
+    q_tile = load_tile(x.q.ptr, q_rows, row_mask, T.D, CHUNKS, T.ALIGN)
+    dout_rows = row_offsets(up.dout.stride, b, h, i)
+    dout_tile = load_tile(up.dout.ptr, dout_rows, row_mask, T.DV, CHUNKS_V, T.ALIGN)
+    acc = zero_tile(BLOCK_Q, CHUNKS)
+    row_ds = tl.full([BLOCK_Q], 0.0, tl.float32)
     MASKED: tl.constexpr = s.mask.ptr is not None or s.bits.ptr is not None
     MAY_BE_EMPTY: tl.constexpr = s.start.ptr is not None or MASKED or NATURAL
     GUARD: tl.constexpr = dk.ptr is not None and MAY_BE_EMPTY
@@ -145,16 +150,16 @@ def dq_kernel(
                 exists = exists & (j >= keys.begin)
             # [BLOCK_K, D], [BLOCK_K, DV]
             run = run_offsets(x.k.stride, b, hkv, k0, T.BLOCK_K)
-            k_tile = load_tile(x.k.ptr, run, exists, T.D, T.CHUNKS, T.ALIGN)
+            k_tile = load_tile(x.k.ptr, run, exists, T.D, CHUNKS, T.ALIGN)
             run = run_offsets(x.v.stride, b, hkv, k0, T.BLOCK_K)
-            v_tile = load_tile(x.v.ptr, run, exists, T.DV, T.CHUNKS_V, T.ALIGN)
+            v_tile = load_tile(x.v.ptr, run, exists, T.DV, CHUNKS_V, T.ALIGN)
             # [BLOCK_Q, BLOCK_K]
             score, th = tile_scores(
-                dot_nt(q_tile, k_tile, T.CHUNKS, T.PRECISION), rs, s, bias_rows, mask_rows,
+                dot_nt(q_tile, k_tile, CHUNKS, PRECISION), rs, s, bias_rows, mask_rows,
                 row_mask[:, None], j[None, :], n.Nk,
             )  # fmt: skip
             log2_p = log2_probability(score, row, NATURAL)
-            dp = dot_nt(dout_tile, v_tile, T.CHUNKS_V, T.PRECISION)
+            dp = dot_nt(dout_tile, v_tile, CHUNKS_V, PRECISION)
             dp = probability_gradient(
                 dp, up.dweights, weight_rows, dropout, pair, row_mask[:, None], n.Nk
             )
@@ -173,38 +178,38 @@ def dq_kernel(
                         log2_p, t, th, s.softcap, keys.first, keys.last, j[None, :]
                     )
             p = tl.exp2(log2_p)
-            ds = score_gradient(p, log2_p, t, row, GUARD)
+            ds = score_gradient(p, log2_p, t, row, up.rows, GUARD)
             if dlse is not None:
                 row_ds += tl.sum(ds, 1)
             ds = through_softcap(ds, th, s.softcap)
-            acc = dot_into(acc, ds.to(k_tile[0].dtype), k_tile, T.CHUNKS, T.PRECISION)
+            acc = dot_into(acc, ds.to(k_tile[0].dtype), k_tile, CHUNKS, PRECISION)
             if dk.ptr is not None:
                 p = kept(times(p, dropout.factor), dropout, pair)
                 # [BLOCK_K, D], [BLOCK_K, DV]
-                dk_tile = zero_tile(T.BLOCK_K, T.CHUNKS)
-                dv_tile = zero_tile(T.BLOCK_K, T.CHUNKS_V)
+                dk_tile = zero_tile(T.BLOCK_K, CHUNKS)
+                dv_tile = zero_tile(T.BLOCK_K, CHUNKS_V)
                 ds_t = tl.trans((ds * rs).to(q_tile[0].dtype))
                 p_t = tl.trans(p.to(dout_tile[0].dtype))
-                dk_tile = dot_into(dk_tile, ds_t, q_tile, T.CHUNKS, T.PRECISION)
-                dv_tile = dot_into(dv_tile, p_t, dout_tile, T.CHUNKS_V, T.PRECISION)
+                dk_tile = dot_into(dk_tile, ds_t, q_tile, CHUNKS, PRECISION)
+                dv_tile = dot_into(dv_tile, p_t, dout_tile, CHUNKS_V, PRECISION)
                 run = run_offsets(dk.stride, b, hkv, k0, T.BLOCK_K)
-                store_tile(dk.ptr, run, exists, dk_tile, T.D, T.CHUNKS, T.ALIGN)
+                store_tile(dk.ptr, run, exists, dk_tile, T.D, CHUNKS, T.ALIGN)
                 run = run_offsets(dv.stride, b, hkv, k0, T.BLOCK_K)
-                store_tile(dv.ptr, run, exists, dv_tile, T.DV, T.CHUNKS_V, T.ALIGN)
+                store_tile(dv.ptr, run, exists, dv_tile, T.DV, CHUNKS_V, T.ALIGN)
 
     if MAY_BE_EMPTY:  # rows without keys, whatever reached them
-        empty = tl.reshape(row.lse, [T.BLOCK_Q]) == float("inf")
-        acc = clear_rows(acc, empty, T.CHUNKS)
+        empty = tl.reshape(row.lse, [BLOCK_Q]) == float("inf")
+        acc = clear_rows(acc, empty, CHUNKS)
         row_ds = tl.where(empty, 0.0, row_ds)
     if dlse is not None:
         tl.store(dlse + split * n.B * n.Hkv * T.GROUP * n.Nq + rows, -row_ds, row_mask)
     if dscale is not None:
         split_rows = dscale + split * n.B * n.Hkv * T.GROUP * n.Nq + rows
-        tl.store(split_rows, row_dot(q_tile, acc, T.CHUNKS), row_mask)
+        tl.store(split_rows, row_dot(q_tile, acc, CHUNKS), row_mask)
     rows = split_offsets(dq.stride, split, b, h, i)
-    rs = row_scale(s.scale, h) + tl.full([T.BLOCK_Q], 0.0, tl.float32)
-    acc = scale_rows(acc, rs, T.CHUNKS)
-    store_tile(dq.ptr, rows, row_mask, acc, T.D, T.CHUNKS, T.ALIGN)
+    rs = row_scale(s.scale, h) + tl.full([BLOCK_Q], 0.0, tl.float32)
+    acc = scale_rows(acc, rs, CHUNKS)
+    store_tile(dq.ptr, rows, row_mask, acc, T.D, CHUNKS, T.ALIGN)
 
 
 @triton.jit
@@ -222,12 +227,16 @@ def dkdv_kernel(
     T: tl.constexpr,  # Tiling
     W: tl.constexpr,  # Walk
 ):
+    PRECISION: tl.constexpr = T.PRECISION
+    CHUNKS: tl.constexpr = T.CHUNKS
+    CHUNKS_V: tl.constexpr = T.CHUNKS_V
+    BLOCK_K: tl.constexpr = T.BLOCK_K
     NATURAL: tl.constexpr = s.bias.ptr is not None
-    tile, hkv, b, split = program(tl.cdiv(n.Nk, T.BLOCK_K), n.Hkv, n.B)
+    tile, hkv, b, split = program(tl.cdiv(n.Nk, BLOCK_K), n.Hkv, n.B)
     n_tiles = tl.cdiv(n.Nq * T.GROUP, T.BLOCK_Q)
-    k0 = tile * T.BLOCK_K
+    k0 = tile * BLOCK_K
     # [BLOCK_K]
-    j = k0 + tl.arange(0, T.BLOCK_K)
+    j = k0 + tl.arange(0, BLOCK_K)
     exists = j < n.Nk
     last_tile = n_tiles
     ids = None
@@ -242,18 +251,18 @@ def dkdv_kernel(
     if s.start.ptr is not None:
         bounds += b * n_tiles * 4
     # [BLOCK_K, D], [BLOCK_K, DV]
-    run = run_offsets(x.k.stride, b, hkv, k0, T.BLOCK_K)
-    k_tile = load_tile(x.k.ptr, run, exists, T.D, T.CHUNKS, T.ALIGN)
-    run = run_offsets(x.v.stride, b, hkv, k0, T.BLOCK_K)
-    v_tile = load_tile(x.v.ptr, run, exists, T.DV, T.CHUNKS_V, T.ALIGN)
-    dk_tile = zero_tile(T.BLOCK_K, T.CHUNKS)
-    dv_tile = zero_tile(T.BLOCK_K, T.CHUNKS_V)
+    run = run_offsets(x.k.stride, b, hkv, k0, BLOCK_K)
+    k_tile = load_tile(x.k.ptr, run, exists, T.D, CHUNKS, T.ALIGN)
+    run = run_offsets(x.v.stride, b, hkv, k0, BLOCK_K)
+    v_tile = load_tile(x.v.ptr, run, exists, T.DV, CHUNKS_V, T.ALIGN)
+    dk_tile = zero_tile(BLOCK_K, CHUNKS)
+    dv_tile = zero_tile(BLOCK_K, CHUNKS_V)
     MASKED: tl.constexpr = s.mask.ptr is not None or s.bits.ptr is not None
     GUARD: tl.constexpr = MASKED or NATURAL
     # Offsets kept apart take registers, which the mask in CUT needs as well, and so do that of
     # padded columns, further chunks of q and dout, and the accumulators of warpgroup products.
-    N_CHUNKS: tl.constexpr = len(T.CHUNKS) + len(T.CHUNKS_V)
-    EXACT: tl.constexpr = first_column(T.CHUNKS + T.CHUNKS_V, N_CHUNKS) == T.D + T.DV
+    N_CHUNKS: tl.constexpr = len(CHUNKS) + len(CHUNKS_V)
+    EXACT: tl.constexpr = first_column(CHUNKS + CHUNKS_V, N_CHUNKS) == T.D + T.DV
     SINGLE: tl.constexpr = EXACT and N_CHUNKS == 2 and not has_warpgroup_products()
     FREE: tl.constexpr = EXACT and T.GROUP == 1  # registers: offsets of a group's rows take many
     heads = tl.full([], T.GROUP, tl.int64) * n.Hkv
@@ -271,7 +280,7 @@ def dkdv_kernel(
             # around its loads and can be pipelined; sorted intervals make one run
             if s.start.ptr is not None and ids is None:
                 run_begin, run_end = next_run(
-                    bounds, run_end, part_end, n_tiles, k0, k0 + T.BLOCK_K, PART
+                    bounds, run_end, part_end, n_tiles, k0, k0 + BLOCK_K, PART
                 )
             else:
                 run_begin, run_end = run_end, part_end
@@ -285,11 +294,9 @@ def dkdv_kernel(
                 # [BLOCK_Q, D], [BLOCK_Q, DV]
                 APART: tl.constexpr = SINGLE and PART != CUT
                 first, rows = tile_offsets(x.q.stride, b, hkv, t, i, h, T, APART)
-                q_tile = load_tile(x.q.ptr, rows, rows_exist, T.D, T.CHUNKS, T.ALIGN, first)
+                q_tile = load_tile(x.q.ptr, rows, rows_exist, T.D, CHUNKS, T.ALIGN, first)
                 first, rows = tile_offsets(up.dout.stride, b, hkv, t, i, h, T, APART)
-                dout_tile = load_tile(
-                    up.dout.ptr, rows, rows_exist, T.DV, T.CHUNKS_V, T.ALIGN, first
-                )
+                dout_tile = load_tile(up.dout.ptr, rows, rows_exist, T.DV, CHUNKS_V, T.ALIGN, first)
                 first, rows = 0, (b * heads + h) * n.Nq + i
                 if T.GROUP == 1:
                     strides = (heads * n.Nq, n.Nq, 1)
@@ -303,19 +310,19 @@ def dkdv_kernel(
                     rs = row_scale(s.scale, h)[None, :]
                 # [BLOCK_K, BLOCK_Q]
                 score, th = tile_scores(
-                    dot_nt(k_tile, q_tile, T.CHUNKS, T.PRECISION), rs, s,
+                    dot_nt(k_tile, q_tile, CHUNKS, PRECISION), rs, s,
                     pair_rows(s.bias, b, h, i, 0), pair_rows(s.mask, b, h, i, 0),
                     row_mask[None, :], j[:, None], n.Nk,
                 )  # fmt: skip
                 log2_p = log2_probability(score, row, NATURAL)
-                dp = dot_nt(v_tile, dout_tile, T.CHUNKS_V, T.PRECISION)
+                dp = dot_nt(v_tile, dout_tile, CHUNKS_V, PRECISION)
                 weight_rows = pair_rows(up.dweights, b, h, i, 0)
                 dp = probability_gradient(
                     dp, up.dweights, weight_rows, dropout, pair, row_mask[None, :], n.Nk
                 )
                 t_tile = plus_rows(dp, row.minus_delta, FREE and PART == WHOLE)
                 if s.bits.ptr is not None:
-                    words = run_offsets(s.bits.stride, b, hkv, k0, T.BLOCK_K)
+                    words = run_offsets(s.bits.stride, b, hkv, k0, BLOCK_K)
                     n_columns = n.Nq * T.GROUP
                     chosen = tile_bits(
                         s.bits.ptr, words, exists, t * T.BLOCK_Q, n_columns, T.BLOCK_Q
@@ -326,11 +333,11 @@ def dkdv_kernel(
                         log2_p, t_tile, th, s, Pair(b, h, i, j), row_mask, n.Nk
                     )
                 elif PART == ALL:
-                    cut = k0 + T.BLOCK_K > n.Nk
+                    cut = k0 + BLOCK_K > n.Nk
                     if s.start.ptr is not None:
                         bound = bounds + (t if ids is None else tl.minimum(t, n_tiles - 1)) * 4
                         cut |= tl.load(bound + 1) > k0
-                        cut |= tl.load(bound + 2) < k0 + T.BLOCK_K
+                        cut |= tl.load(bound + 2) < k0 + BLOCK_K
                     # one branch for all: of two the compiler makes selects in every tile
                     if cut:
                         log2_p, t_tile, th = cut_columns(
@@ -338,24 +345,24 @@ def dkdv_kernel(
                         )
                 p = tl.exp2(log2_p)
                 keep_p = kept(p, dropout, pair).to(dout_tile[0].dtype)
-                dv_tile = dot_into(dv_tile, keep_p, dout_tile, T.CHUNKS_V, T.PRECISION)
-                ds = score_gradient(p, log2_p, t_tile, row, GUARD)
+                dv_tile = dot_into(dv_tile, keep_p, dout_tile, CHUNKS_V, PRECISION)
+                ds = score_gradient(p, log2_p, t_tile, row, up.rows, GUARD)
                 ds = through_softcap(ds, th, s.softcap)
                 if not ONE_SCALE:
                     ds *= rs
-                dk_tile = dot_into(dk_tile, ds.to(q_tile[0].dtype), q_tile, T.CHUNKS, T.PRECISION)
+                dk_tile = dot_into(dk_tile, ds.to(q_tile[0].dtype), q_tile, CHUNKS, PRECISION)
 
-    tile, hkv, b, split = program_of(program_again(), tl.cdiv(n.Nk, T.BLOCK_K), n.Hkv, n.B)
-    j = tile * T.BLOCK_K + tl.arange(0, T.BLOCK_K)
+    tile, hkv, b, split = program_of(program_again(), tl.cdiv(n.Nk, BLOCK_K), n.Hkv, n.B)
+    j = tile * BLOCK_K + tl.arange(0, BLOCK_K)
     exists = j < n.Nk
-    one = tl.full([T.BLOCK_K], 1.0, tl.float32)
+    one = tl.full([BLOCK_K], 1.0, tl.float32)
     if ONE_SCALE:
-        dk_tile = scale_rows(dk_tile, one * rs, T.CHUNKS)
+        dk_tile = scale_rows(dk_tile, one * rs, CHUNKS)
     keys = split_offsets(dk.stride, split, b, hkv, j)
-    store_tile(dk.ptr, keys, exists, dk_tile, T.D, T.CHUNKS, T.ALIGN)
+    store_tile(dk.ptr, keys, exists, dk_tile, T.D, CHUNKS, T.ALIGN)
     keys = split_offsets(dv.stride, split, b, hkv, j)
-    dv_tile = scale_rows(dv_tile, times(one, dropout.factor), T.CHUNKS_V)
-    store_tile(dv.ptr, keys, exists, dv_tile, T.DV, T.CHUNKS_V, T.ALIGN)
+    dv_tile = scale_rows(dv_tile, times(one, dropout.factor), CHUNKS_V)
+    store_tile(dv.ptr, keys, exists, dv_tile, T.DV, CHUNKS_V, T.ALIGN)
 
 
 class RowGradients(NamedTuple):

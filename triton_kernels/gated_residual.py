@@ -68,8 +68,8 @@ class GatedSums(NamedTuple):
 
 
 class GatedTiling(NamedTuple):
-    """Constants of a kernel: "layer", "rms" or None; whether the gate is [dim]; rows and columns of a
-    tile; whether tiles divide dim; elements by which every row's offset can be divided."""
+    """Constants of a kernel: "layer", "rms" or None; whether the gate is [dim]; rows and columns of
+    a tile; whether tiles divide dim; elements by which every row's offset can be divided."""
 
     NORM: Any
     VECTOR: Any
@@ -134,8 +134,8 @@ def load_column(base, columns, column_mask, other):
 
 @triton.jit
 def normalise(y, exists, column_mask, dim, eps, NORM: tl.constexpr):
-    """(n, 1 / sqrt(...)) of whole rows by eq. norm, y being 0 beyond dim; both 0 in rows that do not
-    exist, whose 0 / 0 would reach the sums."""
+    """(n, 1 / sqrt(...)) of whole rows by eq. norm, y being 0 beyond dim; both 0 in rows that do
+    not exist, whose 0 / 0 would reach the sums."""
     if NORM == "layer":
         mean = tl.sum(y, 1, keep_dims=True) / dim
         y = tl.where(column_mask[None, :], y - mean, 0.0)
@@ -153,6 +153,7 @@ def gated_forward_kernel(
     n,  # RowSizes
     T: tl.constexpr,  # GatedTiling
 ):  # fmt: skip
+    NORM: tl.constexpr = T.NORM
     pid, column_tiles = tl.program_id(0), tl.cdiv(n.dim, T.COLUMNS)
     # [ROWS], [COLUMNS]
     r = pid // column_tiles * T.ROWS + tl.arange(0, T.ROWS)
@@ -176,9 +177,9 @@ def gated_forward_kernel(
     y_tile = y_tile.to(y.ptr.dtype.element_ty)
     starts = row_starts(r, n.lengths, y.stride)
     store_elements(y.ptr, starts, columns, keep, y_tile, T.ALIGN)
-    if T.NORM is not None:
+    if NORM is not None:
         y_tile = y_tile.to(tl.float32)
-        n_tile, _ = normalise(y_tile, exists, column_mask, n.dim, norm.eps, T.NORM)
+        n_tile, _ = normalise(y_tile, exists, column_mask, n.dim, norm.eps, NORM)
         n_tile = n_tile * load_column(norm.weight, columns, column_mask, 1.0)
         n_tile += load_column(norm.bias, columns, column_mask, 0.0)
         starts = row_starts(r, n.lengths, normed.stride)
@@ -197,18 +198,22 @@ def gated_backward_kernel(
     n_groups,
     T: tl.constexpr,  # GatedTiling
 ):  # fmt: skip
-    pid, column_tiles = tl.program_id(0), tl.cdiv(n.dim, T.COLUMNS)
+    NORM: tl.constexpr = T.NORM
+    ROWS: tl.constexpr = T.ROWS
+    COLUMNS: tl.constexpr = T.COLUMNS
+    VECTOR: tl.constexpr = T.VECTOR
+    pid, column_tiles = tl.program_id(0), tl.cdiv(n.dim, COLUMNS)
     group, column_tile = pid // column_tiles, pid % column_tiles
     # [COLUMNS]
-    columns = column_tile * T.COLUMNS + tl.arange(0, T.COLUMNS)
+    columns = column_tile * COLUMNS + tl.arange(0, COLUMNS)
     column_mask = column_masks(columns, n.dim, T.EXACT)
     # [ROWS, COLUMNS]
-    gate_sum = tl.full([T.ROWS, T.COLUMNS if T.VECTOR else 1], 0.0, tl.float32)
-    weight_sum = tl.full([T.ROWS, T.COLUMNS], 0.0, tl.float32)
-    bias_sum = tl.full([T.ROWS, T.COLUMNS], 0.0, tl.float32)
-    for tile in range(group, tl.cdiv(n.rows, T.ROWS), n_groups):
+    gate_sum = tl.full([ROWS, COLUMNS if VECTOR else 1], 0.0, tl.float32)
+    weight_sum = tl.full([ROWS, COLUMNS], 0.0, tl.float32)
+    bias_sum = tl.full([ROWS, COLUMNS], 0.0, tl.float32)
+    for tile in range(group, tl.cdiv(n.rows, ROWS), n_groups):
         # [ROWS]
-        r = tile * T.ROWS + tl.arange(0, T.ROWS)
+        r = tile * ROWS + tl.arange(0, ROWS)
         exists = r < n.rows
         keep = exists[:, None] & column_mask[None, :]
         gated = keep
@@ -216,20 +221,20 @@ def gated_backward_kernel(
             starts = row_starts(r, n.lengths, row_mask.stride)
             gated = gated & (tl.load(row_mask.ptr + starts, exists, 0) != 0)[:, None]
         # [ROWS, COLUMNS]
-        dy_tile = tl.full([T.ROWS, T.COLUMNS], 0.0, tl.float32)
-        if T.NORM is not None:
+        dy_tile = tl.full([ROWS, COLUMNS], 0.0, tl.float32)
+        if NORM is not None:
             starts = row_starts(r, n.lengths, dnormed.stride)
             dn = load_elements(dnormed.ptr, starts, columns, keep, T.ALIGN)
             starts = row_starts(r, n.lengths, y.stride)
             y_tile = load_elements(y.ptr, starts, columns, keep, T.ALIGN)
-            n_tile, factor = normalise(y_tile, exists, column_mask, n.dim, norm.eps, T.NORM)
+            n_tile, factor = normalise(y_tile, exists, column_mask, n.dim, norm.eps, NORM)
             if parts.weight is not None:
                 weight_sum += dn * n_tile
             if parts.bias is not None:
                 bias_sum += dn
             dn = dn * load_column(norm.weight, columns, column_mask, 1.0)
             away = n_tile * (tl.sum(dn * n_tile, 1, keep_dims=True) / n.dim)
-            if T.NORM == "layer":
+            if NORM == "layer":
                 away += tl.sum(dn, 1, keep_dims=True) / n.dim
             dy_tile = factor * (dn - away)
         if dy.ptr is not None:  # not before: of a wide row there are registers for one of the two
@@ -244,9 +249,9 @@ def gated_backward_kernel(
             gate_term = dy_tile * h_tile
             if row_mask.ptr is not None:  # dy may be NaN where h does not count
                 gate_term = tl.where(gated, gate_term, 0.0)
-            gate_sum += gate_term if T.VECTOR else tl.sum(gate_term, 1, keep_dims=True)
+            gate_sum += gate_term if VECTOR else tl.sum(gate_term, 1, keep_dims=True)
         if dh.ptr is not None:
-            dh_tile = load_gate(gate, columns, column_mask, T.VECTOR) * dy_tile
+            dh_tile = load_gate(gate, columns, column_mask, VECTOR) * dy_tile
             if row_mask.ptr is not None:
                 dh_tile = tl.where(gated, dh_tile, 0.0)
             starts = row_starts(r, n.lengths, dh.stride)
@@ -254,7 +259,7 @@ def gated_backward_kernel(
 
     sums = group.to(tl.int64) * n.dim + columns
     if parts.gate is not None:
-        if T.VECTOR:
+        if VECTOR:
             tl.store(parts.gate + sums, tl.sum(gate_sum, 0), column_mask)
         else:
             tl.store(parts.gate + pid, tl.sum(tl.sum(gate_sum, 1), 0))
@@ -274,7 +279,6 @@ def gated_sums_kernel(
 ):  # fmt: skip
     # [COLUMNS]
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    column_mask = columns < dim
     if sums.weight is not None:
         store_sum(sums.weight, parts.weight, None, columns, dim, n_groups, COLUMNS)
     if sums.bias is not None:

@@ -237,7 +237,7 @@ class Launch:
         return Sizes(self.B, self.Hkv, self.Nq, self.Nk)
 
     def tiling(self, config: Config, *rows: Tensor) -> Tiling:
-        """The constants of a kernel; `rows`: the tensors of rows that it takes beside q, k and v."""
+        """The constants of a kernel; `rows`: its tensors of rows beside q, k and v."""
         call = self.call
         inputs = (call.q, call.k, *((call.v,) if hasattr(call, "v") else ()))
         tf32 = call.allow_tf32 and call.q.dtype == torch.float32

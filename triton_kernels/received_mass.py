@@ -61,20 +61,24 @@ def mass_kernel(
     n_splits,
     T: tl.constexpr,  # Tiling
 ):
-    tile, hkv, b, split = program(tl.cdiv(n.Nk, T.BLOCK_K), n.Hkv, n.B)
-    n_tiles = tl.cdiv(n.Nq * T.GROUP, T.BLOCK_Q)
-    k0 = tile * T.BLOCK_K
+    PRECISION: tl.constexpr = T.PRECISION
+    CHUNKS: tl.constexpr = T.CHUNKS
+    BLOCK_Q: tl.constexpr = T.BLOCK_Q
+    BLOCK_K: tl.constexpr = T.BLOCK_K
+    tile, hkv, b, split = program(tl.cdiv(n.Nk, BLOCK_K), n.Hkv, n.B)
+    n_tiles = tl.cdiv(n.Nq * T.GROUP, BLOCK_Q)
+    k0 = tile * BLOCK_K
     # [BLOCK_K]
-    j = k0 + tl.arange(0, T.BLOCK_K)
+    j = k0 + tl.arange(0, BLOCK_K)
     exists = j < n.Nk
     begin, end = split_range(0, n_tiles, split, n_splits, 1)
     if s.start.ptr is not None:
         bounds += b * n_tiles * 4
     # [BLOCK_K, D]
-    run = run_offsets(x.k.stride, b, hkv, k0, T.BLOCK_K)
-    k_tile = load_tile(x.k.ptr, run, exists, T.D, T.CHUNKS, T.ALIGN)
+    run = run_offsets(x.k.stride, b, hkv, k0, BLOCK_K)
+    k_tile = load_tile(x.k.ptr, run, exists, T.D, CHUNKS, T.ALIGN)
     # [BLOCK_K, BLOCK_Q]
-    acc = tl.full([T.BLOCK_K, T.BLOCK_Q], 0.0, tl.float32)
+    acc = tl.full([BLOCK_K, BLOCK_Q], 0.0, tl.float32)
     # of intervals first the row tiles that see every key of this tile, without looking at bounds
     WHOLE_FIRST: tl.constexpr = s.start.ptr is not None
     for PART in tl.static_range(WHOLE if WHOLE_FIRST else ALL, ALL if WHOLE_FIRST else ALL + 1):
@@ -84,13 +88,13 @@ def mass_kernel(
                 run_begin, run_end = run_end, end
             else:
                 run_begin, run_end = next_run(
-                    bounds, run_end, end, n_tiles, k0, k0 + T.BLOCK_K, PART
+                    bounds, run_end, end, n_tiles, k0, k0 + BLOCK_K, PART
                 )  # fmt: skip
             for t in range(run_begin, run_end):
                 # [BLOCK_Q]
-                i, h, row_mask = packed_rows(t, hkv, n.Nq, T.BLOCK_Q, T.GROUP)
+                i, h, row_mask = packed_rows(t, hkv, n.Nq, BLOCK_Q, T.GROUP)
                 rows = row_offsets(x.q.stride, b, h, i)
-                q_tile = load_tile(x.q.ptr, rows, row_mask, T.D, T.CHUNKS, T.ALIGN)
+                q_tile = load_tile(x.q.ptr, rows, row_mask, T.D, CHUNKS, T.ALIGN)
                 rows = (b * n.Hkv * T.GROUP + h) * n.Nq + i
                 row = load_rows(terms, rows, row_mask, 0)
                 rs = row_scale(s.scale, h)
@@ -98,7 +102,7 @@ def mass_kernel(
                     rs = rs[None, :]
                 # [BLOCK_K, BLOCK_Q]
                 score, _ = tile_scores(
-                    dot_nt(k_tile, q_tile, T.CHUNKS, T.PRECISION), rs, s,
+                    dot_nt(k_tile, q_tile, CHUNKS, PRECISION), rs, s,
                     pair_rows(s.bias, b, h, i, 0), pair_rows(s.mask, b, h, i, 0),
                     row_mask[None, :], j[:, None], n.Nk,
                 )  # fmt: skip

@@ -25,7 +25,7 @@ from .tiles import (
 
 @triton.jit
 def rows_of(H, N, BLOCK: tl.constexpr):
-    """(b, h, n, n-th row of all, whether it exists) of this program's rows; all but b, h [BLOCK]."""
+    """(b, h, n, row among all, whether it exists) of this program's rows; all but b, h [BLOCK]."""
     tiles = tl.cdiv(N, BLOCK)
     pid = tl.program_id(0)
     bh = pid // tiles

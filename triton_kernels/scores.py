@@ -32,10 +32,10 @@ def row_offsets(stride, b, h, i):
 
 @triton.jit
 def pair_rows(t, b, h, i, AXIS: tl.constexpr):
-    """`row_offsets` in a `Strided` that is indexed by pairs, with a dimension of one at AXIS; None
+    """`row_offsets` in a `Strided` that is indexed by pairs, with a dimension of one at AXIS; 0
     where there is no tensor."""
     if t.ptr is None:
-        return None
+        return 0
     else:
         return tl.expand_dims(row_offsets(t.stride, b, h, i), AXIS)
 
@@ -168,8 +168,9 @@ def key_ranges(s, b, i, row_mask, Nk):
         first, last = row_bounds(s, b, i, row_mask, Nk)
         full_begin = tl.max(tl.where(row_mask, first, 0))
         full_end = tl.min(tl.where(row_mask, last, Nk))
-        begin, end = tl.min(first), tl.max(last)
-        return KeyRange(first[:, None], last[:, None], begin, end, full_begin, full_end)
+        return KeyRange(
+            first[:, None], last[:, None], tl.min(first), tl.max(last), full_begin, full_end
+        )
     else:
         return KeyRange(0, Nk, 0, Nk, 0, Nk)
 
@@ -203,8 +204,9 @@ def cut_columns(log2_p, t, th, s, pair, row_mask, Nk):
     if s.start.ptr is not None:
         i = pair.i.to(tl.int64)
         starts = s.start.ptr + pair.b * s.start.stride[0] + i * s.start.stride[1]
+        first = tl.load(starts, row_mask, 0)
         stops = s.stop.ptr + pair.b * s.stop.stride[0] + i * s.stop.stride[1]
-        first, last = tl.load(starts, row_mask, 0), tl.load(stops, row_mask, 0)
+        last = tl.load(stops, row_mask, 0)
     else:
         first, last = 0 * pair.i, tl.where(row_mask, Nk, 0)
     j = pair.j[:, None]
@@ -248,13 +250,14 @@ def plus_rows(dp, row, IN_PRODUCT: tl.constexpr):
 
 
 @triton.jit
-def score_gradient(p, log2_p, t, row, GUARD: tl.constexpr):
-    """ds of the capped scores, eq. ds, by the row's `RowTerms`; t = dp - delta, see `delta_kernel`.
+def score_gradient(p, log2_p, t, row, terms, GUARD: tl.constexpr):
+    """ds of the capped scores, eq. ds, by the row's values of the `RowTerms` terms; t = dp - delta,
+    see `delta_kernel`.
 
     GUARD: it is summed over rows, some of which may have no key: dp may be infinite or NaN there,
     which p = 0 does not clear.
     """
-    if row.dentropy is not None:
+    if terms.dentropy is not None:
         # p = 0 has log2 p = -inf, and its term is 0
         t -= tl.where(p > 0, row.dentropy * (log2_p * LN2), 0.0)
     ds = p * t

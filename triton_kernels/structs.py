@@ -174,9 +174,9 @@ class KeyRange(NamedTuple):
 
 
 class SearchedRows(NamedTuple):
-    """A tile of rows whose highest keys are searched: q_tile [BLOCK_Q, D], the keys `Strided`, batch
-    and key head, the head of each row, the `Scores` and offsets of the rows in their mask, which
-    rows exist [BLOCK_Q, 1], and the `KeyRange`."""
+    """A tile of rows whose highest keys are searched: q_tile [BLOCK_Q, D], the keys `Strided`,
+    batch and key head, the head of each row, the `Scores` and offsets of the rows in their mask,
+    which rows exist [BLOCK_Q, 1], and the `KeyRange`."""
 
     q_tile: Any
     k: Strided

@@ -150,11 +150,11 @@ def packed_rows(tile, hkv, Nq, BLOCK_Q: tl.constexpr, GROUP: tl.constexpr):
 
 @triton.jit
 def row_bounds(s, b, i, row_mask, Nk):
-    """The key interval of each row by the `Scores` s, clamped to [0, Nk]; an empty one is (Nk, 0)."""
+    """The key interval of each row by the bounds in s, clamped to [0, Nk]; (Nk, 0) if empty."""
     i = i.to(tl.int64)
     starts = s.start.ptr + b * s.start.stride[0] + i * s.start.stride[1]
-    stops = s.stop.ptr + b * s.stop.stride[0] + i * s.stop.stride[1]
     first = tl.load(starts, mask=row_mask, other=0)
+    stops = s.stop.ptr + b * s.stop.stride[0] + i * s.stop.stride[1]
     last = tl.load(stops, mask=row_mask, other=0)
     first, last = tl.maximum(first, 0), tl.minimum(last, Nk)
     empty = first >= last
@@ -305,13 +305,13 @@ def rows_of_part(begin, end, n_whole, PART: tl.constexpr):
 
 @triton.jit
 def load_rows(terms, rows, row_mask, AXIS: tl.constexpr, no_row=float("inf"), first=0):
-    """The `RowTerms` of the rows at first + `rows`, with a dimension of one at AXIS: 0 for a tensor
-    that is not there, and None for dentropy.
+    """The `RowTerms` of the rows at first + `rows`, with a dimension of one at AXIS; 0 for a tensor
+    that is not there.
 
     lse is +inf for a row without keys, so that p = 0, and `no_row` where there is no row.
     """
     lse = load_row(terms.lse + first, rows, row_mask, no_row, AXIS)
-    lse_low, minus_delta, dentropy = 0.0, 0.0, None
+    lse_low, minus_delta, dentropy = 0.0, 0.0, 0.0
     if terms.lse_low is not None:
         lse_low = load_row(terms.lse_low + first, rows, row_mask, 0.0, AXIS)
     if terms.minus_delta is not None:

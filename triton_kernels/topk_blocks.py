@@ -93,15 +93,18 @@ def importance_kernel(
 ):
     """The weights of a tile of pooled keys, summed over the rows of one tile of queries; -inf where
     no row sees the key."""
+    PRECISION: tl.constexpr = T.PRECISION
+    CHUNKS: tl.constexpr = T.CHUNKS
+    BLOCK_K: tl.constexpr = T.BLOCK_K
     tile, hkv, b, k_tile_index = program(n_tiles, n.Hkv, n.B)
-    k0 = k_tile_index.to(tl.int32) * T.BLOCK_K
+    k0 = k_tile_index.to(tl.int32) * BLOCK_K
     # [BLOCK_K]
-    j = k0 + tl.arange(0, T.BLOCK_K)
+    j = k0 + tl.arange(0, BLOCK_K)
     exists = j < n.Nk
-    run = run_offsets(x.k.stride, b, hkv, k0, T.BLOCK_K)
-    k_tile = load_tile(x.k.ptr, run, exists, T.D, T.CHUNKS, T.ALIGN)
-    total = tl.full([T.BLOCK_K], 0.0, tl.float32)
-    allowed = tl.full([T.BLOCK_K], 0, tl.int32)
+    run = run_offsets(x.k.stride, b, hkv, k0, BLOCK_K)
+    k_tile = load_tile(x.k.ptr, run, exists, T.D, CHUNKS, T.ALIGN)
+    total = tl.full([BLOCK_K], 0.0, tl.float32)
+    allowed = tl.full([BLOCK_K], 0, tl.int32)
     PER_TILE: tl.constexpr = QUERIES * T.GROUP // T.BLOCK_Q
     for t in range(tile * PER_TILE, (tile + 1) * PER_TILE):
         # [BLOCK_Q]
@@ -112,9 +115,9 @@ def importance_kernel(
             rs = rs[:, None]
         # [BLOCK_Q, D], [BLOCK_Q, BLOCK_K]
         rows = row_offsets(x.q.stride, b, h, i)
-        q_tile = load_tile(x.q.ptr, rows, row_mask, T.D, T.CHUNKS, T.ALIGN)
+        q_tile = load_tile(x.q.ptr, rows, row_mask, T.D, CHUNKS, T.ALIGN)
         score, _ = tile_scores(
-            dot_nt(q_tile, k_tile, T.CHUNKS, T.PRECISION), rs, s, None,
+            dot_nt(q_tile, k_tile, CHUNKS, PRECISION), rs, s, None,
             pair_rows(s.mask, b, h, i, 1), row_mask[:, None], j[None, :], n.Nk,
         )  # fmt: skip
         score = forbid_outside(score, keys.first, keys.last, j[None, :])

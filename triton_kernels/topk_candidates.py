@@ -32,21 +32,23 @@ def candidates_kernel(
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Each program has one row and all of its candidates, COLUMNS at a time."""
+    BLOCK_K: tl.constexpr = T.BLOCK_K
+    ALIGN: tl.constexpr = T.ALIGN
     r = tl.program_id(0)
     b, h, hkv, i = one_row(r, n.Nq, n.Hkv * T.GROUP, T.GROUP)
     r = r.to(tl.int64)
     # [BLOCK_K]
-    place = tl.arange(0, T.BLOCK_K)
+    place = tl.arange(0, BLOCK_K)
     j = tl.load(candidates + r * n_candidates + place, place < n_candidates, -1)
     exists = j >= 0
     rows = b * x.k.stride[0] + hkv * x.k.stride[1] + j.to(tl.int64) * x.k.stride[2]
     q = x.q.ptr + (b * x.q.stride[0] + h * x.q.stride[1] + i * x.q.stride[2])
-    s = tl.full([T.BLOCK_K], 0.0, tl.float32)
+    s = tl.full([BLOCK_K], 0.0, tl.float32)
     for d0 in range(0, T.D, COLUMNS):
         # [COLUMNS], [BLOCK_K, COLUMNS]
         d = d0 + tl.arange(0, COLUMNS)
         q_part = tl.load(q + d, d < T.D, 0.0).to(tl.float32)
-        elements = tl.multiple_of(rows[:, None] + d[None, :], [1, T.ALIGN])
+        elements = tl.multiple_of(rows[:, None] + d[None, :], [1, ALIGN])
         keep = exists[:, None] & (d < T.D)[None, :]
         k_part = tl.load(x.k.ptr + elements, keep, 0.0).to(tl.float32)
         s += tl.sum(k_part * q_part[None, :], 1)
@@ -61,8 +63,8 @@ def candidates_kernel(
     chosen_before = tl.cumsum(chosen.to(tl.int32), 0)
     selected += r * top_k
     tl.store(selected + chosen_before - 1, j, chosen & (chosen_before <= top_k))
-    for first in range(tl.sum(chosen.to(tl.int32), 0), top_k, T.BLOCK_K):
-        none = tl.full([T.BLOCK_K], -1, tl.int32)
+    for first in range(tl.sum(chosen.to(tl.int32), 0), top_k, BLOCK_K):
+        none = tl.full([BLOCK_K], -1, tl.int32)
         tl.store(selected + first + place, none, first + place < top_k)
 
 

@@ -49,8 +49,9 @@ def one_row_offset(stride, b, h, i):
 @triton.jit
 def gathered_scores(q_tile, k, rows, exists, rs, T: tl.constexpr):
     """(keys, scores [BLOCK_K] in log2 units, -inf where there is no key)."""
-    k_tile = load_tile(k, rows, exists, T.D, T.CHUNKS, T.ALIGN)
-    score = row_dot(k_tile, q_tile, T.CHUNKS) * (rs * LOG2E)
+    CHUNKS: tl.constexpr = T.CHUNKS
+    k_tile = load_tile(k, rows, exists, T.D, CHUNKS, T.ALIGN)
+    score = row_dot(k_tile, q_tile, CHUNKS) * (rs * LOG2E)
     return k_tile, tl.where(exists, score, float("-inf"))
 
 
@@ -75,14 +76,16 @@ def gather_forward_kernel(
     T: tl.constexpr,  # Tiling
 ):
     """Each program has one row."""
+    CHUNKS: tl.constexpr = T.CHUNKS
+    CHUNKS_V: tl.constexpr = T.CHUNKS_V
     r = tl.program_id(0)
     b, h, hkv, i = one_row(r, n.Nq, n.Hkv * T.GROUP, T.GROUP)
     rs = row_scale(scale, h)
     one = tl.arange(0, 1).to(tl.int64)
     # [1, D], [1, DV]
     rows = one_row_offset(x.q.stride, b, h, i)
-    q_tile = load_tile(x.q.ptr, rows, None, T.D, T.CHUNKS, T.ALIGN)
-    acc = zero_tile(1, T.CHUNKS_V)
+    q_tile = load_tile(x.q.ptr, rows, None, T.D, CHUNKS, T.ALIGN)
+    acc = zero_tile(1, CHUNKS_V)
     m = tl.full([], LOWEST, tl.float32)
     l = tl.full([], 0.0, tl.float32)
     a = tl.full([], 0.0, tl.float32)
@@ -102,9 +105,9 @@ def gather_forward_kernel(
             a += tl.sum(e * tl.where(e > 0, s - m_new, 0.0), 0)
         l = l * alpha + tl.sum(e, 0)
         m = m_new
-        v_tile = load_tile(v, j * x.v.stride[2], exists, T.DV, T.CHUNKS_V, T.ALIGN)
-        acc = scale_rows(acc, alpha + 0.0 * one, T.CHUNKS_V)
-        acc = weighted_sum(acc, e, v_tile, T.CHUNKS_V)
+        v_tile = load_tile(v, j * x.v.stride[2], exists, T.DV, CHUNKS_V, T.ALIGN)
+        acc = scale_rows(acc, alpha + 0.0 * one, CHUNKS_V)
+        acc = weighted_sum(acc, e, v_tile, CHUNKS_V)
 
     empty = l == 0
     l = tl.where(empty, 1.0, l)
@@ -114,8 +117,8 @@ def gather_forward_kernel(
         tl.store(results.entropy + r, log_l - natural(a, False) / l)
         tl.store(results.max_probability + r, tl.where(empty, 0.0, 1.0 / l))
     rows = one_row_offset(out.stride, b, h, i)
-    acc = scale_rows(acc, 1.0 / l + 0.0 * one, T.CHUNKS_V)
-    store_tile(out.ptr, rows, one == 0, acc, T.DV, T.CHUNKS_V, T.ALIGN)
+    acc = scale_rows(acc, 1.0 / l + 0.0 * one, CHUNKS_V)
+    store_tile(out.ptr, rows, one == 0, acc, T.DV, CHUNKS_V, T.ALIGN)
 
 
 @triton.jit
@@ -132,21 +135,23 @@ def gather_dq_kernel(
     T: tl.constexpr,  # Tiling
 ):
     """Each program has one row."""
+    CHUNKS: tl.constexpr = T.CHUNKS
+    CHUNKS_V: tl.constexpr = T.CHUNKS_V
     r = tl.program_id(0)
     b, h, hkv, i = one_row(r, n.Nq, n.Hkv * T.GROUP, T.GROUP)
     rs = row_scale(scale, h)
     one = tl.arange(0, 1).to(tl.int64)
     # [1, D], [1, DV]
     rows = one_row_offset(x.q.stride, b, h, i)
-    q_tile = load_tile(x.q.ptr, rows, None, T.D, T.CHUNKS, T.ALIGN)
+    q_tile = load_tile(x.q.ptr, rows, None, T.D, CHUNKS, T.ALIGN)
     rows = one_row_offset(dout.stride, b, h, i)
-    dout_tile = load_tile(dout.ptr, rows, None, T.DV, T.CHUNKS_V, T.ALIGN)
-    acc = zero_tile(1, T.CHUNKS)
+    dout_tile = load_tile(dout.ptr, rows, None, T.DV, CHUNKS_V, T.ALIGN)
+    acc = zero_tile(1, CHUNKS)
     row_lse, row_minus_delta = tl.load(terms.lse + r), tl.load(terms.minus_delta + r)
-    row_dentropy = None
+    row_dentropy = 0.0
     if terms.dentropy is not None:
         row_dentropy = tl.load(terms.dentropy + r)
-    row = RowTerms(row_lse, None, row_minus_delta, row_dentropy)
+    row = RowTerms(row_lse, 0.0, row_minus_delta, row_dentropy)
     indices += r.to(tl.int64) * top_k
     k = x.k.ptr + (b * x.k.stride[0] + hkv * x.k.stride[1])
     v = x.v.ptr + (b * x.v.stride[0] + hkv * x.v.stride[1])
@@ -156,18 +161,18 @@ def gather_dq_kernel(
         j = tl.load(indices + place, place < top_k, -1).to(tl.int64)
         exists = j >= 0
         k_tile, s = gathered_scores(q_tile, k, j * x.k.stride[2], exists, rs, T)
-        v_tile = load_tile(v, j * x.v.stride[2], exists, T.DV, T.CHUNKS_V, T.ALIGN)
+        v_tile = load_tile(v, j * x.v.stride[2], exists, T.DV, CHUNKS_V, T.ALIGN)
         log2_p = s - row.lse
-        t = row_dot(v_tile, dout_tile, T.CHUNKS_V) + row.minus_delta
+        t = row_dot(v_tile, dout_tile, CHUNKS_V) + row.minus_delta
         p = tl.exp2(log2_p)
-        ds = score_gradient(p, log2_p, t, row, False)
-        acc = weighted_sum(acc, tl.where(exists, ds, 0.0), k_tile, T.CHUNKS)
+        ds = score_gradient(p, log2_p, t, row, terms, False)
+        acc = weighted_sum(acc, tl.where(exists, ds, 0.0), k_tile, CHUNKS)
 
     rows = one_row_offset(dq.stride, b, h, i)
     if dscale is not None:
-        tl.store(dscale + r + one, row_dot(q_tile, acc, T.CHUNKS))
-    acc = scale_rows(acc, rs + 0.0 * one, T.CHUNKS)
-    store_tile(dq.ptr, rows, one == 0, acc, T.D, T.CHUNKS, T.ALIGN)
+        tl.store(dscale + r + one, row_dot(q_tile, acc, CHUNKS))
+    acc = scale_rows(acc, rs + 0.0 * one, CHUNKS)
+    store_tile(dq.ptr, rows, one == 0, acc, T.D, CHUNKS, T.ALIGN)
 
 
 @triton.jit
@@ -185,6 +190,9 @@ def gather_dkdv_kernel(
     top_k,
     T: tl.constexpr,  # Tiling; BLOCK_Q are pairs
 ):
+    PRECISION: tl.constexpr = T.PRECISION
+    CHUNKS: tl.constexpr = T.CHUNKS
+    CHUNKS_V: tl.constexpr = T.CHUNKS_V
     pid, n_tiles = tl.program_id(0), tl.cdiv(n.Nk, T.BLOCK_K)
     tile, head = pid % n_tiles, pid // n_tiles
     b, hkv = (head // n.Hkv).to(tl.int64), head % n.Hkv
@@ -194,10 +202,10 @@ def gather_dkdv_kernel(
     exists = j < n.Nk
     # [BLOCK_K, D], [BLOCK_K, DV]
     run = run_offsets(x.k.stride, b, hkv, k0, T.BLOCK_K)
-    k_tile = load_tile(x.k.ptr, run, exists, T.D, T.CHUNKS, T.ALIGN)
+    k_tile = load_tile(x.k.ptr, run, exists, T.D, CHUNKS, T.ALIGN)
     run = run_offsets(x.v.stride, b, hkv, k0, T.BLOCK_K)
-    v_tile = load_tile(x.v.ptr, run, exists, T.DV, T.CHUNKS_V, T.ALIGN)
-    dk_tile, dv_tile = zero_tile(T.BLOCK_K, T.CHUNKS), zero_tile(T.BLOCK_K, T.CHUNKS_V)
+    v_tile = load_tile(x.v.ptr, run, exists, T.DV, CHUNKS_V, T.ALIGN)
+    dk_tile, dv_tile = zero_tile(T.BLOCK_K, CHUNKS), zero_tile(T.BLOCK_K, CHUNKS_V)
     ends += head.to(tl.int64) * (n_tiles + 1) + tile
     begin, end = tl.load(ends), tl.load(ends + 1)
     for e0 in range(begin, end, T.BLOCK_Q):
@@ -212,26 +220,26 @@ def gather_dkdv_kernel(
             rs = rs[None, :]
         # [BLOCK_Q, D], [BLOCK_Q, DV]
         rows = b * x.q.stride[0] + h * x.q.stride[1] + i * x.q.stride[2]
-        q_tile = load_tile(x.q.ptr, rows, is_pair, T.D, T.CHUNKS, T.ALIGN)
+        q_tile = load_tile(x.q.ptr, rows, is_pair, T.D, CHUNKS, T.ALIGN)
         rows = b * dout.stride[0] + h * dout.stride[1] + i * dout.stride[2]
-        dout_tile = load_tile(dout.ptr, rows, is_pair, T.DV, T.CHUNKS_V, T.ALIGN)
+        dout_tile = load_tile(dout.ptr, rows, is_pair, T.DV, CHUNKS_V, T.ALIGN)
         row = load_rows(terms, r, is_pair, 0)
         # [BLOCK_K, BLOCK_Q]
         chosen = j.to(tl.int64)[:, None] == key[None, :]
-        s = dot_nt(k_tile, q_tile, T.CHUNKS, T.PRECISION) * (rs * LOG2E)
+        s = dot_nt(k_tile, q_tile, CHUNKS, PRECISION) * (rs * LOG2E)
         log2_p = tl.where(chosen, s - row.lse, float("-inf"))
-        t = dot_nt(v_tile, dout_tile, T.CHUNKS_V, T.PRECISION) + row.minus_delta
+        t = dot_nt(v_tile, dout_tile, CHUNKS_V, PRECISION) + row.minus_delta
         t = tl.where(chosen, t, 0.0)
         p = tl.exp2(log2_p)
         p_tile = p.to(dout_tile[0].dtype)
-        dv_tile = dot_into(dv_tile, p_tile, dout_tile, T.CHUNKS_V, T.PRECISION)
-        ds = score_gradient(p, log2_p, t, row, True) * rs
-        dk_tile = dot_into(dk_tile, ds.to(q_tile[0].dtype), q_tile, T.CHUNKS, T.PRECISION)
+        dv_tile = dot_into(dv_tile, p_tile, dout_tile, CHUNKS_V, PRECISION)
+        ds = score_gradient(p, log2_p, t, row, terms, True) * rs
+        dk_tile = dot_into(dk_tile, ds.to(q_tile[0].dtype), q_tile, CHUNKS, PRECISION)
 
     run = run_offsets(dk.stride, b, hkv, k0, T.BLOCK_K)
-    store_tile(dk.ptr, run, exists, dk_tile, T.D, T.CHUNKS, T.ALIGN)
+    store_tile(dk.ptr, run, exists, dk_tile, T.D, CHUNKS, T.ALIGN)
     run = run_offsets(dv.stride, b, hkv, k0, T.BLOCK_K)
-    store_tile(dv.ptr, run, exists, dv_tile, T.DV, T.CHUNKS_V, T.ALIGN)
+    store_tile(dv.ptr, run, exists, dv_tile, T.DV, CHUNKS_V, T.ALIGN)
 
 
 def forward(call: TopKAttentionCall, indices: Tensor) -> AttentionResults:

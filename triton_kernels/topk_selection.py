@@ -61,17 +61,19 @@ def normal_quantile(p):
 
 @triton.jit
 def selection_scores(rows, k0, Nk, T: tl.constexpr):
-    """The scores [BLOCK_Q, BLOCK_K] of some `SearchedRows` and the keys from k0 on, -inf where a key
-    is not allowed."""
+    """The scores [BLOCK_Q, BLOCK_K] of some `SearchedRows` and the keys from k0 on, -inf where a
+    key is not allowed."""
+    PRECISION: tl.constexpr = T.PRECISION
+    CHUNKS: tl.constexpr = T.CHUNKS
     s, keys = rows.s, rows.keys
     rs = s.scale.number
     if s.scale.ptr is not None:
         rs = row_scale(s.scale, rows.h)[:, None]
     j = k0 + tl.arange(0, T.BLOCK_K)
     run = run_offsets(rows.k.stride, rows.b, rows.hkv, k0, T.BLOCK_K)
-    k_tile = load_tile(rows.k.ptr, run, j < Nk, T.D, T.CHUNKS, T.ALIGN)
+    k_tile = load_tile(rows.k.ptr, run, j < Nk, T.D, CHUNKS, T.ALIGN)
     score, _ = tile_scores(
-        dot_nt(rows.q_tile, k_tile, T.CHUNKS, T.PRECISION), rs, s, None, rows.mask_rows,
+        dot_nt(rows.q_tile, k_tile, CHUNKS, PRECISION), rs, s, None, rows.mask_rows,
         rows.row_mask, j[None, :], Nk,
     )  # fmt: skip
     cut = (k0 < keys.full_begin) | (k0 + T.BLOCK_K > keys.full_end)
@@ -88,13 +90,15 @@ def reaches(s, t):
 @triton.jit
 def count(scores, rows, begin, end, Nk, t, T: tl.constexpr):
     """How many scores of each row reach t [BLOCK_Q], int32 [BLOCK_Q]."""
+    BLOCK_Q: tl.constexpr = T.BLOCK_Q
+    BLOCK_K: tl.constexpr = T.BLOCK_K
     # [BLOCK_Q, BLOCK_K], float32 as the adders of integers have half the rate and compare as well
-    counts = tl.full([T.BLOCK_Q, T.BLOCK_K], 0.0, tl.float32)
+    counts = tl.full([BLOCK_Q, BLOCK_K], 0.0, tl.float32)
     if len(scores) > 0:
         for n in tl.static_range(len(scores)):
             counts += tl.where(reaches(scores[n], t[:, None]), 1.0, 0.0)
     else:
-        for k0 in range(begin, end, T.BLOCK_K):
+        for k0 in range(begin, end, BLOCK_K):
             score = selection_scores(rows, k0, Nk, T)
             counts += tl.where(reaches(score, t[:, None]), 1.0, 0.0)
     return tl.sum(counts, 1).to(tl.int32)
@@ -103,15 +107,17 @@ def count(scores, rows, begin, end, Nk, t, T: tl.constexpr):
 @triton.jit
 def moments(scores, rows, begin, end, Nk, T: tl.constexpr):
     """(count, mean, standard deviation) of the scores above -inf, each [BLOCK_Q], for a guess."""
+    BLOCK_Q: tl.constexpr = T.BLOCK_Q
+    BLOCK_K: tl.constexpr = T.BLOCK_K
     # [BLOCK_Q, BLOCK_K]
-    counts = tl.full([T.BLOCK_Q, T.BLOCK_K], 0.0, tl.float32)
-    total = tl.full([T.BLOCK_Q, T.BLOCK_K], 0.0, tl.float32)
-    squares = tl.full([T.BLOCK_Q, T.BLOCK_K], 0.0, tl.float32)
+    counts = tl.full([BLOCK_Q, BLOCK_K], 0.0, tl.float32)
+    total = tl.full([BLOCK_Q, BLOCK_K], 0.0, tl.float32)
+    squares = tl.full([BLOCK_Q, BLOCK_K], 0.0, tl.float32)
     if len(scores) > 0:
         for n in tl.static_range(len(scores)):
             counts, total, squares = add_moments(scores[n], counts, total, squares)
     else:
-        for k0 in range(begin, end, T.BLOCK_K):
+        for k0 in range(begin, end, BLOCK_K):
             score = selection_scores(rows, k0, Nk, T)
             counts, total, squares = add_moments(score, counts, total, squares)
     n_row = tl.sum(counts, 1)
@@ -167,13 +173,14 @@ def next_guess(enclosed, top_k, mean, deviation, z, step):
 def search(scores, rows, begin, end, Nk, row_mask, top_k, T: tl.constexpr):
     """(t, how many scores reach t, how many are above t) of each row, [BLOCK_Q]: t is the top_k-th
     score, or below all where there are fewer."""
+    BLOCK_Q: tl.constexpr = T.BLOCK_Q
     n_row, mean, deviation = moments(scores, rows, begin, end, Nk, T)
     top_k = tl.full([], 0, tl.int32) + top_k
     n = tl.maximum(n_row, 1).to(tl.float32)
     z = normal_quantile(tl.minimum(tl.maximum(top_k - 0.5, 0.3), n - 0.3) / n)
-    low = tl.full([T.BLOCK_Q], LOWEST, tl.float32)
-    high = tl.full([T.BLOCK_Q], float("inf"), tl.float32)
-    n_low, n_high = n_row, tl.full([T.BLOCK_Q], 0, tl.int32)
+    low = tl.full([BLOCK_Q], LOWEST, tl.float32)
+    high = tl.full([BLOCK_Q], float("inf"), tl.float32)
+    n_low, n_high = n_row, tl.full([BLOCK_Q], 0, tl.int32)
     step = tl.full([], 0, tl.int32)
     searching = row_mask & (n_low > top_k)
     while tl.max(searching.to(tl.int32)) > 0:
@@ -268,11 +275,12 @@ def store_words(selected, place, words, filled, k0, Nk, T: tl.constexpr, INDEXED
 @triton.jit
 def store_no_keys(selected, place, filled, T: tl.constexpr):
     """-1 behind the `filled` [BLOCK_Q] keys of each row."""
+    BLOCK_Q: tl.constexpr = T.BLOCK_Q
     first = tl.min(tl.where(place.row_mask, filled, place.top_k))
     for column0 in range(first, place.top_k, 32):
         column = column0 + tl.arange(0, 32)[None, :]
         rest = place.row_mask[:, None] & (column >= filled[:, None]) & (column < place.top_k)
-        none = tl.full([T.BLOCK_Q, 32], -1, tl.int32)
+        none = tl.full([BLOCK_Q, 32], -1, tl.int32)
         tl.store(selected + place.rows[:, None] * place.width + column, none, rest)
 
 
@@ -290,49 +298,52 @@ def select_kernel(
     TILES: tl.constexpr,  # of keys, all of whose scores are kept; 0: computed in every step
     INDEXED: tl.constexpr,
 ):
-    tile, hkv, b, split = program(tl.cdiv(n.Nq * T.GROUP, T.BLOCK_Q), n.Hkv, n.B)
+    CHUNKS: tl.constexpr = T.CHUNKS
+    BLOCK_Q: tl.constexpr = T.BLOCK_Q
+    BLOCK_K: tl.constexpr = T.BLOCK_K
+    tile, hkv, b, split = program(tl.cdiv(n.Nq * T.GROUP, BLOCK_Q), n.Hkv, n.B)
     # [BLOCK_Q]
-    i, h, row_mask = packed_rows(tile, hkv, n.Nq, T.BLOCK_Q, T.GROUP)
+    i, h, row_mask = packed_rows(tile, hkv, n.Nq, BLOCK_Q, T.GROUP)
     keys = key_ranges(s, b, i, row_mask, n.Nk)
     first, last, begin, end, full_begin, full_end = keys
     first_key, width = 0, top_k
     if n_parts is not None:
-        begin, end = split_range(begin, end, split, n_parts, T.BLOCK_K)
+        begin, end = split_range(begin, end, split, n_parts, BLOCK_K)
         first, last, first_key = tl.maximum(first, begin), tl.minimum(last, end), begin
         full_begin, full_end = tl.maximum(full_begin, begin), tl.minimum(full_end, end)
         selected += split * top_k
         width = n_parts * top_k
     # [BLOCK_Q, D]
     q_rows = row_offsets(x.q.stride, b, h, i)
-    q_tile = load_tile(x.q.ptr, q_rows, row_mask, T.D, T.CHUNKS, T.ALIGN)
+    q_tile = load_tile(x.q.ptr, q_rows, row_mask, T.D, CHUNKS, T.ALIGN)
     keys = KeyRange(first, last, begin, end, full_begin, full_end)
     rows = SearchedRows(
         q_tile, x.k, b, hkv, h, s, pair_rows(s.mask, b, h, i, 1), row_mask[:, None], keys
     )
     scores = ()
     for tile_index in tl.static_range(TILES):
-        scores = scores + (selection_scores(rows, first_key + tile_index * T.BLOCK_K, n.Nk, T),)
+        scores = scores + (selection_scores(rows, first_key + tile_index * BLOCK_K, n.Nk, T),)
 
     low, n_low, n_high = search(scores, rows, begin, end, n.Nk, row_mask, top_k, T)
     # more scores reach the threshold than are wanted where several are equal to it
     ties = tl.max((n_low > top_k).to(tl.int32)) > 0
     wanted = tl.where(n_low > top_k, top_k - n_high, n.Nk)
-    filled = tl.full([T.BLOCK_Q], 0, tl.int32)
+    filled = tl.full([BLOCK_Q], 0, tl.int32)
     place = Indexing(((b * n.Hkv * T.GROUP + h) * n.Nq + i).to(tl.int64), row_mask, top_k, width)
     if TILES > 0:
         for tile_index in tl.static_range(TILES):
             words, wanted = chosen_words(
-                scores[tile_index], low, wanted, ties, T.BLOCK_Q, T.BLOCK_K
+                scores[tile_index], low, wanted, ties, BLOCK_Q, BLOCK_K
             )  # fmt: skip
-            k0 = first_key + tile_index * T.BLOCK_K
+            k0 = first_key + tile_index * BLOCK_K
             filled = store_words(selected, place, words, filled, k0, n.Nk, T, INDEXED)
     else:
         # outside the intervals words are 0, and there is no index
-        for k0 in range(begin if INDEXED else 0, end if INDEXED else n.Nk, T.BLOCK_K):
-            score = tl.full([T.BLOCK_Q, T.BLOCK_K], float("-inf"), tl.float32)
-            if (k0 + T.BLOCK_K > begin) & (k0 < end):
+        for k0 in range(begin if INDEXED else 0, end if INDEXED else n.Nk, BLOCK_K):
+            score = tl.full([BLOCK_Q, BLOCK_K], float("-inf"), tl.float32)
+            if (k0 + BLOCK_K > begin) & (k0 < end):
                 score = selection_scores(rows, k0, n.Nk, T)
-            words, wanted = chosen_words(score, low, wanted, ties, T.BLOCK_Q, T.BLOCK_K)
+            words, wanted = chosen_words(score, low, wanted, ties, BLOCK_Q, BLOCK_K)
             filled = store_words(selected, place, words, filled, k0, n.Nk, T, INDEXED)
     if INDEXED:
         store_no_keys(selected, place, filled, T)

@@ -3,7 +3,8 @@
 Every case of the grid is compiled to PTX for each architecture, without a GPU and without the
 assembler. Names, comments, debug lines and the numbers of parameters are taken out first, so that
 a kernel may be renamed and its arguments may be grouped otherwise; every instruction and every
-virtual register counts. With --stage ttir the compiler stops at its first representation, from
+virtual register counts. Kernels that have the same instructions in another order are told apart
+from those that changed. With --stage ttir the compiler stops at its first representation, from
 which the same compiler makes the same PTX, in a third of the time.
 
     python -m tools.machine_code.ptx_identity write before.json
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import multiprocessing
 import re
@@ -44,8 +46,8 @@ def body_of(ptx: str, kernel: str) -> str:
 
 
 def body_of_ttir(ttir: str, kernel: str) -> str:
-    """The same of the first representation, whose values have the names of the source: arguments
-    that nothing reads are left out, and the others come in the order of their first use."""
+    """The same of the first representation: values are numbered in the order of their definition,
+    as some have names of the source, and arguments that nothing reads are left out."""
     text = re.sub(r" loc\((?:[^()]|\([^()]*\))*\)", "", ttir)
     text = re.sub(r"^#loc.*\n", "", text, flags=re.MULTILINE).replace(kernel, "kernel")
     head, signature, body = re.split(
@@ -53,9 +55,34 @@ def body_of_ttir(ttir: str, kernel: str) -> str:
     )
     arguments = dict(re.findall(r"(%\w+): ([^{},]+(?:\{[^{}]*\})?)", signature))
     numbers: dict[str, str] = {}
-    body = re.sub(r"%[A-Za-z_]\w*", lambda m: numbers.setdefault(m[0], f"%v{len(numbers)}"), body)
-    read = [f"{numbers[name]}: {kind}" for name, kind in arguments.items() if name in numbers]
-    return "\n".join([head, *sorted(read), body])
+    read: list[str] = []
+    count = itertools.count()
+
+    def number(match: re.Match) -> str:
+        name, defines = match[1], match[2]
+        if not defines and name not in numbers and name not in arguments:
+            return match[0]  # a register in a line of assembler
+        if defines or name not in numbers:
+            numbers[name] = f"%{next(count)}" if defines else f"%argument{len(read)}"
+            if not defines:
+                read.append(f"{numbers[name]}: {arguments[name]}")
+        return numbers[name] + defines
+
+    lines = []
+    for line in body.splitlines():
+        in_block = line.lstrip().startswith("^")
+        defines = r"(?::\d+)? =|: " if in_block else r"(?::\d+)? ="
+        lines.append(re.sub(rf"(%\w+)((?:{defines})?)", number, line))
+    return "\n".join([head, *read, *lines])
+
+
+def digest(text: str) -> str:
+    return hashlib.sha1(text.encode()).hexdigest()[:16]
+
+
+def digest_of_any_order(body: str) -> str:
+    """Of the instructions without the names of their values, in whatever order they come."""
+    return digest("\n".join(sorted(re.sub(r"%[\w.#]+", "%", body).splitlines())))
 
 
 def stop_after(last: str):
@@ -91,8 +118,7 @@ def hashes(task: tuple[int, Case, str]) -> dict[str, list[str]]:
     for name, kernel, _, _ in compiled:
         body = (body_of_ttir if stage == "ttir" else body_of)(kernel.asm[stage], name)
         meta = kernel.metadata
-        digest = hashlib.sha1(body.encode()).hexdigest()[:16]
-        line = f"{digest} {meta.num_warps} warps, {meta.num_stages} stages, {meta.shared} bytes"
+        line = f"{digest(body)} {digest_of_any_order(body)} {meta.num_warps} warps, {meta.num_stages} stages, {meta.shared} bytes"
         lines.setdefault(f"{arch} {case.name} {name}", []).append(line)
     return lines
 
@@ -118,12 +144,20 @@ def compare(before: Path, after: Path) -> int:
         raise SystemExit(f"one table is of Triton {old['triton']}, the other of {new['triton']}")
     old, new = old["kernels"], new["kernels"]
     both = [name for name in new if name in old]
-    changed = [name for name in both if sorted(set(old[name])) != sorted(set(new[name]))]
-    for name in changed:
-        print(f"changed: {name}")
+    changed, reordered = [], []
+    for name in both:
+        before, after = ([line.split(" ", 2) for line in set(t[name])] for t in (old, new))
+        if sorted(before) == sorted(after):
+            continue
+        same = sorted(line[1:] for line in before) == sorted(line[1:] for line in after)
+        (reordered if same else changed).append(name)
+    for word, names in (("reordered", reordered), ("changed", changed)):
+        for name in names:
+            print(f"{word}: {name}")
     for name in sorted(old.keys() ^ new.keys()):
         print(f"only {'before' if name in old else 'after'}: {name}")
-    print(f"{len(both)} in both, {len(both) - len(changed)} of them identical")
+    n_same = len(both) - len(changed) - len(reordered)
+    print(f"{len(both)} in both: {n_same} identical, {len(reordered)} in another order")
     return len(changed)
 
 

@@ -199,8 +199,14 @@ class CompileOnlyDriver:
         return 0
 
 
+def constants_of(options: dict) -> dict:
+    """The options of a launch and, by their own names, the constants of its structs."""
+    structs = [options[name]._asdict() for name in ("T", "W") if name in options]
+    return {key: value for part in (options, *structs) for key, value in part.items()}
+
+
 @contextlib.contextmanager
-def compile_only(arch: int) -> Iterator[list]:
+def compile_only(arch: int, dump_log: bool = True) -> Iterator[list]:
     """Inside, a launch compiles for `arch` and runs nothing; yields each kernel launched."""
     from triton import knobs
     from triton.runtime import jit
@@ -214,11 +220,11 @@ def compile_only(arch: int) -> Iterator[list]:
             kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         said = LOGS.setdefault(kernel.hash, log.getvalue())
         if all(kernel is not other for _, other, _, _ in compiled):
-            compiled.append((self.fn.__name__, kernel, kwargs, said))
+            compiled.append((self.fn.__name__, kernel, constants_of(kwargs), said))
         return kernel
 
     jit.JITFunction.run, driver._active = compile_instead, CompileOnlyDriver(arch)
-    knobs.nvidia.dump_ptxas_log = True
+    knobs.nvidia.dump_ptxas_log = dump_log
     try:
         # an empty cache, so that the assembler runs and says what it did
         with tempfile.TemporaryDirectory() as knobs.cache.dir:
@@ -232,116 +238,176 @@ def launch_gated(case: Case) -> None:
     """Forward and backward of a gated residual on meta tensors."""
     import torch
 
+    from xattn_kernels.core.call import GatedResidualCall
+    from xattn_kernels.core.layout import GatedResults
     from xattn_kernels.triton_kernels import gated_residual
 
     dtype, flags = getattr(torch, case.dtype), case.flags.split()
     x, h, dnormed = torch.empty(3, 8, case.rows, case.D, dtype=dtype, device="meta")
-    gate = torch.empty(case.D if "vector" in flags else 1, device="meta")
-    norm = next((f for f in flags if f in ("layer", "rms")), "")
+    norm = next((f for f in flags if f in ("layer", "rms")), None)
     weight = torch.empty(case.D, dtype=dtype, device="meta") if norm else None
-    bias = weight if norm == "layer" else None
     mask = torch.empty(x.shape[:2], dtype=torch.bool, device="meta")
-    row_mask = mask if "mask" in flags else None
-    y, _ = gated_residual.forward(x, h, gate, weight, bias, row_mask, norm, 1e-5)
-    dnormed = dnormed if norm else None
-    saved = (h, gate, weight, bias, row_mask, y)
-    gated_residual.backward(x, dnormed, *saved, norm, 1e-5, [True] * 5)
-
-
-def launch_topk(q, k, v, scale, start, stop, mask, allow_tf32: bool) -> None:
-    """Forward and backward of top-k attention on meta tensors, 64 keys a row."""
-    import torch
-
-    from xattn_kernels.triton_kernels import topk_attention, topk_selection
-
-    Nk, needs = k.shape[2], [True, True, True, scale is not None]
-    out, lse, _, _, bits, indices = topk_attention.forward(
-        q, k, v, scale, start, stop, mask, 0.125, 64, False, True, allow_tf32
+    call = GatedResidualCall(
+        x=x,
+        h=h,
+        gate=torch.empty(case.D if "vector" in flags else 1, device="meta"),
+        weight=weight,
+        bias=weight if norm == "layer" else None,
+        row_mask=mask if "mask" in flags else None,
+        norm=norm,
+        eps=1e-5,
     )
-    selected = bits if bits.numel() else indices
-    # both directions between bits and indices, whichever of them are saved
-    topk_selection.to_bits(q.new_empty((*q.shape[:3], 64), dtype=torch.int32), Nk)
-    topk_attention.backward(
-        out, None, None, q, k, v, scale, start, stop, selected, out, lse, lse, 0.125, 64,
-        allow_tf32, needs,
-    )  # fmt: skip
+    results = gated_residual.forward(call)
+    needs = ["h", "gate", *(["x", "weight"] if norm else []), *(["bias"] * (norm == "layer"))]
+    upstream = GatedResults(x, dnormed if norm else None)
+    gated_residual.backward(upstream, call, results, needs)
 
 
-def launch_blocks(q, k, v, scale, start, stop, mask, allow_tf32: bool) -> None:
-    """Choice, forward and backward of 8 blocks of 64 keys for tiles of 64 queries."""
+def attention_fields(case: Case) -> dict:
+    """The fields that every call of attention has, with meta tensors."""
     import torch
 
-    from xattn_kernels.triton_kernels import topk_blocks
-
-    B, Hkv, Nk = k.shape[:3]
-    rows, needs = (start, stop), [True, True, True, scale is not None]
-    seen = torch.empty((B, Nk), dtype=torch.bool, device="meta")
-    of_blocks = None if mask is None else mask[..., : Nk // 64]
-    weights = topk_blocks.importance(q, k, seen, scale, *rows, of_blocks, 0.125, 64, 64, allow_tf32)
-    chosen = torch.empty((*weights.shape[:3], 8), dtype=torch.int32, device="meta")
-    call = (q, k, v, scale, *rows, mask, chosen)
-    out, lse, _, _ = topk_blocks.forward(*call, 0.125, 64, 64, False, allow_tf32)
-    topk_blocks.backward(out, None, None, *call, out, lse, lse, 0.125, 64, 64, allow_tf32, needs)
-
-
-def launch(case: Case) -> None:
-    """Forward and backward of `case` on meta tensors."""
-    if "gated" in case.flags.split():
-        return launch_gated(case)
-    import torch
-
-    from xattn_kernels.triton_kernels import (
-        attention_weights,
-        cross_attention,
-        cross_attention_backward,
-        received_mass,
-    )
-
-    dtype = getattr(torch, case.dtype)
-    B, Hkv = 2, 4
-    Hq = Hkv * case.group
+    dtype, flags = getattr(torch, case.dtype), case.flags.split()
+    B, Hkv, Hq = 2, 4, 4 * case.group
 
     def empty(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    q, k = empty(B, Hq, case.rows, case.D), empty(B, Hkv, case.Nk, case.D)
-    v = empty(B, Hkv, case.Nk, case.Dv)
-    start, stop = (empty(B, case.rows, dtype=torch.int32) for _ in range(2))
-    flags = case.flags.split()
-    operands = (
-        q, k, v,
-        empty(1, Hq, case.rows, case.Nk) if "bias" in flags else None,
-        empty(Hq, dtype=torch.float32) if "scale" in flags else None,
-        *((start, stop) if case.interval else (None, None)),
-        empty(B, 1, 1, case.Nk, dtype=torch.bool) if "mask" in flags else None,
-        empty(1, dtype=torch.int64) if "dropout" in flags else None,
-    )  # fmt: skip
-    for flag, launch_it in (("topk", launch_topk), ("blocks", launch_blocks)):
-        if flag in flags:
-            return launch_it(q, k, v, operands[4], *operands[5:8], case.tf32)
-    options = (0.125, 30.0 if "softcap" in flags else 0.0, 0.1 if "dropout" in flags else 0.0)
-    if "mass" in flags:
-        lse = empty(B, Hq, case.rows, dtype=torch.float32)
-        rows = (lse, lse if "bias" in flags else None)
-        weight = empty(B, case.rows, dtype=torch.float32)
-        seen = operands[5:8]
-        received_mass.forward(q, k, *operands[3:5], *rows, *seen, weight, *options[:2], case.tf32)
-        return
-    if "weights" in flags:
-        lse = empty(B, Hq, case.rows, dtype=torch.float32)
-        needs = [True, True, *(t is not None for t in operands[3:5]), False]
-        lse_low = lse if "bias" in flags else None
-        call = (q, k, *operands[3:5], lse, lse_low, *operands[5:], *options, True)
-        weights = attention_weights.forward(*call, case.tf32)
-        attention_weights.backward(weights, *call, True, case.tf32, needs)
-        return
-    statistics = "statistics" in flags
-    *saved, _ = cross_attention.forward(*operands, *options, statistics, case.tf32)
-    needs = [True, True, True, operands[3] is not None, operands[4] is not None]
-    dentropy = saved[1] if statistics else None
-    cross_attention_backward.backward(
-        saved[0], None, dentropy, *operands, *saved, *options, case.tf32, needs
+    start, stop = (
+        empty(B, case.rows, dtype=torch.int32) if case.interval else None for _ in range(2)
     )
+    return dict(
+        q=empty(B, Hq, case.rows, case.D),
+        k=empty(B, Hkv, case.Nk, case.D),
+        bias=empty(1, Hq, case.rows, case.Nk) if "bias" in flags else None,
+        scale_tensor=empty(Hq, dtype=torch.float32) if "scale" in flags else None,
+        start=start,
+        stop=stop,
+        mask=empty(B, 1, 1, case.Nk, dtype=torch.bool) if "mask" in flags else None,
+        seed=empty(1, dtype=torch.int64) if "dropout" in flags else None,
+        scale=None if "scale" in flags else 0.125,
+        softcap=30.0 if "softcap" in flags else None,
+        dropout_p=0.1 if "dropout" in flags else 0.0,
+        allow_tf32=case.tf32,
+    )
+
+
+def value_fields(case: Case, **flags: bool) -> dict:
+    """The fields that a call of attention to values has beside those."""
+    import torch
+
+    shape, dtype = (2, 4, case.Nk, case.Dv), getattr(torch, case.dtype)
+    v = torch.empty(shape, dtype=dtype, device="meta")
+    plain = dict(return_lse=False, return_statistics=False, deterministic=True)
+    return dict(v=v) | plain | flags
+
+
+def gradients_of(call, *names: str) -> list[str]:
+    """Those of the names whose field is there."""
+    return [name for name in names if getattr(call, name) is not None]
+
+
+def launch_topk(case: Case) -> None:
+    """Forward and backward of top-k attention on meta tensors, 64 keys a row."""
+    import torch
+
+    from xattn_kernels.core.call import TopKAttentionCall
+    from xattn_kernels.triton_kernels import topk_attention, topk_selection
+
+    choice = dict(top_k=64, topk_blocks=None, return_indices=True)
+    call = TopKAttentionCall(**attention_fields(case), **value_fields(case), **choice)
+    results = topk_attention.forward(call)
+    # both directions between bits and indices, whichever of them are saved
+    indices = call.q.new_empty((*call.q.shape[:3], 64), dtype=torch.int32)
+    topk_selection.to_bits(indices, call.Nk)
+    if results.bits is not None:
+        results = results._replace(indices=None)
+    upstream = type(results)(results.out, *[None] * 6)
+    needs = gradients_of(call, "q", "k", "v", "scale_tensor")
+    topk_attention.backward(upstream, call, results, needs)
+
+
+def launch_blocks(case: Case) -> None:
+    """Choice, forward and backward of 8 blocks of 64 keys for tiles of 64 queries."""
+    import torch
+
+    from xattn_kernels.core.call import TopKBlocksCall, TopKImportanceCall
+    from xattn_kernels.triton_kernels import topk_blocks
+
+    choice = dict(top_k=None, topk_blocks=(64, 8), return_indices=False)
+    fields = attention_fields(case) | value_fields(case) | choice
+    seen = torch.empty((2, case.Nk), dtype=torch.bool, device="meta")
+    mask = fields["mask"]
+    of_blocks = dict(mask=None if mask is None else mask[..., : case.Nk // 64])
+    weights, *_ = topk_blocks.importance(TopKImportanceCall(**fields | of_blocks, seen=seen))
+    chosen = torch.empty((*weights.shape[:3], 8), dtype=torch.int32, device="meta")
+    call = TopKBlocksCall(**fields, chosen=chosen)
+    results = topk_blocks.forward(call)
+    upstream = type(results)(results.out, None, None, None, None)
+    needs = gradients_of(call, "q", "k", "v", "scale_tensor")
+    topk_blocks.backward(upstream, call, results, needs)
+
+
+def launch_mass(case: Case) -> None:
+    """Forward of received mass on meta tensors."""
+    import torch
+
+    from xattn_kernels.core.call import ReceivedMassCall
+    from xattn_kernels.triton_kernels import received_mass
+
+    fields = attention_fields(case)
+    lse = fields["q"].new_empty(fields["q"].shape[:3], dtype=torch.float32)
+    lse_low = lse if fields["bias"] is not None else None
+    weight = lse.new_empty((2, case.rows))
+    rows = dict(lse=lse, lse_low=lse_low, row_weight=weight, average_heads=True)
+    received_mass.forward(ReceivedMassCall(**fields, **rows))
+
+
+def launch_weights(case: Case) -> None:
+    """Forward and backward of attention weights on meta tensors."""
+    import torch
+
+    from xattn_kernels.core.call import AttentionWeightsCall
+    from xattn_kernels.triton_kernels import attention_weights
+
+    fields = attention_fields(case)
+    lse = fields["q"].new_empty(fields["q"].shape[:3], dtype=torch.float32)
+    lse_low = lse if fields["bias"] is not None else None
+    rows = dict(lse=lse, lse_low=lse_low, lse_is_own=True, average_heads=True)
+    call = AttentionWeightsCall(**fields, **rows)
+    results = attention_weights.forward(call)
+    needs = gradients_of(call, "q", "k", "bias", "scale_tensor")
+    attention_weights.backward(results, call, results, needs)
+
+
+def launch_attention(case: Case) -> None:
+    """Forward and backward of attention on meta tensors."""
+    from xattn_kernels.core.call import CrossAttentionCall
+    from xattn_kernels.triton_kernels import cross_attention
+
+    statistics = "statistics" in case.flags.split()
+    values = value_fields(case, return_statistics=statistics)
+    call = CrossAttentionCall(**attention_fields(case), **values)
+    results = cross_attention.forward(call)
+    dentropy = results.lse if statistics else None
+    upstream = type(results)(results.out, None, None, dentropy, None)
+    needs = gradients_of(call, "q", "k", "v", "bias", "scale_tensor")
+    cross_attention.backward(upstream, call, results, needs)
+
+
+LAUNCHES = {
+    "gated": launch_gated,
+    "topk": launch_topk,
+    "blocks": launch_blocks,
+    "mass": launch_mass,
+    "weights": launch_weights,
+}
+
+
+def launch(case: Case) -> None:
+    """Forward and backward of `case` on meta tensors."""
+    family = next((flag for flag in case.flags.split() if flag in LAUNCHES), None)
+    LAUNCHES.get(family, launch_attention)(case)
 
 
 def resources(log: str) -> dict[str, int]:

@@ -120,8 +120,8 @@ class AttentionWeightsCall(AttentionCall):
 
 @dataclass(frozen=True, kw_only=True)
 class ReceivedMassCall(AttentionCall):
-    """A call of `received_mass`; row_weight is [B, Nq] in the dtype of the sums; lse [B, Hq, Nq] has
-    no gradient, and lse_low is what its float32 cannot hold."""
+    """A call of `received_mass`; row_weight is [B, Nq] in the dtype of the sums; lse [B, Hq, Nq]
+    has no gradient, and lse_low is what its float32 cannot hold."""
 
     lse: Tensor | None
     lse_low: Tensor | None

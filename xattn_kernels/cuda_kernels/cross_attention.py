@@ -6,12 +6,23 @@ Their arguments and results are those of the launchers in `triton_kernels/cross_
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..core.layout import broadcast_strides, empty_rows, zero_gradients
+from ..core.call import AttentionCall, CrossAttentionCall
+from ..core.kernel_op import Gradients, Needs
+from ..core.layout import (
+    AttentionResults,
+    broadcast_strides,
+    empty_results,
+    row_gradient,
+    rows_like,
+    scale_gradient,
+    zero_gradients,
+)
 from . import launch
 from .launch import DTYPES, extension, numbers
 
@@ -42,138 +53,130 @@ def pairs(t: Tensor | None) -> Any:
     return tensor
 
 
-def call_of(q, k, v, bias, scale_tensor, start, stop, mask, seed, scale, softcap, dropout_p) -> Any:
+def struct_of(call: AttentionCall) -> Any:
+    """The struct of a call, whose scale_tensor is one that the kernels read."""
     _cuda = extension()
-    B, Hq, Nq, D = q.shape
-    Hkv, Nk, Dv = v.shape[1:]
-    dtype = getattr(_cuda.DType, DTYPES[q.dtype])
-    shape = _cuda.CrossAttentionShape(B=B, Hq=Hq, Hkv=Hkv, Nq=Nq, Nk=Nk, D=D, Dv=Dv, dtype=dtype)
+    dtype = getattr(_cuda.DType, DTYPES[call.q.dtype])
+    shape = _cuda.CrossAttentionShape(
+        B=call.B, Hq=call.Hq, Hkv=call.Hkv, Nq=call.Nq, Nk=call.Nk, D=call.D, Dv=call.Dv,
+        dtype=dtype,
+    )  # fmt: skip
+    scale_tensor, mask = call.scale_tensor, call.mask
     per_head = scale_tensor is not None and scale_tensor.numel() > 1
     return _cuda.CrossAttentionCall(
-        q=heads(q),
-        k=heads(k),
-        v=heads(v),
-        start=bounds(start),
-        stop=bounds(stop),
+        q=heads(call.q),
+        k=heads(call.k),
+        v=heads(call.v),
+        start=bounds(call.start),
+        stop=bounds(call.stop),
         mask=pairs(mask),
-        bias=pairs(bias),
+        bias=pairs(call.bias),
         scales=numbers(scale_tensor),
         scale_stride=scale_tensor.stride(0) if per_head else 0,
-        seed=launch.pointer(seed),
-        threshold=round(dropout_p * 2**32),
-        scale=scale,
-        softcap=softcap,
-        keep_scale=1.0 / (1.0 - dropout_p),
+        seed=launch.pointer(call.seed),
+        threshold=round(call.dropout_p * 2**32),
+        scale=1.0 if call.scale is None else call.scale,
+        softcap=call.softcap or 0.0,
+        keep_scale=1.0 / (1.0 - call.dropout_p),
         shape=shape,
         mask_is_bits=mask is not None and mask.dtype == torch.int32,
     )
 
 
-def as_float32(scale_tensor: Tensor | None) -> Tensor | None:
-    """The scale in the dtype that the kernels read. A scale may also be float64."""
-    return scale_tensor.float() if scale_tensor is not None else None
+def readable(call: AttentionCall) -> AttentionCall:
+    """The call with its scale in the dtype that the kernels read. A scale may also be float64."""
+    if call.scale_tensor is None:
+        return call
+    return replace(call, scale_tensor=call.scale_tensor.float())
 
 
-def forward(
-    q, k, v, bias, scale_tensor, start, stop, mask, seed, scale, softcap, dropout_p, statistics,
-    allow_tf32=False,
-):  # fmt: skip
-    """(out, lse, lse_low, entropy, max_probability). Those that are not wanted have no elements.
+def forward(call: CrossAttentionCall) -> AttentionResults:
+    """The results of a call, as `forward` of the Triton kernels returns them.
 
-    The arguments are those of `forward` of the Triton kernels. float32 takes three products of TF32
-    even if `allow_tf32`.
+    float32 takes three products of TF32 even if `allow_tf32`.
     """
-    scale_tensor = as_float32(scale_tensor)
-    out = empty_rows(q, v.shape[3])
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    wanted = (bias is not None, statistics, statistics)
-    rows = (lse, *(torch.empty_like(lse) if w else None for w in wanted))
-    if k.shape[2] == 0:
-        for t, empty in zip((out, *rows), (0.0, float("-inf"), 0.0, 0.0, 0.0), strict=True):
-            t is None or t.fill_(empty)
-    elif out.numel():
-        _cuda = extension()
-        call = call_of(
-            q, k, v, bias, scale_tensor, start, stop, mask, seed, scale, softcap, dropout_p
-        )
-        n_splits = launch.splits(_cuda.cross_attention_forward_splits, call, q.device)
+    results, call = empty_results(call), readable(call)
+    if call.Nk == 0:
+        results.out.zero_(), results.lse.fill_(float("-inf"))
+        for t in results[2:]:
+            t is None or t.zero_()
+    elif results.out.numel():
+        _cuda, struct = extension(), struct_of(call)
         params = _cuda.CrossAttentionForwardParams(
-            out=heads(out),
-            lse=launch.pointer(rows[0]),
-            lse_low=launch.pointer(rows[1]),
-            entropy=launch.pointer(rows[2]),
-            max_probability=launch.pointer(rows[3]),
-            call=call,
-            n_splits=n_splits,
+            out=heads(results.out),
+            lse=launch.pointer(results.lse),
+            lse_low=launch.pointer(results.lse_low),
+            entropy=launch.pointer(results.entropy),
+            max_probability=launch.pointer(results.max_probability),
+            call=struct,
+            n_splits=launch.splits(_cuda.cross_attention_forward_splits, struct, call.device),
         )
-        parts = new_parts(_cuda.cross_attention_forward_parts(params), q)
+        parts = new_parts(_cuda.cross_attention_forward_parts(params), call.q)
         params.parts = launch.pointer(parts)
-        launch.submit("cross_attention_forward", params, q.device)
-    return tuple(lse.new_empty(0) if t is None else t for t in (out, *rows))
+        launch.submit("cross_attention_forward", params, call.device)
+    return results
 
 
 def new_parts(n: int, like: Tensor) -> Tensor | None:
+    """Room for n floats, or None for none."""
     return like.new_empty(n, dtype=torch.float32) if n else None
 
 
 def backward(
-    dout, dlse, dentropy, q, k, v, bias, scale_tensor, start, stop, mask, seed, out, lse, lse_low,
-    entropy, scale, softcap, dropout_p, allow_tf32, needs,
-):  # fmt: skip
-    """(dq, dk, dv, dbias, dscale). Those that the five `needs` exclude have no elements. The
-    arguments are those of `backward` of the Triton kernels."""
-    if k.shape[2] == 0 or out.numel() == 0:
-        return zero_gradients((q, k, v, bias, scale_tensor), needs, 3)
-    if dout is None:
-        dout = torch.zeros_like(out)
-    elif dout.stride(3) != 1:
-        dout = dout.contiguous()
-    rows = [None if t is None else t.contiguous() for t in (lse, lse_low, dlse, dentropy, entropy)]
-    if bias is None:
-        rows[1] = None
-    if dentropy is None:
-        rows[4] = None
-    scales = as_float32(scale_tensor)
-    call = call_of(q, k, v, bias, scales, start, stop, mask, seed, scale, softcap, dropout_p)
-    dq = empty_rows(q, q.shape[3]) if needs[0] else None
-    dk, dv = (empty_rows(t, t.shape[3]) if needs[1] or needs[2] else None for t in (k, v))
+    upstream: AttentionResults, call: CrossAttentionCall, results: AttentionResults, needs: Needs
+) -> Gradients:
+    """The gradients that `needs` names, as `backward` of the Triton kernels returns them."""
+    if call.Nk == 0 or results.out.numel() == 0:
+        return zero_gradients(call, needs)
+    bias, scale_tensor, call = call.bias, call.scale_tensor, readable(call)
+    dout = row_gradient(upstream.out, results.out)
+    dlse, dentropy, lse, lse_low = (
+        None if t is None else t.contiguous()
+        for t in (upstream.lse, upstream.entropy, results.lse, results.lse_low)
+    )
+    dq = rows_like(call.q) if "q" in needs else None
+    of_keys = "k" in needs or "v" in needs
+    dk, dv = (rows_like(t) if of_keys else None for t in (call.k, call.v))
 
     _cuda = extension()
     params = _cuda.CrossAttentionBackwardParams(
         dq=heads(dq),
         dk=heads(dk),
         dv=heads(dv),
-        out=heads(out),
+        out=heads(results.out),
         dout=heads(dout),
-        lse=launch.pointer(rows[0]),
-        lse_low=launch.pointer(rows[1]),
-        dlse=launch.pointer(rows[2]),
-        dentropy=launch.pointer(rows[3]),
-        entropy=launch.pointer(rows[4]),
-        call=call,
+        lse=launch.pointer(lse),
+        lse_low=launch.pointer(lse_low),
+        dlse=launch.pointer(dlse),
+        dentropy=launch.pointer(dentropy),
+        entropy=launch.pointer(None if dentropy is None else results.entropy),
+        call=struct_of(call),
         bias_sizes=(1,) * 4 if bias is None else bias.shape,
     )
-    launch.splits(_cuda.cross_attention_backward_splits, params, q.device)
-    dbias, dscale = dbias_and_dscale(params, q, bias, needs)
-    parts = new_parts(_cuda.cross_attention_backward_parts(params), q)
+    launch.splits(_cuda.cross_attention_backward_splits, params, call.device)
+    dbias, dscale = summed_gradients(params, call, needs)
+    parts = new_parts(_cuda.cross_attention_backward_parts(params), call.q)
     params.parts = launch.pointer(parts)
-    launch.submit("cross_attention_backward", params, q.device)
+    launch.submit("cross_attention_backward", params, call.device)
+    grads = {"q": dq, "k": dk, "v": dv}
     if dscale is not None:
-        over = (0, 1, 3) if scale_tensor.numel() > 1 else (0, 1, 2, 3)
-        dscale = dscale.sum(over).to(scale_tensor.dtype).view_as(scale_tensor)
+        grads["scale_tensor"] = scale_gradient(dscale, scale_tensor)
     if dbias is not None:
-        dbias = dbias.sum(0).to(bias.dtype)
-    grads = (dq, dk, dv, dbias, dscale)
-    return tuple(t if needed else q.new_empty(0) for t, needed in zip(grads, needs, strict=True))
+        grads["bias"] = dbias.sum(0).to(bias.dtype)
+    return grads
 
 
-def dbias_and_dscale(params: Any, q: Tensor, bias: Tensor | None, needs: list[bool]) -> tuple:
-    """The tensors of the sums of each split, or None; sets their pointers in `params`."""
+def summed_gradients(
+    params: Any, call: CrossAttentionCall, needs: Needs
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dbias, dscale) of each split, or None; sets their pointers in `params`."""
     dbias = dscale = None
-    if needs[3]:
-        dbias = q.new_empty((params.dbias_splits, *bias.shape), dtype=torch.float32)
+    if "bias" in needs:
+        shape = (params.dbias_splits, *call.bias.shape)
+        dbias = call.q.new_empty(shape, dtype=torch.float32)
         params.dbias = launch.pointer(dbias)
-    if needs[4]:
-        dscale = q.new_empty((params.dq_splits, *q.shape[:3]), dtype=torch.float32)
+    if "scale_tensor" in needs:
+        shape = (params.dq_splits, *call.q.shape[:3])
+        dscale = call.q.new_empty(shape, dtype=torch.float32)
         params.dscale = launch.pointer(dscale)
     return dbias, dscale

@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.call import GatedResidualCall
+from ..core.kernel_op import Gradients, Needs
 from ..core.layout import (
+    GatedResults,
+    empty_gated,
     empty_like,
     merged_rows,
-    new_gradients,
     unit_stride,
 )
 from . import launch
@@ -71,84 +74,82 @@ def fresh(t: Tensor) -> Tensor:
     return t.clone(memory_format=torch.contiguous_format)
 
 
-def shape_of(rows: Rows, x: Tensor, h: Tensor, gate: Tensor, norm: str, eps: float) -> Any:
+def shape_of(rows: Rows, x: Tensor, call: GatedResidualCall, norm: str | None) -> Any:
+    """The struct of the sizes and dtypes of a call; x is a tensor like the call's."""
     _cuda = extension()
     dim = x.shape[-1]
     return _cuda.GatedResidualShape(
         rows=_cuda.RowSizes(rows=x.numel() // dim, sizes=rows.last_first(rows.sizes, 1)),
         dim=dim,
         x_dtype=getattr(_cuda.DType, DTYPES[x.dtype]),
-        h_dtype=getattr(_cuda.DType, DTYPES[h.dtype]),
+        h_dtype=getattr(_cuda.DType, DTYPES[call.h.dtype]),
         norm=getattr(_cuda.Norm, norm or "none"),
-        eps=eps,
-        gate_is_vector=gate.numel() > 1,
+        eps=call.eps,
+        gate_is_vector=call.gate.numel() > 1,
     )
 
 
-def forward(x, h, gate, weight, bias, row_mask, norm, eps) -> tuple[Tensor, Tensor]:
-    """(y, normed), both like x. normed has no elements if `norm` is empty."""
-    gate, weight, bias = (unit_stride(t) for t in (gate, weight, bias))
-    y = empty_like(x)
-    normed = empty_like(x) if norm else None
-    if y.numel():
-        rows = Rows(dict(y=y, normed=normed, x=x, h=h), row_mask)
+def forward(call: GatedResidualCall) -> GatedResults:
+    """y, and its norm with one, both like x."""
+    gate, weight, bias = (unit_stride(t) for t in (call.gate, call.weight, call.bias))
+    results = empty_gated(call)
+    if results.y.numel():
+        walked = dict(y=results.y, normed=results.normed, x=call.x, h=call.h)
+        rows = Rows(walked, call.row_mask)
         params = extension().GatedResidualForwardParams(
             **rows.by_name,
             gate=numbers(gate),
             weight=numbers(weight),
             bias=numbers(bias),
-            shape=shape_of(rows, x, h, gate, norm, eps),
+            shape=shape_of(rows, call.x, call, call.norm),
         )
-        launch.submit("gated_residual_forward", params, x.device)
-    return y, x.new_empty(0) if normed is None else normed
+        launch.submit("gated_residual_forward", params, call.device)
+    return results
 
 
 def backward(
-    dy, dnormed, h, gate, weight, bias, row_mask, y, norm, eps, needs
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dx, dh, dgate, dweight, dbias). Those that `needs` excludes have no elements, nor has dx
-    without a norm, where it equals dy."""
-    dy, dnormed, gate, weight = (unit_stride(t) for t in (dy, dnormed, gate, weight))
-    like = (y if norm else None, h, gate, weight if norm else None, bias if norm else None)
-    grads = new_gradients(like, needs, h.numel() == 0)
-    if h.numel() and any(g is not None for g in grads):
-        write_gradients(
-            grads, dy, dnormed, h, y if norm else None, gate, weight, row_mask, norm, eps
-        )
-    return tuple(h.new_empty(0) if g is None else g for g in grads)
+    upstream: GatedResults, call: GatedResidualCall, results: GatedResults, needs: Needs
+) -> Gradients:
+    """The gradients that `needs` names, as `backward` of the Triton kernels returns them."""
+    norm, y = (None, None) if upstream.normed is None else (call.norm, results.y)
+    grads = {"x": y, "h": call.h, "gate": call.gate, "weight": call.weight, "bias": call.bias}
+    grads = {name: empty_like(like) for name, like in grads.items() if name in needs}
+    if call.h.numel() == 0:
+        return {name: t.zero_() for name, t in grads.items()}
+    if grads:
+        write_gradients(grads, upstream, call, y, norm)
+    return grads
 
 
-def write_gradients(grads, dy, dnormed, h, y, gate, weight, row_mask, norm, eps) -> None:
-    """Fills those of (dx, dh, dgate, dweight, dbias) that are not None."""
-    dx, dh, *sums = grads
+def write_gradients(
+    grads: Gradients, upstream: GatedResults, call: GatedResidualCall, y: Tensor | None,
+    norm: str | None,
+) -> None:  # fmt: skip
+    """Fills the gradients."""
+    dy, dnormed, gate, weight = (unit_stride(t) for t in (*upstream, call.gate, call.weight))
+    dnormed = None if norm is None else dnormed
     _cuda = extension()
-    walked = dict(dx=dx, dh=dh, dy=dy, dnormed=dnormed, h=None if sums[0] is None else h, y=y)
-    row_dims = dimensions(*walked.values(), None if row_mask is None else row_mask[..., None])
-    if row_dims > _cuda.MAX_ROW_DIMS:
+    walked = {f"d{name}": grads.get(name) for name in ("x", "h")}
+    walked |= dict(dy=dy, dnormed=dnormed, h=call.h if "gate" in grads else None, y=y)
+    mask = None if call.row_mask is None else call.row_mask[..., None]
+    if dimensions(*walked.values(), mask) > _cuda.MAX_ROW_DIMS:
         # `reasons` has seen the strides of all tensors except these gradients.
         dy, dnormed = (None if t is None else t.contiguous() for t in (dy, dnormed))
     if norm and y.shape[-1] > widest_row(y.dtype, False):
         # x and h are aligned, or `reasons` would have refused the row as too wide.
         dy, dnormed = (t if t is None or aligned(t, y.dtype) else fresh(t) for t in (dy, dnormed))
-    rows = Rows(walked | dict(dy=dy, dnormed=dnormed), row_mask)
-    x = dy if dnormed is None else dnormed
-    shape = shape_of(rows, x, h, gate, norm, eps)
+    rows = Rows(walked | dict(dy=dy, dnormed=dnormed), call.row_mask)
+    shape = shape_of(rows, dy if dnormed is None else dnormed, call, norm)
+    names = ("gate", "weight", "bias")
+    sums = {f"d{name}": numbers(grads.get(name)) for name in names}
 
-    def params(parts: list[Tensor | None]):
-        gate_parts, weight_parts, bias_parts = map(launch.pointer, parts)
+    def params(parts: dict[str, Tensor]):
+        pointers = {f"{name}_parts": launch.pointer(parts.get(name)) for name in names}
         return _cuda.GatedResidualBackwardParams(
-            **rows.by_name,
-            dgate=numbers(sums[0]),
-            dweight=numbers(sums[1]),
-            dbias=numbers(sums[2]),
-            gate_parts=gate_parts,
-            weight_parts=weight_parts,
-            bias_parts=bias_parts,
-            gate=numbers(gate),
-            weight=numbers(weight),
+            **rows.by_name, **sums, **pointers, gate=numbers(gate), weight=numbers(weight),
             shape=shape,
-        )
+        )  # fmt: skip
 
-    n = _cuda.gated_residual_parts(params([None] * 3))
-    parts = [None if t is None else h.new_empty(n, dtype=torch.float32) for t in sums]
-    launch.submit("gated_residual_backward", params(parts), h.device)
+    n = _cuda.gated_residual_parts(params({}))
+    parts = {name: call.h.new_empty(n, dtype=torch.float32) for name in names if name in grads}
+    launch.submit("gated_residual_backward", params(parts), call.h.device)

@@ -6,24 +6,33 @@ keys are not gathered: the kernels compute every product, and mask it by the bit
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from ..core.layout import saves_indices, zero_gradients
+from ..core.call import TopKAttentionCall
+from ..core.kernel_op import Gradients, Needs
+from ..core.layout import AttentionResults, TopKResults, empty_topk, zero_gradients
 from . import cross_attention, launch
 from .launch import extension
 
 
-def choose(q, k, scale_tensor, start, stop, mask, scale, top_k) -> Tensor:
-    """The chosen keys, as int32 [B, Hq, Nq, ceil(Nk / 32)] with one bit for each key."""
-    bits = q.new_empty((*q.shape[:3], -(-k.shape[2] // 32)), dtype=torch.int32)
+def new_bits(call: TopKAttentionCall) -> Tensor:
+    """Uninitialised int32 [B, Hq, Nq, ceil(Nk / 32)], one bit for each key."""
+    return call.q.new_empty((*call.q.shape[:3], -(-call.Nk // 32)), dtype=torch.int32)
+
+
+def choose(call: TopKAttentionCall) -> Tensor:
+    """The chosen keys, as `new_bits`."""
+    bits, call = new_bits(call), cross_attention.readable(call)
     if bits.numel():
-        scale_tensor = cross_attention.as_float32(scale_tensor)
-        call = cross_attention.call_of(
-            q, k, k, None, scale_tensor, start, stop, mask, None, scale, 0.0, 0.0
+        params = extension().TopKSelectionParams(
+            bits=launch.pointer(bits),
+            call=cross_attention.struct_of(call),
+            top_k=min(call.top_k, max(call.Nk, 1)),
         )
-        params = extension().TopKSelectionParams(bits=launch.pointer(bits), call=call, top_k=top_k)
-        launch.submit("topk_selection", params, q.device)
+        launch.submit("topk_selection", params, call.device)
     return bits
 
 
@@ -45,40 +54,26 @@ def convert(indices: Tensor, bits: Tensor, Nk: int, to_bits: bool) -> None:
         indices.fill_(-1)
 
 
-def forward(
-    q, k, v, scale_tensor, start, stop, mask, scale, top_k, statistics, with_indices,
-    allow_tf32=False,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """(out, lse, entropy, max_probability, bits, indices). The arguments are those of `forward` of
-    the Triton kernels."""
-    Nk = k.shape[2]
-    indexed = saves_indices(Nk, top_k)
-    bits = choose(q, k, scale_tensor, start, stop, mask, scale, min(top_k, max(Nk, 1)))
-    out, lse, _, entropy, max_probability = cross_attention.forward(
-        q, k, v, None, scale_tensor, start, stop, bits, None, scale, 0.0, 0.0, statistics
-    )
-    empty = bits.new_empty(0)
-    indices = empty
-    if indexed or with_indices:
-        indices = q.new_empty((*q.shape[:3], top_k), dtype=torch.int32)
-        convert(indices, bits, Nk, False)
-    return out, lse, entropy, max_probability, bits.new_empty(0) if indexed else bits, indices
+def forward(call: TopKAttentionCall) -> TopKResults:
+    """The results of a call, as `forward` of the Triton kernels returns them."""
+    expected, bits = empty_topk(call), choose(call)
+    attended = cross_attention.forward(replace(call, mask=bits))
+    indices = expected.indices
+    if indices is not None:
+        convert(indices, bits, call.Nk, False)
+    return TopKResults(*attended, None if expected.bits is None else bits, indices)
 
 
 def backward(
-    dout, dlse, dentropy, q, k, v, scale_tensor, start, stop, selected, out, lse, entropy,
-    scale, top_k, allow_tf32, needs,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dq, dk, dv, dscale). The arguments are those of `backward` of the Triton kernels."""
-    Nk = k.shape[2]
-    if out.numel() == 0 or Nk == 0:
-        return zero_gradients((q, k, v, scale_tensor), needs, 3)
-    bits = selected
-    if saves_indices(Nk, top_k):
-        bits = q.new_empty((*q.shape[:3], -(-Nk // 32)), dtype=torch.int32)
-        convert(selected, bits, Nk, True)
-    dq, dk, dv, _, dscale = cross_attention.backward(
-        dout, dlse, dentropy, q, k, v, None, scale_tensor, start, stop, bits, None, out, lse,
-        lse.new_empty(0), entropy, scale, 0.0, 0.0, allow_tf32, [*needs[:3], False, needs[3]],
-    )  # fmt: skip
-    return dq, dk, dv, dscale
+    upstream: TopKResults, call: TopKAttentionCall, results: TopKResults, needs: Needs
+) -> Gradients:
+    """The gradients that `needs` names, as `backward` of the Triton kernels returns them."""
+    if results.out.numel() == 0 or call.Nk == 0:
+        return zero_gradients(call, needs)
+    bits = results.bits
+    if bits is None:
+        bits = new_bits(call)
+        convert(results.indices, bits, call.Nk, True)
+    n = len(AttentionResults._fields)
+    upstream, attended = AttentionResults(*upstream[:n]), AttentionResults(*results[:n])
+    return cross_attention.backward(upstream, replace(call, mask=bits), attended, needs)

@@ -113,8 +113,8 @@ def check_rows(rows, call: AttentionWeightsCall) -> Tensor:
         or rows.device != call.device
     ):
         raise ValueError(
-            f"rows must be [R] or [B, R] with B = {call.B} on {call.device}, got {list(rows.shape)} on "
-            f"{rows.device}"
+            f"rows must be [R] or [B, R] with B = {call.B} on {call.device}, got "
+            f"{list(rows.shape)} on {rows.device}"
         )
     if rows.is_cpu and not torch.compiler.is_compiling():
         check_indices(rows.flatten().tolist(), call.Nq)

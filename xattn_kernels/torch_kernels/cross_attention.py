@@ -35,8 +35,8 @@ SHORT_CALL = 2**16  # (row, key) pairs; below, torch's CPU backward is slowest i
 
 
 class Region(NamedTuple):
-    """What one call of torch's kernel computes; `exact`: each row sees each key. Empty rows have keys
-    0:0."""
+    """What one call of torch's kernel computes; `exact`: each row sees each key. Empty rows have
+    keys 0:0."""
 
     batch: slice
     rows: slice
@@ -46,9 +46,9 @@ class Region(NamedTuple):
 
 def reasons(call: CrossAttentionCall) -> list[str]:
     """Why `F.scaled_dot_product_attention` cannot compute this call; empty when it can."""
+    dtype = call.q.dtype
     lacks = {
-        f"dtype {call.q.dtype} is not float64, float32, float16 or bfloat16": call.q.dtype
-        not in DTYPES,
+        f"dtype {dtype} is not float64, float32, float16 or bfloat16": dtype not in DTYPES,
         "torch's kernels have no softcap": call.softcap is not None,
         "torch's kernels cannot drop the weights that the seed says": call.dropout_p > 0.0,
         "torch's kernels return no lse": call.return_lse,

@@ -214,7 +214,7 @@ def scores(q: Tensor, keys: Tensor, scale: float | Tensor) -> Tensor:
 def backward(
     upstream: TopKResults, call: TopKAttentionCall, results: TopKResults, needs: Needs
 ) -> Gradients:
-    """The gradients that `needs` names, of q, k, v and scale_tensor, by eq. ds of `reference.py`."""
+    """The gradients that `needs` names, of q, k, v and scale_tensor, by eq. ds."""
     q, k, v, dtype = call.q, call.k, call.v, sum_dtype(call.q)
     top_k, scale = min(call.top_k, call.Nk), scale_of(call, dtype)
     dq, dscale = rows_like(q), q.new_zeros((call.Hq,), dtype=dtype)
