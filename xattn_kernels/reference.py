@@ -114,9 +114,9 @@ def allowed_keys(call: AttentionCall) -> Tensor | None:
 
 
 def used_keys(t: Tensor, call: AttentionCall) -> Tensor:
-    """`t` [B, Hkv, Nk, *] with zeros outside of the intervals of each batch element.
+    """`t` [B, Hkv, Nk, *] with zeros in the padding of each batch element.
 
-    The keys before the first and after the last interval are padding, which may hold NaN.
+    The padding is before the first and after the last interval, and may hold NaN.
     """
     if call.start is None or call.Nq == 0:
         return t

@@ -64,7 +64,7 @@ def launch_backward(
     chunk_rows: int,
     needs: list[bool],
 ) -> list[Tensor]:
-    """The gradients of `tensors`; a tensor that `needs` excludes gets a tensor without elements.
+    """The gradients of `tensors`, one without elements for each that `needs` excludes.
 
     The logits are computed again. Gradients of weights and biases add up in float32 at least.
     """

@@ -355,6 +355,7 @@ def check_labels(labels, shape, logits: Tensor, ignore_index: int = IGNORED) -> 
 
 
 def check_smoothing(label_smoothing: float) -> None:
+    """Raises unless the label smoothing is a number in [0, 1)."""
     if not 0.0 <= check_number("label_smoothing", label_smoothing, "a number in [0, 1)") < 1.0:
         raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
 

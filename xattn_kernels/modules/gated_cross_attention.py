@@ -27,7 +27,7 @@ class SwiGLU(nn.Module):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., 2 * width] -> [..., width]."""
+        """The product [..., width] of the halves of x [..., 2 * width]."""
         a, b = x.chunk(2, dim=-1)
         return F.silu(a) * b
 

@@ -147,6 +147,7 @@ class MaskedCrossAttention(nn.Module):
         return MediaCache(normed(self.k_norm, k), v, *media_sizes(media))
 
     def _media_modules(self) -> list[nn.Module]:
+        """The modules whose weights a cache of media depends on."""
         return [m for m in (self.to_kv, self.k_norm) if m is not None]
 
 

@@ -1,9 +1,10 @@
-"""`MultiheadAttention`: takes the place of `nn.MultiheadAttention` and stays fused with weights."""
+"""`MultiheadAttention`: replaces `nn.MultiheadAttention` and stays fused with weights."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from functools import reduce
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,11 +27,12 @@ from ..torch_kernels import cross_attention as torch_attention
 
 
 def _cuda_reasons(x: CrossAttentionCall) -> list[str]:
+    """Why the CUDA kernels cannot compute this call; empty when they can."""
     weights = ["attention weights have no CUDA kernel (need_weights=False)"] * x.return_lse
     return cuda_reasons(x) + weights
 
 
-# "torch" is PyTorch's own kernels: the fused ones, or one head at a time where those have reasons.
+# "torch" means PyTorch's kernels: the fused ones, or one head at a time if those have reasons.
 REASONS = {"torch": lambda x: [], "cuda": _cuda_reasons}
 BACKENDS = tuple(
     b._replace(reasons=REASONS.get(b.name, b.reasons)) for b in cross_attention.backends
@@ -38,32 +40,33 @@ BACKENDS = tuple(
 
 
 class MultiheadAttention(nn.Module):
-    """Multi-head attention with the constructor, call, parameters and results of torch's module.
+    """A multi-head attention with the constructor, call, parameters and results of torch's module.
 
-    What `nn.MultiheadAttention` documents means the same here, state dicts load both ways, and the
+    The documentation of `nn.MultiheadAttention` holds here, state dicts load both ways, and the
     same seed initialises the same values. The differences:
 
-    - `need_weights=True`, torch's default, makes no [B, H, Nq, Nk] tensor, neither forward nor
-      backward: the head-averaged weights are computed again from lse as they are written.
+    - `need_weights=True`, torch's default, allocates no [B, H, Nq, Nk] tensor, neither forward nor
+      backward: a kernel computes the head-averaged weights from lse and writes them.
     - `forward(..., mask=KeyInterval)` names the keys of each query without a dense mask.
     - A query whose keys are all masked gets the output bias and weights of 0. torch gives NaN or
       the same, depending on the path it takes.
-    - Masks are used by stride, never repeated per head; a bool and a float mask may be mixed, and
-      a float mask may have any floating-point dtype.
-    - No nested tensors, no TorchScript, no `dropout` of exactly 1.
+    - Masks are read by stride and never repeated per head. A bool and a float mask may be mixed,
+      and a float mask may have any floating-point dtype.
+    - There are no nested tensors, no TorchScript, and no `dropout` of exactly 1.
 
-    On a GPU the Triton kernels run. Elsewhere PyTorch's own do: its fused attention, or plain
-    products and softmax one head at a time where weights are asked for or dropout is active (which
-    then drops what torch's generator says). `explain` tells which. A padding mask stays a mask:
-    whether it is a suffix only its values could tell, and reading them stalls a GPU. Who knows
-    that it is one passes `mask=masks.padding(...)`.
+    On a GPU the Triton kernels run, elsewhere those of PyTorch: its fused attention, or products
+    and a softmax for one head at a time if the call needs weights or dropout, which then uses
+    torch's generator. `explain` tells which. A padding mask stays a mask, because only its values
+    tell whether it is a suffix, and reading them stalls a GPU. Pass `mask=masks.padding(...)` for a
+    mask that is one.
 
     Args:
         backend: "triton", "cuda", "torch" or "eager" for every call; None chooses for each.
-        The others are torch's, with torch's defaults.
+        The other arguments are those of torch, with the same defaults.
 
     Raises:
-        ValueError, AssertionError: embed_dim or num_heads is not positive; it does not divide.
+        ValueError: embed_dim or num_heads is not positive.
+        AssertionError: num_heads does not divide embed_dim.
     """
 
     backend: str | None = None
@@ -104,6 +107,7 @@ class MultiheadAttention(nn.Module):
         self._reset_parameters()
 
     def _reset_parameters(self) -> None:
+        """Initialises the parameters as torch's module does, in the same order."""
         for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
             if getattr(self, name) is not None:
                 nn.init.xavier_uniform_(getattr(self, name))
@@ -118,8 +122,8 @@ class MultiheadAttention(nn.Module):
     def from_torch(cls, module: nn.MultiheadAttention, *, backend=None) -> MultiheadAttention:
         """A new module with the same Parameter objects, settings, training mode and hooks.
 
-        Raises TypeError for anything but `nn.MultiheadAttention` itself: a subclass may have
-        changed what its parameters mean.
+        Raises TypeError for anything but `nn.MultiheadAttention` itself, since a subclass may use
+        its parameters in another way.
         """
         if type(module) is not nn.MultiheadAttention:
             raise TypeError(f"module must be an nn.MultiheadAttention, got {type(module).__name__}")
@@ -144,29 +148,31 @@ class MultiheadAttention(nn.Module):
         *,
         mask: KeyInterval | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """(output, weights or None), in the shapes of torch's module.
+        """The output and the weights or None, in the shapes of torch's module.
 
         Args:
             query: [Nq, B, embed_dim], with `batch_first` [B, Nq, embed_dim], unbatched
                 [Nq, embed_dim]; key and value likewise, kdim and vdim wide.
             key_padding_mask: [B, Nk], unbatched [Nk]; bool (True = ignore) or additive float.
-            need_weights: also return the weights after dropout, [B, Nq, Nk], differentiable.
+            need_weights: whether to return the weights after dropout, [B, Nq, Nk], differentiable.
             attn_mask: [Nq, Nk] or [B * num_heads, Nq, Nk]; bool (True = not allowed) or float.
-            average_attn_weights: False returns them as [B, num_heads, Nq, Nk].
-            is_causal: says that attn_mask, which must be given, is causal (query i sees the keys
-                up to i). As in torch this replaces attn_mask where there is no padding mask and
-                no weights are asked for; then only visible keys cost anything.
+            average_attn_weights: whether the weights are the mean over heads, or else
+                [B, num_heads, Nq, Nk].
+            is_causal: a hint that attn_mask, which is still required, is causal (query i sees the
+                keys up to i). As in torch the hint replaces attn_mask if there is no padding mask
+                and need_weights is False; then only visible keys cost time.
             mask: the keys that each query may see, on top of the other masks. With `add_bias_kv`
                 or `add_zero_attn`, whose keys every query sees, it becomes a dense mask.
 
         Raises:
-            AssertionError, RuntimeError: what torch raises for a wrong shape or dtype.
-            TypeError, ValueError: a wrong `mask`, or dropout outside [0, 1).
+            AssertionError, RuntimeError: a shape or dtype is wrong, with the error type of torch.
+            TypeError, ValueError: `mask` is wrong, or dropout is outside of [0, 1).
         """
-        x = _inputs(
-            self, query, key, value, key_padding_mask, need_weights, attn_mask,
-            average_attn_weights, is_causal, mask=mask,
+        arguments = ForwardArguments(
+            query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights,
+            is_causal, mask,
         )  # fmt: skip
+        x = _inputs(self, arguments)
         with without_autocast(x.q.device):
             out, weights = self._attend(x, average_attn_weights if need_weights else None)
         # the head axis moves behind the sequence: [B, Nq, H, D], [Nq, B, H, D] or [Nq, H, D]
@@ -177,7 +183,7 @@ class MultiheadAttention(nn.Module):
         return self.out_proj(out.flatten(-2)), weights
 
     def _attend(self, x: CrossAttentionCall, average: bool | None):
-        """(out, weights); no weights if `average` is None."""
+        """The pair (out, weights) in layout [B, H, N, D]; no weights if `average` is None."""
         backend = choose("MultiheadAttention", BACKENDS, x, self.backend)
         tell(x, backend.name)
         if backend.name == "torch" and torch_attention.reasons(x):
@@ -199,13 +205,14 @@ class MultiheadAttention(nn.Module):
 
     def explain(self, *args, **kwargs) -> None:
         """Prints which backend `forward(*args, **kwargs)` takes for its output, and why."""
-        x = _inputs(self, *args, seed=0, **kwargs)  # drawing one would move torch's generator
+        # the draw of a seed would advance torch's generator
+        x = _inputs(self, ForwardArguments(*args, **kwargs), seed=0)
         print(choice("MultiheadAttention", BACKENDS, x, self.backend))
 
     def merge_masks(self, attn_mask, key_padding_mask, query) -> tuple[Tensor | None, int | None]:
-        """What the inference path of `nn.TransformerEncoderLayer` asks its attention for.
+        """The merged mask and its type, for the inference path of `nn.TransformerEncoderLayer`.
 
-        query [B, N, E] -> (mask, kind): (None, None), ([B, N], 1) or ([B, H, N, N], 2).
+        The result for query [B, N, E] is (None, None), ([B, N], 1) or ([B, H, N, N], 2).
         """
         if attn_mask is None:
             return key_padding_mask, None if key_padding_mask is None else 1
@@ -216,12 +223,12 @@ class MultiheadAttention(nn.Module):
 
 
 def replace_multihead_attention(model: nn.Module, *, backend: str | None = None) -> int:
-    """Turns every `nn.MultiheadAttention` in `model` into ours, in place; returns how many.
+    """Turns each `nn.MultiheadAttention` in `model` into ours, in place, and returns their number.
 
-    The modules keep their identity and change their class, so that `isinstance` no longer calls
-    them `nn.MultiheadAttention`: the root itself, shared modules, hooks, optimizers and every
-    reference to them stay valid. Subclasses are left alone, since they may have changed what the
-    module does; `torch.nn.utils.parametrize` makes a subclass too.
+    The modules keep their identity and change their class, so that they are no longer instances of
+    `nn.MultiheadAttention`. The root itself, shared modules, hooks, optimizers and every reference
+    to the modules stay valid. Subclasses are not replaced, since they may compute something else;
+    `torch.nn.utils.parametrize` makes a subclass too.
 
     The layers of `nn.Transformer` work as before. In inference (`eval()` without gradients) torch's
     encoder layer may bypass its attention for a kernel of its own;
@@ -230,25 +237,38 @@ def replace_multihead_attention(model: nn.Module, *, backend: str | None = None)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     backend = _check_backend(backend)
-    found = [m for m in model.modules() if type(m) is nn.MultiheadAttention]
-    for module in found:
+    replaced = [m for m in model.modules() if type(m) is nn.MultiheadAttention]
+    for module in replaced:
         module.__class__ = MultiheadAttention
         module.backend = backend
-    return len(found)
+    return len(replaced)
 
 
 def _check_backend(backend: str | None) -> str | None:
+    """`backend` itself; raises ValueError unless it is None or a name in BACKENDS."""
     if backend is not None and backend not in [b.name for b in BACKENDS]:
-        known = ", ".join(repr(b.name) for b in BACKENDS)
-        raise ValueError(f"backend must be None or one of {known}, got {backend!r}")
+        names = ", ".join(repr(b.name) for b in BACKENDS)
+        raise ValueError(f"backend must be None or one of {names}, got {backend!r}")
     return backend
 
 
-def _inputs(
-    module, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None,
-    average_attn_weights=True, is_causal=False, *, mask=None, seed=None,
-) -> CrossAttentionCall:  # fmt: skip
-    """The checked call of `cross_attention` behind a call of `module.forward`."""
+class ForwardArguments(NamedTuple):
+    """The arguments of `MultiheadAttention.forward`, in its order and with its defaults."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    key_padding_mask: Tensor | None = None
+    need_weights: bool = True
+    attn_mask: Tensor | None = None
+    average_attn_weights: bool = True
+    is_causal: bool = False
+    mask: KeyInterval | None = None
+
+
+def _inputs(module, arguments: ForwardArguments, seed=None) -> CrossAttentionCall:
+    """The checked call of `cross_attention` for the arguments of `module.forward`."""
+    query, key, value, key_padding_mask, need_weights, attn_mask, _, is_causal, mask = arguments
     if is_causal and attn_mask is None:
         raise RuntimeError("is_causal is a hint about attn_mask; attn_mask must be given too")
     _check_ranks(query, key, value, key_padding_mask, attn_mask)
@@ -268,7 +288,10 @@ def _inputs(
 
 
 def _project(module, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
-    """q, k, v in the layout of the inputs; inputs that are one tensor share one product."""
+    """The projections q, k, v in the layout of the inputs.
+
+    Inputs that are the same tensor share one product.
+    """
     if module._qkv_same_embed_dim:
         parts = (1, 1, 1) if key is not value else (3,) if query is key else (1, 2)
         weights = module.in_proj_weight.split([n * module.embed_dim for n in parts])
@@ -284,7 +307,7 @@ def _project(module, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
 
 
 def _split_heads(module, x: Tensor) -> Tensor:
-    """[..., embed_dim] in any of the three layouts -> a view [B, H, N, D]."""
+    """The view [B, H, N, D] of x [..., embed_dim] in any of the three layouts."""
     x = x.unflatten(-1, (module.num_heads, module.head_dim))
     if x.dim() == 3:
         return x.transpose(0, 1)[None]
@@ -292,7 +315,7 @@ def _split_heads(module, x: Tensor) -> Tensor:
 
 
 def _append_keys(module, x: Tensor, learned: Tensor | None) -> Tensor:
-    """[B, H, N, D] with the learned row of `add_bias_kv`, then the zeros of `add_zero_attn`."""
+    """x [B, H, N, D] with the learned row of `add_bias_kv`, then the zeros of `add_zero_attn`."""
     if learned is not None:
         row = learned.view(1, module.num_heads, 1, module.head_dim)
         x = torch.cat([x, row.to(x.dtype).expand(x.shape[0], -1, -1, -1)], dim=2)
@@ -300,12 +323,13 @@ def _append_keys(module, x: Tensor, learned: Tensor | None) -> Tensor:
 
 
 def _require(condition: bool, message: str, error: type[Exception] = AssertionError) -> None:
+    """Raises `error` unless the condition holds; torch's module raises such types."""
     if not condition:
         raise error(message)
 
 
 def _check_ranks(query, key, value, key_padding_mask, attn_mask) -> None:
-    """Raises what torch raises for tensors of wrong rank and masks of wrong dtype."""
+    """Raises the errors of torch for tensors of wrong rank and masks of wrong dtype."""
     nested = query.is_nested or key.is_nested or value.is_nested
     _require(not nested, "query, key and value must be padded tensors, got a nested tensor")
     rank = query.dim()
@@ -326,7 +350,7 @@ def _check_ranks(query, key, value, key_padding_mask, attn_mask) -> None:
 
 
 def _check_sizes(module, query, key, value, attn_mask) -> None:
-    """Raises what torch raises for widths, lengths and batches that do not fit."""
+    """Raises the errors of torch for widths, lengths and batches that do not fit."""
     packed, sizes = module._qkv_same_embed_dim, f"got {list(key.shape)} and {list(value.shape)}"
     width = query.shape[-1]
     _require(
@@ -341,8 +365,8 @@ def _check_sizes(module, query, key, value, attn_mask) -> None:
         RuntimeError if packed else AssertionError,
     )
     if query.dim() == 3:
-        B, found = (x.shape[0 if module.batch_first else 1] for x in (query, key))
-        _require(B == found, f"key must have the batch of query, {B}, got {found}", RuntimeError)
+        B, B_key = (x.shape[0 if module.batch_first else 1] for x in (query, key))
+        _require(B == B_key, f"key must have the batch of query, {B}, got {B_key}", RuntimeError)
     elif attn_mask is not None and attn_mask.dim() == 3:
         expected = (module.num_heads, query.shape[0], key.shape[0])
         got = f"got {list(attn_mask.shape)}"
@@ -350,7 +374,7 @@ def _check_sizes(module, query, key, value, attn_mask) -> None:
 
 
 def _as_4d(attn_mask, key_padding_mask, q: Tensor, Nk: int) -> list[Tensor]:
-    """torch's masks, those that are given, as views that broadcast to [B, H, Nq, Nk]."""
+    """The masks of torch that are not None, as views that broadcast to [B, H, Nq, Nk]."""
     B, H, Nq, _ = q.shape
     views = []
     if attn_mask is not None:
@@ -371,11 +395,11 @@ def _as_4d(attn_mask, key_padding_mask, q: Tensor, Nk: int) -> list[Tensor]:
 def _mask_and_bias(
     masks: list[Tensor], interval, causal: bool, q: Tensor, Nk: int, appended: int
 ) -> tuple[KeyInterval | Tensor | None, Tensor | None]:
-    """`mask` (True = attend) and `bias` of `cross_attention` for 4-d `masks` (True = forbidden).
+    """The mask (True = attend) and bias of `cross_attention` for 4-d masks (True = forbidden).
 
-    The mask is the interval or else one bool mask. All others are additive and become the bias,
-    so padding together with a causal mask needs at most [B, 1, Nq, Nk]. Appended keys come after
-    the Nk keys that the masks know; everybody sees them, unless the causal hint hides them.
+    The mask is the interval or else one bool mask. All others are added up in the bias, so padding
+    together with a causal mask needs at most [B, 1, Nq, Nk]. Appended keys come after the Nk keys
+    of the masks. Every query sees them, unless the causal hint hides them.
     """
     B, _, Nq, _ = q.shape
     if interval is not None and not isinstance(interval, KeyInterval):

@@ -228,7 +228,7 @@ def residual(n_in: int, dim: int, eps: float, factory: dict) -> nn.ModuleDict:
 
 
 def add_and_norm(modules: nn.ModuleDict, branch: Tensor, x: Tensor, dropout: float) -> Tensor:
-    """The LayerNorm of x plus a linear layer of `branch`, after dropout."""
+    """The LayerNorm of x plus the dropout of a linear layer of `branch`."""
     return modules["LayerNorm"](F.dropout(modules["dense"](branch), dropout) + x)
 
 
