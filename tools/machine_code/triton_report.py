@@ -115,7 +115,7 @@ def tiles_per_iteration(loop: MainLoop, ptx: str) -> int:
     source = next(iter(heaviest_loops(code, is_product)), None)
     if source is None:
         return 1
-    before = sum(is_product(i) for n in source.own for i in code.blocks[n])
+    before = sum(is_product(i) for n in source.exclusive for i in code.blocks[n])
     after = sum(i.unit == "tensor" for i in loop.always + loop.one_warp)
     return max(1, round(after / before))
 
