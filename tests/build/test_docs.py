@@ -53,7 +53,8 @@ def test_names_of_systems():
         assert all(map(exists, names)), f"{heading}: {[n for n in names if not exists(n)]}"
         assert names or "follow" in code or code.startswith('the "Source"'), heading
         for file, test in (name.split("::") for name in re.findall("`([^`]+)`", tests)):
-            tree = ast.parse((ROOT / "tests" / f"{file}.py").read_text())
+            (path,) = (ROOT / "tests").rglob(f"{file}.py")
+            tree = ast.parse(path.read_text())
             assert test in {n.name for n in tree.body if isinstance(n, ast.FunctionDef)}, test
         assert "::" in tests, heading
 
