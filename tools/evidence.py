@@ -140,7 +140,7 @@ The table of kernels says by which means each one was checked, and with which dt
 | --- | --- | --- |
 | interpreted | A passing test ran the kernel in Triton's interpreter. | The error against float64 is at most twice that of eager PyTorch in the same dtype, plus a floor by the size of what is summed. |
 | emulated | A passing test ran the compiled PTX instruction by instruction on a CPU. | The same rule holds; the emulator also checks bounds, races, reads of unwritten memory and asynchronous copies. |
-| compiled ahead of time | Every variant of the kernel in the grid was compiled for the architecture. | No register spills, the shared memory fits, and products use the tensor cores. |
+| compiled ahead of time | Every variant of the kernel in the grid was compiled for the architecture. | No register is spilled, the shared memory fits, and kernels with products use the tensor cores where the dtype allows it. |
 | ran on a GPU | A passing test ran the kernel on that device. | The rule of the first row holds. |
 
 ## Runs
