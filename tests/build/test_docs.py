@@ -73,6 +73,6 @@ def test_performance_page_has_the_committed_times():
     assert {row[0] for row in table} == {workload for workload, _, _ in rows}
     for workload, visible, *times in table:
         columns = [(p, m) for m in ("forward", "both") for p in ("xattn-sdpa", "sdpa-flash")]
-        found = [rows[workload, provider, mode] for provider, mode in columns]
-        assert times == [f"{row['ms']:.1f}" for row in found], workload
-        assert visible == f"{100 * found[0]['visible_fraction']:.0f}", workload
+        measured = [rows[workload, provider, mode] for provider, mode in columns]
+        assert times == [f"{row['ms']:.1f}" for row in measured], workload
+        assert visible == f"{100 * measured[0]['visible_fraction']:.0f}", workload
