@@ -30,7 +30,7 @@ help:
 	@echo "make gpu           tests and benchmarks on a machine with a GPU, offline, with its own python3"
 	@echo "make compile-grid  every kernel configuration for every architecture, two Triton versions"
 	@echo "make static-report the same in one pass, with what is in each kernel's main loop"
-	@echo "make evidence      the whole suite, and the README's table of what it proved"
+	@echo "make evidence      the whole suite, and docs/evidence.md, the table of what it checked"
 	@echo "make style         lint and formatting; make format repairs what it can"
 	@echo "make wheel         source distribution, and the manylinux wheel made of it, in dist/"
 	@echo "make clean         remove build products and caches; make distclean also the environments"

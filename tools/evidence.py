@@ -1,10 +1,10 @@
-"""The README's evidence table, made of what ran: what the tests launched, what the grid compiled.
+"""Writes docs/evidence.md from what ran: what the tests launched, and what the grids compiled.
 
 `make evidence` runs the suite with XATTN_EVIDENCE naming a folder, in which each test process
 leaves a file (`tests/support/launches.py`), and then
 
-    python -m tools.evidence collect FOLDER    # into results/evidence/<device>.json
-    python -m tools.evidence table             # that and the grid's tables, into the README
+    python -m tools.evidence collect FOLDER    # into results/evidence/<device>.json, and the page
+    python -m tools.evidence page              # the page alone, from the committed files
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ import json
 import re
 import sys
 from collections import defaultdict
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 
 from benchmarks.harness.machine import RESULTS, ROOT, provenance, slug
 
-BEGIN, END = "<!-- evidence: generated -->\n", "<!-- end of evidence -->\n"
+from .machine_code.triton_grid import Row, faults
+
+PAGE = ROOT / "docs" / "evidence.md"
 EMULATED = re.compile(r"sm_\d+")
 KERNELS = {
     "forward_kernel": "forward",
@@ -35,17 +38,17 @@ KERNELS = {
     "mass_kernel": "received mass",
     "select_kernel": "choice of the top keys",
     "candidates_kernel": "choice among the top keys of parts",
-    "indices_kernel": "indices of its bits",
-    "bits_kernel": "bits of its indices",
-    "turn_bits_kernel": "its bits by key",
+    "indices_kernel": "indices of the chosen keys, from bits",
+    "bits_kernel": "bits of the chosen keys, from indices",
+    "turn_bits_kernel": "bits of the chosen keys, turned by key",
     "gather_forward_kernel": "attention to few keys",
-    "gather_dq_kernel": "its dq",
-    "gather_dkdv_kernel": "its dk and dv",
+    "gather_dq_kernel": "dq of attention to few keys",
+    "gather_dkdv_kernel": "dk and dv of attention to few keys",
     "pool_kernel": "mean keys of blocks",
     "importance_kernel": "importance of blocks",
     "gated_forward_kernel": "gated residual",
-    "gated_backward_kernel": "its gradients",
-    "gated_sums_kernel": "sums of its gate, weight and bias",
+    "gated_backward_kernel": "gradients of the gated residual",
+    "gated_sums_kernel": "sums of the gradients of gate, weight and bias",
 }
 CUDA_KERNELS = {
     f"cuda {kernel}": f"{name}, CUDA C++"
@@ -59,10 +62,10 @@ CUDA_KERNELS = {
         "dbias_kernel": "dbias",
         "sum_splits_kernel": "sums of splits",
         "topk_selection_kernel": "choice of the top keys",
-        "topk_indices_kernel": "its indices and bits",
+        "topk_indices_kernel": "indices and bits of the chosen keys",
         "gated_forward_kernel": "gated residual",
-        "gated_backward_kernel": "its gradients",
-        "gated_sums_kernel": "sums of its gate, weight and bias",
+        "gated_backward_kernel": "gradients of the gated residual",
+        "gated_sums_kernel": "sums of the gradients of gate, weight and bias",
     }.items()
 }
 
@@ -89,23 +92,33 @@ def collect(folder: Path, device: str) -> Path:
 
 def compiled(kernel: str) -> str:
     """The architectures for which every compiled variant is without a fault, by Triton version."""
-    from .machine_code.triton_grid import Row, faults
-
     if kernel in CUDA_KERNELS:
         return compiled_by_nvcc(kernel.removeprefix("cuda "))
-    found = defaultdict(list)
-    for path in sorted((RESULTS / "static").glob("compile_grid_triton*.csv")):
+    versions = defaultdict(list)
+    for version, rows in triton_grids().items():
         clean: dict[int, bool] = {}
-        for values in csv.DictReader(path.open()):
-            row = Row(**{
-                name: values[name] if kind == "str" else int(values[name])
-                for name, kind in Row.__annotations__.items()
-            })  # fmt: skip
+        for row in rows:
             if row.kernel in (kernel, ""):  # a case that did not compile names no kernel
                 clean[row.arch] = clean.get(row.arch, True) and not faults(row)
-        version = re.search(r"triton(\d+\.\d+)", path.name)[1]
-        found[", ".join(str(arch) for arch in sorted(clean) if clean[arch])].append(version)
-    return "; ".join(f"sm_{archs}; Triton {' and '.join(v)}" for archs, v in found.items() if archs)
+        versions[", ".join(str(arch) for arch in sorted(clean) if clean[arch])].append(version)
+    return "; ".join(
+        f"sm_{archs}; Triton {' and '.join(v)}" for archs, v in versions.items() if archs
+    )
+
+
+@lru_cache(None)
+def triton_grids() -> dict[str, list[Row]]:
+    """The rows of each committed grid, by the version of Triton without its last number."""
+    grids = {}
+    for path in sorted((RESULTS / "static").glob("compile_grid_triton*.csv")):
+        rows = []
+        for values in csv.DictReader(path.open()):
+            rows.append(Row(**{
+                name: values[name] if kind == "str" else int(values[name])
+                for name, kind in Row.__annotations__.items()
+            }))  # fmt: skip
+        grids[re.search(r"triton(\d+\.\d+)", path.name)[1]] = rows
+    return grids
 
 
 def compiled_by_nvcc(kernel: str) -> str:
@@ -118,9 +131,66 @@ def compiled_by_nvcc(kernel: str) -> str:
     return f"sm_{', '.join(map(str, clean))}; nvcc {version}" if clean else ""
 
 
-def table() -> str:
+INTRODUCTION = """# Evidence
+
+Generated by `make evidence` from `benchmarks/results/evidence/` and `benchmarks/results/static/`.
+The table of kernels says by which means each one was checked, and with which dtypes. {gpus}
+
+| column | what happened | how it is judged |
+| --- | --- | --- |
+| interpreted | A passing test ran the kernel in Triton's interpreter. | The error against float64 is at most twice that of eager PyTorch in the same dtype, plus a floor by the size of what is summed. |
+| emulated | A passing test ran the compiled PTX instruction by instruction on a CPU. | The same rule holds; the emulator also checks bounds, races, reads of unwritten memory and asynchronous copies. |
+| compiled ahead of time | Every variant of the kernel in the grid was compiled for the architecture. | No register is spilled, the shared memory fits, and kernels with products use the tensor cores where the dtype allows it. |
+| ran on a GPU | A passing test ran the kernel on that device. | The rule of the first row holds. |
+
+## Runs
+
+| machine | torch | Triton | commit | date |
+| --- | --- | --- | --- | --- |
+"""  # noqa: E501
+
+
+def evidence_files() -> list[dict]:
+    """What is committed of each machine on which the suite ran."""
+    return [json.loads(p.read_text()) for p in sorted((RESULTS / "evidence").glob("*.json"))]
+
+
+def has_gpu(files: list[dict]) -> bool:
+    modes = {mode for file in files for kernel in file["kernels"].values() for mode in kernel}
+    return any(mode != "interpreter" and not EMULATED.fullmatch(mode) for mode in modes)
+
+
+def page() -> str:
+    """The whole of docs/evidence.md."""
+    files = evidence_files()
+    gpus = "Nothing has run on a GPU yet, and no speed on one is claimed."
+    lines = [INTRODUCTION.format(gpus="" if has_gpu(files) else gpus).rstrip()]
+    for file in files:
+        facts = (file[name] for name in ("device", "torch", "triton", "commit", "date"))
+        lines.append(f"| {' | '.join(facts)} |")
+    lines += ["", "## Kernels", "", table(files), "## Compile grids", "", grids()]
+    return "\n".join(lines)
+
+
+def grids() -> str:
+    """How many kernels of how many calls the committed Triton grids hold, and their faults."""
+    lines = [
+        "`make compile-grid` compiles every row of the configuration table for every architecture,",
+        "with each flag alone and with all flags together. `make static-report` also counts the",
+        "instructions of every main loop, for [static_report.md](static_report.md).",
+        "",
+        "| Triton | calls | architectures | compiled kernels | with spills or another fault |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for version, rows in triton_grids().items():
+        calls, archs = {r.case for r in rows}, {r.arch for r in rows}
+        faulty = sum(bool(faults(r)) for r in rows)
+        lines.append(f"| {version} | {len(calls)} | {len(archs)} | {len(rows)} | {faulty} |")
+    return "\n".join(lines) + "\n"
+
+
+def table(files: list[dict]) -> str:
     """The table of every kernel, from the committed files."""
-    files = [json.loads(p.read_text()) for p in sorted((RESULTS / "evidence").glob("*.json"))]
     lines = [
         "| kernel | interpreted | emulated | compiled ahead of time | ran on a GPU |",
         "| --- | --- | --- | --- | --- |",
@@ -141,24 +211,17 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def replaced(readme: str) -> str:
-    """The README with today's table between its markers."""
-    before, rest = readme.split(BEGIN)
-    return before + BEGIN + "\n" + table() + "\n" + END + rest.split(END)[1]
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     found = commands.add_parser("collect")
     found.add_argument("folder", type=Path)
     found.add_argument("--device", default="cpu")
-    commands.add_parser("table")
+    commands.add_parser("page")
     args = parser.parse_args()
     if args.command == "collect":
         print(collect(args.folder, args.device))
-    readme = ROOT / "README.md"
-    readme.write_text(replaced(readme.read_text()))
+    PAGE.write_text(page())
     return 0
 
 

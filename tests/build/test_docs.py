@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib
+import json
 import re
 from pathlib import Path
 
@@ -53,7 +54,8 @@ def test_names_of_systems():
         assert all(map(exists, names)), f"{heading}: {[n for n in names if not exists(n)]}"
         assert names or "follow" in code or code.startswith('the "Source"'), heading
         for file, test in (name.split("::") for name in re.findall("`([^`]+)`", tests)):
-            tree = ast.parse((ROOT / "tests" / f"{file}.py").read_text())
+            (path,) = (ROOT / "tests").rglob(f"{file}.py")
+            tree = ast.parse(path.read_text())
             assert test in {n.name for n in tree.body if isinstance(n, ast.FunctionDef)}, test
         assert "::" in tests, heading
 
@@ -61,3 +63,16 @@ def test_names_of_systems():
 def test_a_system_without_code_is_noticed():
     assert exists("cross_attention") and exists("torch.nn.utils.clip_grad_norm_")
     assert not exists("docs/nothing.md") and not exists("QFormer.nothing") and not exists("Nothing")
+
+
+def test_performance_page_has_the_committed_times():
+    file = ROOT / "benchmarks" / "results" / "intel-xeon-2-threads" / "main-float32.json"
+    rows = {(r["workload"], r["provider"], r["mode"]): r for r in json.loads(file.read_text())}
+    pattern = r"^\| `([^`]+)`[^|]*\| (\d+) % \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$"
+    table = re.findall(pattern, (DOCS / "performance.md").read_text(), re.MULTILINE)
+    assert {row[0] for row in table} == {workload for workload, _, _ in rows}
+    for workload, visible, *times in table:
+        columns = [(p, m) for m in ("forward", "both") for p in ("xattn-sdpa", "sdpa-flash")]
+        measured = [rows[workload, provider, mode] for provider, mode in columns]
+        assert times == [f"{row['ms']:.1f}" for row in measured], workload
+        assert visible == f"{100 * measured[0]['visible_fraction']:.0f}", workload

@@ -1,4 +1,4 @@
-"""Which kernels the passing tests launched, where, and on which dtypes: the README's evidence.
+"""Which kernels the passing tests launched, where, and on which dtypes: for docs/evidence.md.
 
 With XATTN_EVIDENCE naming a folder, each test process leaves one JSON file there;
 `python -m tools.evidence collect FOLDER` makes the table of them.
