@@ -1,5 +1,4 @@
-// What the launchers of attention share: the choice of the kernel for a call, and of the number of
-// splits.
+// What the launchers of attention share: the choice of the kernel and of the number of splits.
 #pragma once
 
 #include <algorithm>

@@ -1,5 +1,4 @@
-// What the kernels of attention iterate over: packed rows, their key intervals, and tiles of keys
-// or of rows.
+// What the kernels of attention iterate over: packed rows, their key intervals, and tiles.
 #pragma once
 
 #include "cross_attention.h"
@@ -8,9 +7,9 @@
 
 namespace xattn {
 
-// The tile sizes of a block whose rows have WIDTH elements. Each warp keeps 16 rows in registers
-// for the whole loop ("staying" rows), and all warps share the tiles that the loop loads ("passing"
-// ones). The sizes fit into 99 KiB of shared memory, which every device from sm_80 on has.
+// The tile sizes of a block whose rows have WIDTH elements. Each warp keeps 16 rows for the
+// whole loop ("staying" rows), and all warps share the tiles that the loop loads ("passing" ones).
+// The sizes fit into 99 KiB of shared memory, which every device from sm_80 on has.
 template <class T, int WIDTH>
 struct AttentionBlock {
   static constexpr int kRowBytes = WIDTH * sizeof(T);

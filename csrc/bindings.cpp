@@ -23,8 +23,7 @@ namespace py = pybind11;
 namespace xattn {
 namespace {
 
-// The version of CUDA that the driver supports, as 1000 * major + 10 * minor, or 0 without a
-// driver.
+// The driver's version of CUDA as 1000 * major + 10 * minor, or 0 without a driver.
 int DriverVersion() {
   int version = 0;
   cudaDriverGetVersion(&version);
@@ -75,8 +74,8 @@ class DeviceGuard {
 
 py::tuple AsTuple(const dim3& d) { return py::make_tuple(d.x, d.y, d.z); }
 
-// Defines m.name(params, device, stream), which launches, and m.name_plan(params), which lists the
-// launches.
+// Defines m.name(params, device, stream), which launches, and m.name_plan(params), which lists what
+// would be launched.
 template <class Params>
 void DefineOp(py::module_& m, const char* name, cudaError_t (*launch)(const Params&, Queue&)) {
   m.def(name, [=](const Params& params, int device, uintptr_t stream) {
@@ -95,8 +94,8 @@ void DefineOp(py::module_& m, const char* name, cudaError_t (*launch)(const Para
   });
 }
 
-// How Python sees a field of type M: pointers are integers, arrays are lists, and other types are
-// themselves.
+// How Python sees a field of type M. Pointers are integers, arrays are lists, and every other type
+// is itself.
 template <class M>
 struct FieldOf {
   using Value = M;
@@ -164,8 +163,7 @@ class ParamsClass {
 
  private:
   using Setter = std::function<void(S&, py::handle)>;
-  // The constructor finds the setters here, as one by Python's own lookup takes several times as
-  // long.
+  // The constructor looks fields up here, so that it needs no Python object for `params`.
   static std::map<std::string, Setter, std::less<>>& Setters() {
     static std::map<std::string, Setter, std::less<>> setters;
     return setters;

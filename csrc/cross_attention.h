@@ -3,8 +3,8 @@
 //     s = softcap(scale q k^T) + bias    over the keys of a row's interval that the mask allows
 //     p = softmax(s)          out = dropout(p) v          lse = log(sum(exp(s)))
 //
-// The equations are in xattn_kernels/reference.py. Head h of q reads the keys of head h / (Hq /
-// Hkv).
+// The equations are in xattn_kernels/reference.py. Head h of q reads the keys of head
+// h / (Hq / Hkv).
 //
 // Pointers are to device memory that the caller owns. A null pointer stands for an input that a
 // call does not have, or for a result that it does not want. Strides are in elements; an input that
@@ -62,7 +62,7 @@ struct CrossAttentionCall {
   float softcap;     // 0 stands for no softcap
   float keep_scale;  // 1 / (1 - dropout_p), which is 1 without dropout
   CrossAttentionShape shape;
-  // The mask has the words [B, Hq, Nq, ceil(Nk / 32)] of topk_attention.h, contiguous in the last
+  // The mask has the words [B, Hq, Nq, ceil(Nk / 32)] of topk_attention.h, with a contiguous last
   // dimension.
   bool mask_is_bits;
   // Launchers set this if the rows of q, k, v and dout begin at multiples of 16 bytes.
@@ -72,7 +72,7 @@ struct CrossAttentionCall {
 struct CrossAttentionForwardParams {
   HeadTensor out;
   float* lse;      // [B, Hq, Nq], contiguous, as are the next three, which may be null
-  float* lse_low;  // lse minus its float32 value, times log2(e), for the backward of a bias
+  float* lse_low;  // (lse - float32(lse)) * log2(e), for the backward of a bias
   float *entropy, *max_probability;  // A call has both or neither.
   float* parts;                      // workspace of CrossAttentionForwardParts(params) floats
   CrossAttentionCall call;

@@ -176,8 +176,9 @@ __global__ void __launch_bounds__(AttentionBlock<T, WIDTH>::kThreads, 1)
           const ScoreRow& score_row = score_rows[i / 2];
           float tanh;
           const float score = score_row.Score(c, j, s[n][i], tanh);
-          const bool inside = score_row.Sees(c, j, score), kept = score_row.Keeps(c, j);
-          ds[n][i] = PairGradient(c, row, inside, score, tanh, dp[n][i], kept).ds;
+          ds[n][i] = PairGradient(c, row, score_row.Sees(c, j, score), score, tanh, dp[n][i],
+                                  score_row.Keeps(c, j))
+                         .ds;
         }
       }
     if (PLAIN && range.Cuts(k0, kKeys)) {
@@ -327,8 +328,9 @@ __global__ void __launch_bounds__(AttentionBlock<T, WIDTH>::kThreads, 1)
           } else {
             float tanh;
             const float score = score_row.Score(c, j, s[n][i], tanh);
-            const bool inside = score_row.Sees(c, j, score), kept = score_row.Keeps(c, j);
-            const PairGradient pair(c, row, inside, score, tanh, dp[n][i], kept);
+            const bool kept = score_row.Keeps(c, j);
+            const PairGradient pair(c, row, score_row.Sees(c, j, score), score, tanh, dp[n][i],
+                                    kept);
             p[n][i] = kept ? pair.p : 0.f;
             ds[n][i] = one_scale ? pair.ds : pair.ds * score_row.scale;
           }

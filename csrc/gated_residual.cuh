@@ -11,7 +11,7 @@
 
 namespace xattn {
 
-// The threads of a block. More would not fit: the backward's sums take 48 registers of each thread.
+// The threads of a block. The sums of the backward take 48 registers of each.
 constexpr int kGatedThreads = 512;
 // The blocks of a backward. The number does not depend on the device, so that sums do not either.
 constexpr int kGatedGroups = 256;
