@@ -130,7 +130,15 @@ def test_overlapping_intervals_are_no_segments():
     assert replace(c, interval=KeyInterval(start, stop)).segments is None
 
 
-ON_CPU = ["eager", "sdpa-math", "sdpa-flash", "xattn-eager", "xattn-torch", "xattn-mha", "torch-mha"]
+ON_CPU = [
+    "eager",
+    "sdpa-math",
+    "sdpa-flash",
+    "xattn-eager",
+    "xattn-torch",
+    "xattn-mha",
+    "torch-mha",
+]
 
 
 @pytest.mark.parametrize("name", ON_CPU)

@@ -35,7 +35,12 @@ def test_gpu_phases_fit_ten_minutes_with_the_tests_last():
 
 @pytest.mark.slow
 def test_sharded_tests_run_each_test_once_and_sum_up(capsys):
-    chosen = ["tests/ops/test_dispatch.py", "-q", "-k", "unknown_backend or by_name_only or nothing"]
+    chosen = [
+        "tests/ops/test_dispatch.py",
+        "-q",
+        "-k",
+        "unknown_backend or by_name_only or nothing",
+    ]
     assert sharded_tests.run(2, chosen) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("3 passed")
     assert sharded_tests.run(1, [*chosen, "-k", "nothing_at_all"]) == sharded_tests.NO_TESTS

@@ -81,7 +81,9 @@ def test_it_needs_neither_torch_nor_cudart_and_shows_one_symbol():
 def test_the_table_is_of_these_kernels_and_none_spills():
     """In any shipped configuration; the assembler said what each took."""
     rows = cuda_grid.load(RESULTS / "static")
-    assert {row.code for row in rows} == {cuda_grid.code()}, "run tools.machine_code.cuda_grid again"
+    assert {row.code for row in rows} == {cuda_grid.code()}, (
+        "run tools.machine_code.cuda_grid again"
+    )
     made = {(path.name, arch) for path in cuda_grid.SOURCES for arch in ARCHS}
     assert {(row.source, row.arch) for row in rows} == made
     assert all(row.registers for row in rows)

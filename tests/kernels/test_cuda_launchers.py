@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.harness.machine import RESULTS
 from tools.machine_code import cuda_grid
-from xattn_kernels.core.call import check_inputs
+from xattn_kernels.core.tensor_arguments import check_attention
 from xattn_kernels.cuda_kernels import cross_attention, launch
 from xattn_kernels.cuda_kernels import gated_residual as gated
 from xattn_kernels.ops.cross_attention import cuda_reasons
@@ -262,8 +262,8 @@ def test_more_rows_than_the_kernels_count_are_a_reason(tall, monkeypatch):
     one = torch.zeros(1, 1, 1, 16)
     q, k = (one.expand(1, 1, n if tall == name else 1, 16) for name in "qk")
     text = f"{n} queries of a key head, or keys, are more than"
-    assert any(text in reason for reason in cuda_reasons(check_inputs(q, k, k)))
-    assert not any("more than" in reason for reason in cuda_reasons(check_inputs(one, one, one)))
+    assert any(text in reason for reason in cuda_reasons(check_attention(q, k, k)))
+    assert not any("more than" in reason for reason in cuda_reasons(check_attention(one, one, one)))
 
 
 def test_alignment_is_of_rows_and_their_ends():

@@ -8,6 +8,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from xattn_kernels.core.call import GatedResidualCall
+from xattn_kernels.core.layout import GatedResults
 from xattn_kernels.triton_kernels import gated_residual as kernels
 
 KERNELS = ("gated_forward_kernel", "gated_backward_kernel", "gated_sums_kernel")
@@ -21,9 +23,16 @@ class Recorder:
 
     def __getitem__(self, grid):
         def launch(*args, **constants) -> None:
-            self.launches.append([t for t in args if isinstance(t, Tensor)])
+            self.launches.append(tensors_in(args))
 
         return launch
+
+
+def tensors_in(argument) -> list[Tensor]:
+    """The tensors of arguments, also those in structs."""
+    if isinstance(argument, tuple):
+        return [t for part in argument for t in tensors_in(part)]
+    return [argument] if isinstance(argument, Tensor) else []
 
 
 def size(tensors) -> int:
@@ -48,7 +57,7 @@ def moved(monkeypatch):
 
 
 @pytest.mark.parametrize("vector", [False, True], ids=["one", "vector"])
-@pytest.mark.parametrize("norm", ["", "layer", "rms"], ids=["plain", "layer", "rms"])
+@pytest.mark.parametrize("norm", [None, "layer", "rms"], ids=["plain", "layer", "rms"])
 def test_each_input_is_read_once_and_each_output_written_once(moved, norm, vector):
     """At 32 sequences of 2048 tokens; sums over rows may take 1 % more."""
     shape, dim, dtype = (32, 2048, 4096), 4096, torch.bfloat16
@@ -57,20 +66,24 @@ def test_each_input_is_read_once_and_each_output_written_once(moved, norm, vecto
     weight = torch.empty(dim, dtype=dtype, device="meta") if norm else None
     bias = torch.empty(dim, dtype=dtype, device="meta") if norm == "layer" else None
     row_mask = torch.empty(shape[:-1], dtype=torch.bool, device="meta")
-    forward = moved(kernels.forward, x, h, gate, weight, bias, row_mask, norm, 1e-5)
+    call = GatedResidualCall(
+        x=x, h=h, gate=gate, weight=weight, bias=bias, row_mask=row_mask, norm=norm, eps=1e-5
+    )
+    forward = moved(kernels.forward, call)
     assert forward == size((x, h, gate, weight, bias, row_mask, *moved.results))
     dnormed = dnormed if norm else None
-    saved = (h, gate, weight, bias, row_mask, y, norm, 1e-5)
-    backward = moved(kernels.backward, dy, dnormed, *saved, [True] * 5)
+    needs = ["h", "gate", *(["x", "weight"] if norm else []), *(["bias"] * (norm == "layer"))]
+    results = GatedResults(y if norm else None, None)
+    backward = moved(kernels.backward, GatedResults(dy, dnormed), call, results, needs)
     read = (dy, dnormed, h, gate, weight, row_mask, y if norm else None)
-    least = size((*read, *moved.results))
+    least = size((*read, *moved.results.values()))
     assert least <= backward <= 1.01 * least
 
 
 def test_a_gradient_nobody_wants_costs_nothing(moved):
     x, h, dy = (torch.empty(8, 64, device="meta") for _ in range(3))
-    gate = torch.empty(1, device="meta")
-    saved = (h, gate, None, None, None, None, "", 0.0)
-    assert moved(kernels.backward, dy, None, *saved, [True] + [False] * 4) == 0
-    only_h = moved(kernels.backward, dy, None, *saved, [False, True] + [False] * 3)
-    assert only_h == size((dy, gate, moved.results[1]))
+    call = GatedResidualCall(x=None, h=h, gate=torch.empty(1, device="meta"))
+    given = GatedResults(dy, None), call, GatedResults(None, None)
+    assert moved(kernels.backward, *given, []) == 0
+    only_h = moved(kernels.backward, *given, ["h"])
+    assert only_h == size((dy, call.gate, moved.results["h"]))

@@ -1,9 +1,12 @@
 """`attention_weights` on every backend against the reference in float64, both directions."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import xattn_kernels
+from support import custom_ops
 from support.largest_tensor import LargestTensor
 from support.modes import enter, modes
 from support.numerics import assert_as_accurate
@@ -26,7 +29,7 @@ from xattn_kernels import (
     cross_attention,
     masks,
 )
-from xattn_kernels.ops.attention_weights import backward_op, forward_op
+from xattn_kernels.ops.attention_weights import weights_op
 
 
 @pytest.fixture(autouse=True)
@@ -265,12 +268,10 @@ def test_custom_ops_and_compile(own_lse, mode):
     with pytest.raises(RuntimeError, match="no double backward"):
         (dq,) = torch.autograd.grad(loss(q, k, bias, lse), q, create_graph=True)
         dq.sum().backward()
-    row = torch.randn(B, HQ, NQ).add(5)
-    tensors = (q.detach(), k.detach(), bias.detach(), None, row, None, None, None, None, None)
-    numbers = (0.2, 0.0, 0.0, True, own_lse, False)
-    torch.library.opcheck(forward_op, (*tensors, *numbers))
-    dweights = torch.randn(B, 1, NQ, NK)
-    torch.library.opcheck(backward_op, (dweights, *tensors, *numbers, [True] * 3 + [False, True]))
+    row = torch.randn(B, HQ, NQ).add(5).requires_grad_(not own_lse)
+    call = replace(attention_weights.check(q, k, lse=row, bias=bias), lse_is_own=own_lse)
+    upstream = {"weights": torch.randn(B, 1, NQ, NK)}
+    custom_ops.check(custom_ops.launches(weights_op, call, "triton", upstream))
 
 
 def test_explain_and_errors(capsys):

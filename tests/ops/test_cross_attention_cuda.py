@@ -223,14 +223,11 @@ def test_bounds_outside_of_the_keys_are_clamped(mode):
     start[0, 1], stop[1, 2] = 100, -3
     results = []
     for bounds in ((start, stop), (start.clamp(0, 70), stop.clamp(0, 70))):
-        call = (q, k, v, None, None, *bounds, None, None)
-        out, lse, *_ = launcher.forward(*call, 0.25, 0.0, 0.0, False)
-        none = out.new_empty(0)
-        needs = [True, True, True, False, False]
-        grads = launcher.backward(
-            out, None, None, *call, out, lse, none, None, 0.25, 0.0, 0.0, False, needs
-        )
-        results.append([out, lse, *grads[:3]])
+        call = replace(cross_attention.check(q, k, v), start=bounds[0], stop=bounds[1])
+        found = launcher.forward(call)
+        upstream = type(found)(found.out, None, None, None, None)
+        grads = launcher.backward(upstream, call, found, ["q", "k", "v"])
+        results.append([found.out, found.lse, *grads.values()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 

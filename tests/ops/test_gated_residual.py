@@ -9,6 +9,7 @@ import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 
+from support import custom_ops
 from support.gated_cases import (
     BY_NAME,
     CASES,
@@ -24,7 +25,7 @@ from xattn_kernels import (
     gated_residual,
     gated_residual_norm,
 )
-from xattn_kernels.ops.gated_residual import backward_op, forward_op
+from xattn_kernels.ops.gated_residual import gated_op
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 
@@ -191,15 +192,12 @@ def test_second_derivatives_are_refused(mode):
 def test_custom_ops(mode, name):
     """Schema and fake implementations, of rows in either order of memory."""
     call = build(BY_NAME[name], torch.float32, mode.device)
-    leaves = [call.leaves[n].detach() if n in call.leaves else None
-              for n in ("x", "h", "gate", "weight", "bias")]  # fmt: skip
-    norm = call.case.norm or ""
-    checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(forward_op, (*leaves, call.row_mask, norm, 1e-5), test_utils=checks)
-    y, _ = forward_op(*leaves, call.row_mask, norm, 1e-5)
-    dy = torch.ones_like(y)
-    args = (dy, dy if norm else None, *leaves[1:], call.row_mask, y if norm else None)
-    torch.library.opcheck(backward_op, (*args, norm, 1e-5, [True] * 5), test_utils=checks)
+    leaves = {name: t.detach().requires_grad_() for name, t in call.leaves.items()}
+    options = {} if call.case.norm is None else dict(norm=call.case.norm)
+    op = gated_residual if call.case.norm is None else gated_residual_norm
+    checked = op.check(**leaves, **options, row_mask=call.row_mask)
+    upstream = dict.fromkeys(("y", "normed"), torch.ones_like(leaves["x"]))
+    custom_ops.check(custom_ops.launches(gated_op, checked, "triton", upstream))
 
 
 COMPILED = {

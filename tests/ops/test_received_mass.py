@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from support import custom_ops
 from support.largest_tensor import LargestTensor
 from support.modes import enter, modes
 from support.numerics import assert_as_accurate
@@ -27,7 +28,7 @@ from xattn_kernels import (
     masks,
     received_mass,
 )
-from xattn_kernels.ops.received_mass import chunks, forward_op
+from xattn_kernels.ops.received_mass import chunks, mass_op
 
 NAMES = [name for name in CASES if name != "dropout"]
 each_case = pytest.mark.parametrize("case", NAMES)
@@ -223,11 +224,11 @@ def test_torch_compile_takes_it_whole(mode):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", modes("interpreter", "gpu"), indirect=True)
-def test_custom_op(mode):
-    q, k = (t.to(mode.device) for t in make().values())
-    lse = torch.zeros(q.shape[:3], device=mode.device)
-    arguments = (q, k, None, None, lse, None, None, None, None, None, 0.2, 0.0, False)
-    torch.library.opcheck(forward_op, arguments)
+def test_custom_ops(mode):
+    q, k = (t.to(mode.device).requires_grad_() for t in make().values())
+    call = received_mass.check(q, k, lse=torch.zeros(q.shape[:3], device=mode.device))
+    upstream = {"mass": torch.ones(k.shape[:3], device=mode.device)}
+    custom_ops.check(custom_ops.launches(mass_op, call, "triton", upstream))
 
 
 Q, K = torch.zeros(2, 2, 3, 16), torch.zeros(2, 1, 5, 16)

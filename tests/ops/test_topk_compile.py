@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
+from support import custom_ops
 from support.calls import build
 from support.cases import Case
 from support.modes import modes
 from xattn_kernels import masks, topk_attention
+from xattn_kernels.core.call import (
+    TopKAttentionCall,
+    TopKBlocksCall,
+    TopKImportanceCall,
+    shared_fields,
+)
 from xattn_kernels.ops import topk_blocks as by_blocks
-from xattn_kernels.reference import seen_keys
+from xattn_kernels.ops.topk_attention import topk_op
+from xattn_kernels.reference import blocked, seen_keys
 
 pytestmark = [
     pytest.mark.slow,
@@ -35,72 +41,42 @@ BLOCKS = {
 BASE = dict(B=2, Nq=5, Nk=40)
 
 
-def parts(c: Case, mode):
-    """(call, q, k, v, scale, start, stop, mask; the number for a scale)."""
-    call = build(c, mode.dtypes[1], mode.device)
-    x = call.inputs()
-    scale = x.scale if isinstance(x.scale, torch.Tensor) else None
-    tensors = [x.q, x.k, x.v, scale, *x.bounds(), x.mask]
-    tensors = [None if t is None else t.detach() for t in tensors]
-    return call, x, tensors, math.nan if scale is not None else x.scale
-
-
-def keys_arguments(mode, flags: dict, top_k: int, with_indices: bool):
-    from xattn_kernels.ops.topk_attention import backward_op, forward_op
-
-    call, x, tensors, scale = parts(Case("ops", **BASE | flags), mode)
-    options = (scale, top_k, x.return_statistics, with_indices, False)
-    out, lse, entropy, _, bits, indices = forward_op(*tensors, *options)
-    yield forward_op, (*tensors, *options)
-    upstream = [call.upstream.get(name) for name in ("out", "lse", "entropy")]
-    saved = (bits if bits.numel() else indices, out, lse, entropy)
-    needs = [t is not None for t in tensors[:4]]
-    yield backward_op, (*upstream, *tensors[:6], *saved, *options, needs)
-
-
-def blocks_arguments(mode, flags: dict):
-    from xattn_kernels.ops.topk_blocks import backward_op, forward_op, importance_op
-
-    call, x, tensors, scale = parts(Case("ops", **BASE | flags), mode)
-    y = topk_attention.check(
-        x.q, x.k, x.v, topk_blocks=(16, 2), mask=call.options.get("mask"), scale=x.scale
-    )
-    interval, mask = by_blocks.blocked(y)
-    bounds = (None, None) if interval is None else interval.expand(x.B, x.Nq)
-    q, k, _, scales = tensors[:4]
-    yield importance_op, (q, k, seen_keys(y), scales, *bounds, mask, scale, 16, 64, False)
-    blocks = by_blocks.choose_triton(y)
-    options = (scale, 16, 64, x.return_statistics, False)
-    out, lse, entropy, _ = forward_op(*tensors, blocks, *options)
-    yield forward_op, (*tensors, blocks, *options)
-    upstream = [call.upstream.get(name) for name in ("out", "lse", "entropy")]
-    needs = [t is not None for t in tensors[:4]]
-    yield backward_op, (*upstream, *tensors, blocks, out, lse, entropy, *options, needs)
-
-
-def check(launches) -> None:
-    """opcheck, and of each result the strides: a wrong one shows only after the compiler has relied
-    on it."""
-    for launch, arguments in launches:
-        torch.library.opcheck(launch, arguments)
-        real = launch(*arguments)
-        with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as fake_mode:
-            fake = launch(
-                *(fake_mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments)
-            )
-        results = [(t,) if isinstance(t, torch.Tensor) else t for t in (real, fake)]
-        for a, b in zip(*results, strict=True):
-            assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+def leaves_of(case: Case, mode) -> tuple:
+    """(call, q, k and v, options of a call with the mask and scale of the case)."""
+    call = build(case, mode.dtypes[1], mode.device)
+    names = ("mask", "scale", "return_statistics")
+    options = {name: call.options[name] for name in names if name in call.options}
+    if "scale" in call.leaves:
+        options["scale"] = call.leaves["scale"].requires_grad_()
+    return call, [call.leaves[n] for n in "qkv"], options
 
 
 @pytest.mark.parametrize("name", KEYS)
 def test_custom_ops_of_keys(mode, name):
-    check(keys_arguments(mode, *KEYS[name]))
+    flags, top_k, with_indices = KEYS[name]
+    call, qkv, options = leaves_of(Case("ops", **BASE | flags), mode)
+    checked = topk_attention.check(*qkv, top_k, return_indices=with_indices, **options)
+    for backend in ("triton", "torch"):
+        custom_ops.check(custom_ops.launches(topk_op, checked, backend, call.upstream))
 
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_custom_ops_of_blocks(mode, name):
-    check(blocks_arguments(mode, BLOCKS[name]))
+    call, qkv, options = leaves_of(Case("ops", **BASE | BLOCKS[name]), mode)
+    checked = topk_attention.check(*qkv, topk_blocks=(16, 2), **options)
+    with custom_ops.Recorder() as recorder, torch.no_grad():
+        fields = shared_fields(blocked(checked), TopKAttentionCall)
+        importance = TopKImportanceCall(**fields, seen=seen_keys(checked))
+        by_blocks.importance_op.forward_op(
+            *(getattr(importance, n) for n in by_blocks.importance_op.names), "triton"
+        )
+    custom_ops.check(recorder.calls)
+    chosen = by_blocks.choose_triton(checked)
+    with_blocks = TopKBlocksCall(**shared_fields(checked, TopKAttentionCall), chosen=chosen)
+    for backend in ("triton", "torch"):
+        custom_ops.check(
+            custom_ops.launches(by_blocks.blocks_op, with_blocks, backend, call.upstream)
+        )
 
 
 @pytest.mark.parametrize(

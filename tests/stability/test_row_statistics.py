@@ -103,9 +103,9 @@ def test_observers_are_told_and_observers_themselves_are_not():
         OBSERVERS.reset(token)
     cross_attention(q, q, q)
     assert told == [
-        ("CrossAttentionInputs", "torch"),
-        ("TopKAttentionInputs", "eager"),
-        ("GatedResidualInputs", "eager"),
+        ("CrossAttentionCall", "torch"),
+        ("TopKAttentionCall", "eager"),
+        ("GatedResidualCall", "eager"),
     ]
 
 

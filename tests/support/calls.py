@@ -28,7 +28,7 @@ from xattn_kernels import (
     received_mass,
     reference,
 )
-from xattn_kernels.core.call import CrossAttentionInputs
+from xattn_kernels.core.call import CrossAttentionCall
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Call:
     upstream: Tensors  # the gradients of out, lse, entropy as far as asked for, or of `FIRST`
     op: Callable = cross_attention
 
-    def inputs(self) -> CrossAttentionInputs:
+    def inputs(self) -> CrossAttentionCall:
         return self.op.check(**self.leaves, **self.options)
 
     def in_double(self) -> Call:

@@ -44,15 +44,32 @@ def noted(mode: str) -> Iterator[None]:
 
 
 def row_dtype(args: tuple, gated: bool) -> str:
-    """That of the first float tensor with the four strides of [B, H, N, width] behind it: parts of
-    a split, which are float32, have five, and lse has none. A gated residual has rows of any
-    strides, and where its parts are summed none."""
-    floats = [isinstance(t, torch.Tensor) and t.is_floating_point() for t in args]
-    for t, is_float, strides in zip(args, floats, args[1:], strict=False):
-        if is_float and isinstance(strides, tuple) and (gated or len(strides) == 4):
+    """The dtype of the first float tensor with four strides, those of [B, H, N, width]: parts of a
+    split, which are float32, have five, and lse has none. A gated residual has rows of any strides,
+    and where its parts are summed none."""
+    for t, stride in strided_in(args):
+        if t.is_floating_point() and (gated or len(stride) == 4):
             return str(t.dtype)[6:]
-    found = [t for t, is_float in zip(args, floats, strict=True) if is_float]
-    return str(found[0].dtype)[6:] if gated and found else "int32"
+    floats = [t for t in tensors_in(args) if t.is_floating_point()]
+    return str(floats[0].dtype)[6:] if gated and floats else "int32"
+
+
+def strided_in(argument) -> Iterator[tuple[torch.Tensor, tuple]]:
+    """The tensors with strides among the arguments of a launch."""
+    if isinstance(argument, tuple):
+        if getattr(argument, "_fields", ()) == ("ptr", "stride"):
+            if argument.ptr is not None:
+                yield argument
+        else:
+            for part in argument:
+                yield from strided_in(part)
+
+
+def tensors_in(argument) -> list[torch.Tensor]:
+    """The tensors among the arguments of a launch, also those in structs."""
+    if isinstance(argument, tuple):
+        return [t for part in argument for t in tensors_in(part)]
+    return [argument] if isinstance(argument, torch.Tensor) else []
 
 
 DTYPES = {"float": "float32", "__half": "float16", "__nv_bfloat16": "bfloat16"}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from support.numerics import FLOOR
 from xattn_kernels import reference
-from xattn_kernels.core.call import CrossAttentionInputs
+from xattn_kernels.core.call import CrossAttentionCall
 
 if TYPE_CHECKING:
     from support.calls import Call
@@ -28,8 +28,10 @@ def magnitudes(call: Call, dtype: torch.dtype) -> dict[str, float]:
     if call.leaves.get("lse") is not None:
         p = (s - x.lse.masked_fill(x.lse == -torch.inf, torch.inf)[..., None]).exp()
     # padding may hold NaN, which 0 does not undo
-    v, k = (t.nan_to_num(0, 0, 0).repeat_interleave(x.Hq // x.Hkv, 1) for t in (x.v, x.k))
-    scale = x.scale.view(1, -1, 1, 1) if isinstance(x.scale, Tensor) else x.scale
+    v, k = (
+        t.nan_to_num(0, 0, 0).repeat_interleave(x.group, 1) for t in (getattr(x, "v", x.k), x.k)
+    )
+    scale = x.scale_of_heads(x.q.dtype)
     rounding = score_rounding(scale * x.q, k, dtype).nan_to_num(0, 0, 0)
     kept = reference.drop(p * (1 + rounding), x)
     if "weights" in call.upstream:
@@ -71,7 +73,7 @@ def score_rounding(q: Tensor, k: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def sizes(
-    x: CrossAttentionInputs, scale, terms: Tensor, kept: Tensor, dout: Tensor, k: Tensor
+    x: CrossAttentionCall, scale, terms: Tensor, kept: Tensor, dout: Tensor, k: Tensor
 ) -> dict[str, float]:
     """The sums over rows or keys of the terms of ds, and of dv."""
 

@@ -77,6 +77,7 @@ def body_of_ttir(ttir: str, kernel: str) -> str:
 
 
 def digest(text: str) -> str:
+    """A few letters that are another text's with next to no probability."""
     return hashlib.sha1(text.encode()).hexdigest()[:16]
 
 
@@ -118,7 +119,8 @@ def hashes(task: tuple[int, Case, str]) -> dict[str, list[str]]:
     for name, kernel, _, _ in compiled:
         body = (body_of_ttir if stage == "ttir" else body_of)(kernel.asm[stage], name)
         meta = kernel.metadata
-        line = f"{digest(body)} {digest_of_any_order(body)} {meta.num_warps} warps, {meta.num_stages} stages, {meta.shared} bytes"
+        line = f"{digest(body)} {digest_of_any_order(body)} "
+        line += f"{meta.num_warps} warps, {meta.num_stages} stages, {meta.shared} bytes"
         lines.setdefault(f"{arch} {case.name} {name}", []).append(line)
     return lines
 
