@@ -150,6 +150,6 @@ def backward(
 
 def with_values(call: AttentionCall, v: Tensor) -> CrossAttentionCall:
     """The call of attention to these values, with the same probabilities."""
-    shared = shared_fields(call, AttentionCall)
+    shared = shared_fields(call, "AttentionCall")
     plain = dict(return_lse=False, return_statistics=False, deterministic=True)
     return CrossAttentionCall(**shared, v=v, **plain)

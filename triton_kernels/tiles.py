@@ -107,12 +107,12 @@ def load_tile(
     for i in tl.static_range(len(CHUNKS)):
         cols = first_column(CHUNKS, i) + tl.arange(0, CHUNKS[i])
         # a hint on `rows` itself would be lost, as it is an argument of this function
-        at = tl.multiple_of(rows[:, None] + cols[None, :], [1, ALIGN])
+        elements = tl.multiple_of(rows[:, None] + cols[None, :], [1, ALIGN])
         if row_mask is None and first_column(CHUNKS, i + 1) <= WIDTH:
-            tile = tile + (tl.load(base + at),)
+            tile = tile + (tl.load(base + elements),)
         else:
             keep = tile_mask(row_mask, cols < WIDTH, first_column(CHUNKS, i + 1) > WIDTH)
-            tile = tile + (tl.load(base + at, mask=keep, other=0.0),)
+            tile = tile + (tl.load(base + elements, mask=keep, other=0.0),)
     return tile
 
 
@@ -133,11 +133,11 @@ def store_tile(
 ):
     for i in tl.static_range(len(CHUNKS)):
         cols = first_column(CHUNKS, i) + tl.arange(0, CHUNKS[i])
-        at = tl.multiple_of(rows[:, None] + cols[None, :], [1, ALIGN])
+        elements = tl.multiple_of(rows[:, None] + cols[None, :], [1, ALIGN])
         keep = row_mask[:, None]
         if first_column(CHUNKS, i + 1) > WIDTH:
             keep = keep & (cols < WIDTH)[None, :]
-        tl.store(base + at, tile[i].to(base.dtype.element_ty), mask=keep)
+        tl.store(base + elements, tile[i].to(base.dtype.element_ty), mask=keep)
 
 
 @triton.jit

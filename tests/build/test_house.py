@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import os
 import re
@@ -23,8 +24,8 @@ README = (ROOT / "README.md").read_text()
 BUILT = {"build/", "dist/"}  # what a command makes, and a checkout may lack
 # Imports point from a higher floor to a lower one, or stay on their own.
 FLOORS = {
-    "masks": 0, "reference": 0, "core": 1, "triton_kernels": 2, "cuda_kernels": 2, "torch_kernels": 2,
-    "ops": 3, "losses": 4, "modules": 4, "stability": 4, "distributed": 5, "integrations": 5,
+    "masks": 0, "reference": 0, "core": 1, "triton_kernels": 2, "cuda_kernels": 2,
+    "torch_kernels": 2, "ops": 3, "losses": 4, "modules": 4, "stability": 4, "distributed": 5, "integrations": 5,
     "viz": 5, "__main__": 6,
 }  # fmt: skip
 
@@ -49,7 +50,16 @@ def imports_of(module: str, file: Path) -> tuple[set[str], set[str]]:
     parts = ["xattn_kernels", *module.split(".")]
     here = parts if file.stem == "__init__" else parts[:-1]
     names = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    tree = ast.parse(file.read_text())
+    for_annotations = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if node in for_annotations:  # it imports nothing when the program runs
+            continue
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -234,3 +244,65 @@ def test_every_public_name_has_a_docstring():
 def test_evidence_page_is_what_the_committed_files_say():
     """`make evidence` writes it; a claim made by hand fails here."""
     assert evidence.PAGE.read_text() == evidence.page()
+
+
+def functions_in(*folders: Path) -> list[tuple[str, ast.FunctionDef]]:
+    """("file:line name", definition) of every function and method."""
+    files = [file for folder in folders for file in python_in(folder)]
+    return [
+        (f"{file.relative_to(ROOT)}:{node.lineno} {node.name}", node)
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.FunctionDef)
+    ]
+
+
+def is_kernel(node: ast.FunctionDef) -> bool:
+    """Whether a function is compiled and launched, and no helper of such."""
+    jitted = any("jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+    return jitted and node.name.endswith("_kernel")
+
+
+# The drop-in for nn.MultiheadAttention has to take what torch's module takes, in its order.
+AS_IN_TORCH = re.compile(r"modules/multihead_attention\.py:\d+ __init__$")
+
+
+def test_no_signature_has_more_than_eight_positional_parameters():
+    counts = {}
+    for name, node in functions_in(PACKAGE, KERNELS):
+        names = [a.arg for a in (*node.args.posonlyargs, *node.args.args)]
+        if not is_kernel(node) and not AS_IN_TORCH.search(name):
+            counts[name] = len([n for n in names if n not in ("self", "cls")])
+    assert not {name: n for name, n in counts.items() if n > 8}
+
+
+def test_no_kernel_has_more_than_sixteen_parameters_or_one_that_it_does_not_read():
+    kernels = {name: node for name, node in functions_in(KERNELS) if is_kernel(node)}
+    assert len(kernels) >= 20
+    for name, node in kernels.items():
+        parameters = [a.arg for a in (*node.args.args, *node.args.kwonlyargs)]
+        assert len(parameters) <= 16, f"{name} has {len(parameters)} parameters"
+        read = {n.id for part in node.body for n in ast.walk(part) if isinstance(n, ast.Name)}
+        assert set(parameters) <= read, f"{name} does not read {set(parameters) - read}"
+
+
+def test_no_module_is_hidden_by_a_function_of_its_name():
+    for name, file in module_files().items():
+        package, _, leaf = f"xattn_kernels.{name}".rpartition(".")
+        if name != "__init__" and file.stem != "__init__" and name != "__main__":
+            importlib.import_module(f"{package}.{leaf}")
+            held = getattr(sys.modules[package], leaf)
+            assert inspect.ismodule(held), f"{package}.{leaf} is {type(held).__name__}"
+
+
+VAGUE = {"found", "there", "own", "of", "at", "made"}
+
+
+def test_names_say_what_a_value_is():
+    named = set()
+    for file in (*python_in(PACKAGE), *python_in(KERNELS)):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = {node.id} if isinstance(node, ast.Name) else set()
+            names |= {node.arg} if isinstance(node, ast.arg) else set()
+            named |= {f"{file.relative_to(ROOT)}:{node.lineno} {n}" for n in names & VAGUE}
+    assert not named

@@ -78,10 +78,11 @@ def test_what_is_wrong_is_found_and_said(monkeypatch, capsys):
     """The last key of a call with 17 keys or more is dropped: found, and shrunk to 17 keys."""
     attend = torch_attention.attend
 
-    def forgetful(scale, q, k, v, bias, mask, *bounds):
-        if k.shape[2] > 16 and mask is None and bias is None:
-            k, v = k[:, :, :-1], v[:, :, :-1]
-        return attend(scale, q, k, v, bias, mask, *bounds)
+    def forgetful(scale, tensors, *first_key):
+        k, v = tensors.k, tensors.v
+        if k.shape[2] > 16 and tensors.mask is None and tensors.bias is None:
+            tensors = tensors._replace(k=k[:, :, :-1], v=v[:, :, :-1])
+        return attend(scale, tensors, *first_key)
 
     monkeypatch.setattr(torch_attention, "attend", forgetful)
     with pytest.raises(AssertionError) as failure:

@@ -274,6 +274,8 @@ def test_alignment_is_of_rows_and_their_ends():
 
 
 def test_scales_are_read_as_float32():
-    scale = torch.ones(2, dtype=torch.float64)
-    assert cross_attention.as_float32(scale).dtype == torch.float32
-    assert cross_attention.as_float32(None) is None
+    q = torch.ones(1, 2, 3, 16)
+    call = check_attention(q, q, q, scale=torch.ones(2, dtype=torch.float64))
+    assert cross_attention.readable(call).scale_tensor.dtype == torch.float32
+    call = check_attention(q, q, q)
+    assert cross_attention.readable(call) is call

@@ -13,6 +13,7 @@ from support.values import reserve
 def test_parts_beyond_32_bits(mode):
     """Three parts, the last one more than 2^31 rows and elements behind the first."""
     from xattn_kernels.triton_kernels import launch, rows
+    from xattn_kernels.triton_kernels.structs import RowResults
 
     B, H, N, DV, n_splits, apart = 1, 2, 8, 16, 3, 2**30 + 16
     g = torch.Generator().manual_seed(0)
@@ -24,8 +25,9 @@ def test_parts_beyond_32_bits(mode):
     out_parts = reserve((n_splits + 2, B, H, N, DV), strides["out"], out)[2:].copy_(out)
     merged, merged_lse = torch.empty(B, H, N, DV), torch.empty(B, H, N)
     rows.merge_kernel[(B * H,)](
-        merged, merged.stride(), merged_lse, None, None, None,
-        out_parts, out_parts.stride(), lse_parts, None, None, None, H, N, apart, n_splits,
+        launch.strided(merged), RowResults(merged_lse, None, None, None),
+        launch.strided(out_parts), RowResults(lse_parts, None, None, None),
+        H, N, apart, n_splits,
         DV=DV, CHUNKS_V=rows.column_chunks(DV, 4), BLOCK=rows.MERGE_ROWS, ALIGN=4,
         **launch.compiler_options(rows.MAX_REGISTERS),
     )  # fmt: skip

@@ -206,20 +206,18 @@ INDICES = [
 LAUNCHERS = [
     *mutants("cross_attention", "backward",
         ("cuda-launch-dbias", "dbias.sum(0)", "dbias[0]", "dbias of the first split", MANY_ROWS),
-        ("cuda-launch-entropy", "rows[4] = None", "pass\n    rows[4] = None",
+        ("cuda-launch-entropy", "None if dentropy is None else results.entropy", "None",
          "no entropy beside its gradient", STATISTICS),
-        ("cuda-launch-contiguous", "dout.stride(3) != 1", "False", "dout read as if it were rows",
-         f"{CROSS}a_gradient_may_have_any_strides[cuda_sm_80]"),
     ),
-    *mutants("cross_attention", "call_of",
-        ("cuda-launch-threshold", "round(dropout_p * 2**32)", "int(dropout_p * 2**31)",
+    *mutants("cross_attention", "struct_of",
+        ("cuda-launch-threshold", "round(call.dropout_p * 2**32)", "int(call.dropout_p * 2**31)",
          "half of the drops", DROPOUT),
         ("cuda-launch-scales", "scale_tensor.stride(0) if per_head else 0", "0",
          "every head has the first one's scale", f"{CROSS}splits[heads-2-cuda_sm_80]"),
     ),
     *mutants("topk_attention", "backward",
-        ("cuda-launch-indices", "convert(selected, bits, Nk, True)",
-         "convert(selected, bits.zero_(), Nk, False)", "no bits from indices", FEW),
+        ("cuda-launch-indices", "convert(results.indices, bits, call.Nk, True)",
+         "convert(results.indices, bits.zero_(), call.Nk, False)", "no bits from indices", FEW),
     ),
     *mutants("gated_residual", "write_gradients",
         ("cuda-launch-aligned", "if t is None or aligned(t, y.dtype) else fresh(t)", "",
@@ -227,6 +225,15 @@ LAUNCHERS = [
          f"{GATED}gradients_of_the_widest_row_may_lie_anywhere[cuda_sm_80]"),
         ("cuda-launch-walks", "> _cuda.MAX_ROW_DIMS", "> 99", "more walks than there are places",
          f"{GATED}dimensions_that_cannot_be_walked_as_one[cuda_sm_80]"),
+    ),
+]  # fmt: skip
+
+SHARED = [  # what both kinds of launchers call
+    *mutants("layout", "row_gradient",
+        ("cuda-launch-contiguous", "dout.stride(3) == 1", "True", "dout read as if it were rows",
+         f"{CROSS}a_gradient_may_have_any_strides[cuda_sm_80]"),
+        folder="xattn_kernels/core",
+        mode="emulated",
     ),
 ]  # fmt: skip
 
@@ -240,4 +247,4 @@ def of_csrc(table: list) -> list:
 
 
 CUDA = of_csrc([*FORWARD, *BACKWARD, *WALKS, *SELECTION, *INDICES, *GATES])
-CUDA += of_launchers(LAUNCHERS)
+CUDA += [*of_launchers(LAUNCHERS), *SHARED]

@@ -36,13 +36,13 @@ def launched(monkeypatch) -> list[str]:
     from xattn_kernels.triton_kernels import launch
 
     names = []
-    original = launch.Call.launch
+    original = launch.Launch.run
 
     def spy(self, kernel, *args, **kwargs):
         names.append(kernel.fn.__name__)
         return original(self, kernel, *args, **kwargs)
 
-    monkeypatch.setattr(launch.Call, "launch", spy)
+    monkeypatch.setattr(launch.Launch, "run", spy)
     return names
 
 

@@ -173,10 +173,11 @@ def stated_gradients(call, found) -> dict[str, torch.Tensor]:
     if x.softcap:
         s = s if x.bias is None else s - x.bias
         ds = ds * torch.where(ds != 0, 1 - (s / x.softcap) ** 2, 0.0)
-    scale = x.scale.view(1, -1, 1, 1) if isinstance(x.scale, torch.Tensor) else x.scale
+    scale = x.scale_of_heads(x.q.dtype)
     grads["dq"], grads["dk"] = scale * ds @ k, scale * ds.mT @ x.q
-    if isinstance(x.scale, torch.Tensor):
-        grads["dscale"] = ((x.q * grads["dq"]).sum((0, 2, 3)) / x.scale).sum_to_size(x.scale.shape)
+    if x.scale_tensor is not None:
+        scale = x.scale_tensor
+        grads["dscale"] = ((x.q * grads["dq"]).sum((0, 2, 3)) / scale).sum_to_size(scale.shape)
     for n in ("dk", "dv"):
         grads[n] = grads[n].unflatten(1, (-1, group)).sum(2)
     order = ("dq", "dk", "dv", "dbias", "dscale")

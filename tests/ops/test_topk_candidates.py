@@ -94,11 +94,11 @@ def test_as_many_parts_as_the_device_asks_for(mode, top_k):
     q, k = (torch.randn(1, 1, n, 16, device=mode.device).round() for n in (2, 1100))
     found = topk_attention(q, k, k, top_k, return_indices=True, backend="triton").indices
     assert torch.equal(found, reference.top_indices(q.double() @ k.double().mT, top_k).int())
-    from xattn_kernels.triton_kernels.launch import Call
+    from xattn_kernels.triton_kernels.launch import Launch
     from xattn_kernels.triton_kernels.topk_candidates import parts
 
-    call = Call(q, k, k, None, None, None, None, None, None, 0.25, 0.0, 0.0, False)
-    assert (parts(call, top_k) > 1) == (top_k == 16)
+    call = topk_attention.check(q, k, k, top_k)
+    assert (parts(Launch(call), top_k) > 1) == (top_k == 16)
 
 
 def test_how_many_parts():

@@ -11,7 +11,6 @@ from support.cases import Case
 from support.modes import modes
 from xattn_kernels import masks, topk_attention
 from xattn_kernels.core.call import (
-    TopKAttentionCall,
     TopKBlocksCall,
     TopKImportanceCall,
     shared_fields,
@@ -65,14 +64,14 @@ def test_custom_ops_of_blocks(mode, name):
     call, qkv, options = leaves_of(Case("ops", **BASE | BLOCKS[name]), mode)
     checked = topk_attention.check(*qkv, topk_blocks=(16, 2), **options)
     with custom_ops.Recorder() as recorder, torch.no_grad():
-        fields = shared_fields(blocked(checked), TopKAttentionCall)
+        fields = shared_fields(blocked(checked), "TopKAttentionCall")
         importance = TopKImportanceCall(**fields, seen=seen_keys(checked))
         by_blocks.importance_op.forward_op(
             *(getattr(importance, n) for n in by_blocks.importance_op.names), "triton"
         )
     custom_ops.check(recorder.calls)
     chosen = by_blocks.choose_triton(checked)
-    with_blocks = TopKBlocksCall(**shared_fields(checked, TopKAttentionCall), chosen=chosen)
+    with_blocks = TopKBlocksCall(**shared_fields(checked, "TopKAttentionCall"), chosen=chosen)
     for backend in ("triton", "torch"):
         custom_ops.check(
             custom_ops.launches(by_blocks.blocks_op, with_blocks, backend, call.upstream)

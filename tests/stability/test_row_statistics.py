@@ -33,7 +33,9 @@ def on_cpu(monkeypatch):
 
 def leaves_of(x) -> list[torch.Tensor]:
     return [
-        t for t in (x.q, x.k, x.bias, x.scale) if isinstance(t, torch.Tensor) and t.requires_grad
+        t
+        for t in (x.q, x.k, x.bias, x.scale_tensor)
+        if isinstance(t, torch.Tensor) and t.requires_grad
     ]
 
 

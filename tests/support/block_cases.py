@@ -104,7 +104,7 @@ def assert_most_important(call: Call, chosen: Tensor, blocks: tuple[int, int], d
     there = weights > -math.inf
     assert not (chosen & ~there).any(), "a block that is not allowed"
     assert torch.equal(chosen.sum(-1), there.sum(-1).clamp(max=blocks[1])), "too many or too few"
-    scale = y.scale.view(1, -1, 1, 1).abs() if isinstance(y.scale, Tensor) else abs(y.scale)
+    scale = abs(y.scale_of_heads(y.q.dtype))
     k = x.k.nan_to_num(0, 0, 0).abs()
     largest = k.amax(2, keepdim=True).repeat_interleave(x.Hq // x.Hkv, 1)
     error = 4 * torch.finfo(dtype).eps * (scale * (x.q.abs() @ largest.mT)).amax((1, 2, 3))

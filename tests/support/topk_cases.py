@@ -116,7 +116,7 @@ def assert_highest(call: Call, chosen: Tensor, top_k: int, products: torch.dtype
     there = s > -torch.inf
     assert not (chosen & ~there).any(), "a key that is not allowed"
     assert torch.equal(chosen.sum(-1), there.sum(-1).clamp(max=top_k)), "too many or too few keys"
-    scale = x.scale.view(1, -1, 1, 1) if isinstance(x.scale, Tensor) else x.scale
+    scale = x.scale_of_heads(x.q.dtype)
     k = x.k.nan_to_num(0, 0, 0).repeat_interleave(x.Hq // x.Hkv, 1)
     size = (scale * x.q).abs() @ k.abs().mT
     slack = 8 * torch.finfo(products).eps * size

@@ -30,11 +30,6 @@ __all__ = [
 AnyCall = TypeVar("AnyCall")
 
 
-def shared_fields(call: Any, Call: type) -> dict[str, Any]:
-    """The fields of a call by name that a call of the class `Call` has too."""
-    return {f.name: getattr(call, f.name) for f in fields(Call) if hasattr(call, f.name)}
-
-
 @dataclass(frozen=True, kw_only=True)
 class AttentionCall:
     """What the probabilities of attention are made of.
@@ -194,3 +189,17 @@ class GatedProjectionCall:
     row_mask: Tensor | None = None
 
     device = property(lambda self: self.a.device)
+
+
+def field_names(Call: type) -> tuple[str, ...]:
+    return tuple(f.name for f in fields(Call))
+
+
+# a trace of torch.compile cannot ask a dataclass
+FIELDS = {Call.__name__: field_names(Call) for Call in (AttentionCall, CrossAttentionCall)}
+FIELDS |= {"TopKAttentionCall": field_names(TopKAttentionCall)}
+
+
+def shared_fields(call: AttentionCall, name: str) -> dict[str, Any]:
+    """The fields of a call that one of the class of that name has too."""
+    return {field: getattr(call, field) for field in FIELDS[name]}

@@ -178,8 +178,9 @@ def kernel_op(
 
     def differentiate(ctx, upstream, launch) -> tuple:
         """The gradients of the fields of a call, of which `launch` gives those that it is asked."""
-        given, kept = ctx.saved_tensors[: len(tensors)], ctx.saved_tensors[len(tensors) :]
-        named = ctx.plain | dict(zip(tensors, given, strict=True))
+        saved_tensors = ctx.saved_tensors  # once: a checkpoint gives them once
+        kept = saved_tensors[len(tensors) :]
+        named = ctx.plain | dict(zip(tensors, saved_tensors, strict=False))
         call = build([named[n] for n in names])
         results = Results(**(dict.fromkeys(Results._fields) | dict(zip(saved, kept, strict=True))))
         upstream = Results(

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from ..core.call import AttentionCall, AttentionWeightsCall, CrossAttentionCall, shared_fields
+from ..core.call import AttentionWeightsCall, CrossAttentionCall, shared_fields
 from ..core.dispatch import (
     choice,
     choose,
@@ -196,7 +196,7 @@ class MultiheadAttention(nn.Module):
         if average is None:
             return results.out, None
         weights_call = AttentionWeightsCall(
-            **shared_fields(x, AttentionCall), lse=results.lse.detach(), lse_low=lse_low,
+            **shared_fields(x, "AttentionCall"), lse=results.lse.detach(), lse_low=lse_low,
             lse_is_own=True, average_heads=average,
         )  # fmt: skip
         ops = attention_weights.backends

@@ -148,7 +148,7 @@ class SparseCrossAttention(MultiheadAttention):
         if x.bias is not None:
             allowed = x.bias == 0
             mask = allowed if mask is None else mask & allowed
-        fields = shared_fields(x, CrossAttentionCall) | dict(
+        fields = shared_fields(x, "CrossAttentionCall") | dict(
             mask=mask, bias=None, dropout_p=0.0, seed=None
         )
         return TopKAttentionCall(

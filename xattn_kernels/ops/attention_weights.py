@@ -118,7 +118,7 @@ def check_lse(lse, q: Tensor) -> Tensor | None:
 
 
 def run_torch(call: AttentionWeightsCall) -> Tensor:
-    return torch_weights.attend(call, out=False, average_heads=call.average_heads)[1]
+    return torch_weights.attend(call, lse=call.lse, out=False, average_heads=call.average_heads)[1]
 
 
 def run_eager(call: AttentionWeightsCall) -> Tensor:
@@ -143,7 +143,7 @@ def with_lse(call: AttentionWeightsCall) -> AttentionWeightsCall:
 def narrow_call(call: AttentionCall) -> CrossAttentionCall:
     """Attention with the scores of the call, and without dropout."""
     values = dict(return_lse=True, return_statistics=False, deterministic=True)
-    shared = shared_fields(call, AttentionCall) | dict(dropout_p=0.0, seed=None)
+    shared = shared_fields(call, "AttentionCall") | dict(dropout_p=0.0, seed=None)
     return CrossAttentionCall(**shared, v=call.k[..., :NARROW], **values)
 
 

@@ -54,10 +54,10 @@ def without_launch(upstream: GatedResults, call: GatedResidualCall) -> dict[str,
 
 def keep(call: GatedResidualCall, results: GatedResults, needs: Needs) -> tuple:
     """What the backward is given: h is for the gate's gradient, else its shape is enough, and the
-    statistics of a norm are computed again from y."""
+    statistics of a norm are computed again from y, which also lies in memory as dx does."""
     h = call.h if "gate" in needs else call.h.new_empty(()).expand(call.h.shape)
     y = None if call.norm is None else results.y
-    return replace(call, x=None, h=h), GatedResults(y, None)
+    return replace(call, x=y, h=h), GatedResults(y, None)
 
 
 gated_op = kernel_op(

@@ -52,7 +52,7 @@ def run_triton(call: TopKAttentionCall) -> TopKAttentionResult:
     if every:  # attention itself
         results = attend(call, "triton")
     else:
-        fields = shared_fields(call, TopKAttentionCall)
+        fields = shared_fields(call, "TopKAttentionCall")
         results = blocks_op(TopKBlocksCall(**fields, chosen=chosen), "triton")
     return result_of(call, chosen, results)
 
@@ -61,7 +61,7 @@ def run_torch(call: TopKAttentionCall) -> TopKAttentionResult:
     """What PyTorch's operations make of a call by blocks."""
     with torch.no_grad():
         chosen = choose_gathered(call)
-    fields = shared_fields(call, TopKAttentionCall)
+    fields = shared_fields(call, "TopKAttentionCall")
     return result_of(call, chosen, blocks_op(TopKBlocksCall(**fields, chosen=chosen), "torch"))
 
 
@@ -73,5 +73,5 @@ def choose_triton(call: TopKAttentionCall) -> Tensor:
 
 def importance_triton(call: TopKAttentionCall) -> Tensor:
     """`reference.importance` of the pooled call, by the kernels."""
-    fields = shared_fields(blocked(call), TopKAttentionCall)
+    fields = shared_fields(blocked(call), "TopKAttentionCall")
     return importance_op(TopKImportanceCall(**fields, seen=seen_keys(call)), "triton").importance

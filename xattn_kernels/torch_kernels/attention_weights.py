@@ -7,6 +7,8 @@ none of them: each head is a checkpoint, computed again in the backward.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,16 +34,16 @@ def attend(
         bias, allowed = torch.where(allowed, 0.0, NEG_INF).to(_sum_dtype(call)), None
     scale = None if call.scale_tensor is None else call.scale_tensor[None]
     k, v = reference.used_keys(call.k, call), reference.used_keys(call.v, call) if out else None
-    tensors = (call.q, k, v, allowed, bias, lse, scale)
+    tensors = Head(call.q, k, v, allowed, bias, lse, scale)
     outs, weights = [], []
     mean = (
         call.q.new_zeros((call.B, call.Nq, call.Nk), dtype=_sum_dtype(call))
         if average_heads
         else None
     )
-    for head in zip(*(_per_head(t, call.Hq) for t in tensors), range(call.Hq), strict=True):
+    for h, head in enumerate(zip(*(_per_head(t, call.Hq) for t in tensors), strict=True)):
         p, head_out = checkpoint(
-            _one_head, call, *head, use_reentrant=False,
+            _one_head, call, Head(*head), h, use_reentrant=False,
             preserve_rng_state=call.dropout_p > 0.0 and call.seed is None,
         )  # fmt: skip
         outs.append(head_out)
@@ -69,10 +71,25 @@ def _per_head(t: Tensor | None, Hq: int) -> list[Tensor | None]:
     return [parts[h * len(parts) // Hq] for h in range(Hq)]
 
 
-def _one_head(
-    call: AttentionCall, q, k, v, allowed, bias, lse, scale, head: int
-) -> tuple[Tensor, Tensor | None]:
-    """(p [B, Nq, Nk] after dropout, out [B, Nq, Dv] or None) of q [B, Nq, D] and k [B, Nk, D]."""
+class Head(NamedTuple):
+    """The tensors of one head, or of all with a dimension of heads before that of rows.
+
+    q [B, Nq, D], k [B, Nk, D], v [B, Nk, Dv]; allowed and bias broadcast to [B, Nq, Nk]; lse
+    [B, Nq] and scale, a number in a tensor. All but q and k may be None.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor | None
+    allowed: Tensor | None
+    bias: Tensor | None
+    lse: Tensor | None
+    scale: Tensor | None
+
+
+def _one_head(call: AttentionCall, head: Head, h: int) -> tuple[Tensor, Tensor | None]:
+    """(p [B, Nq, Nk] after dropout, out [B, Nq, Dv] or None) of the h-th head."""
+    q, k, v, allowed, bias, lse, scale = head
     q, k = q.to(_sum_dtype(call)), k.to(_sum_dtype(call))
     if allowed is not None:
         bias = torch.where(allowed, bias, NEG_INF)
@@ -94,7 +111,7 @@ def _one_head(
         p = F.dropout(p, call.dropout_p)
     elif call.dropout_p > 0.0:
         keep = reference.philox_keep(
-            call.seed, call.dropout_p, call.B, 1, call.Nq, call.Nk, first_head=head
+            call.seed, call.dropout_p, call.B, 1, call.Nq, call.Nk, first_head=h
         )
         p = p * (keep[:, 0].to(p.dtype) / (1.0 - call.dropout_p))
     return p, None if v is None else torch.bmm(p, v.to(p.dtype)).to(v.dtype)

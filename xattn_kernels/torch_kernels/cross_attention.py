@@ -81,12 +81,12 @@ def cross_attention(call: CrossAttentionCall) -> CrossAttentionResult:
     outs = []
     for region, *tensors in parts:
         if region.exact and not wants_grad(bias):
-            outs.append(attend(scale, *tensors))
+            outs.append(attend(scale, Slices(*tensors)))
         else:
-            bounds = (
-                (None, None) if region.exact else (call.start[region[:2]], call.stop[region[:2]])
-            )
-            outs.append(Recomputed.apply(scale, *tensors, *bounds, region.keys.start))
+            bounds = (None, None)
+            if not region.exact:
+                bounds = (call.start[region[:2]], call.stop[region[:2]])
+            outs.append(Recomputed.apply(scale, region.keys.start, *tensors, *bounds))
     out = outs[0] if len(outs) == 1 else Pasted.apply((call.B, call.Nq), rows, *outs)
     return CrossAttentionResult(out[..., : call.Dv].to(call.q.dtype))
 
@@ -185,8 +185,21 @@ def prepare(call: CrossAttentionCall, regions: list[Region]) -> tuple:
     return q, k, v, bias, scale
 
 
-def attend(scale: float, q, k, v, bias, mask, start=None, stop=None, first_key=0) -> Tensor:
-    """One call of torch's kernel; `start` and `stop` [b, rows] make a mask [b, 1, rows, keys]."""
+class Slices(NamedTuple):
+    """The tensors of a region; `start` and `stop` [b, rows] make a mask [b, 1, rows, keys]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None
+    mask: Tensor | None
+    start: Tensor | None = None
+    stop: Tensor | None = None
+
+
+def attend(scale: float, tensors: Slices, first_key: int = 0) -> Tensor:
+    """The output of one call of torch's kernel; the bounds count from key 0, k from `first_key`."""
+    q, k, v, bias, mask, start, stop = tensors
     k, v = k.to(q.dtype), v.to(q.dtype)
     may_be_empty = mask is not None or bias is not None
     if start is not None:
@@ -215,23 +228,23 @@ class Recomputed(torch.autograd.Function):
     """`attend` that keeps its inputs only: masks and scores would add up to Nq x Nk."""
 
     @staticmethod
-    def forward(ctx, scale, q, k, v, bias, mask, start, stop, first_key):
-        ctx.save_for_backward(q, k, v, bias, mask, start, stop)
+    def forward(ctx, scale, first_key, *tensors):
+        ctx.save_for_backward(*tensors)
         ctx.scale, ctx.first_key = scale, first_key
-        return attend(scale, q, k, v, bias, mask, start, stop, first_key)
+        return attend(scale, Slices(*tensors), first_key)
 
     @staticmethod
     def backward(ctx, dout):
         options = {"create_graph": torch.is_grad_enabled(), "materialize_grads": True}
-        saved, needed = ctx.saved_tensors, ctx.needs_input_grad[1:5]
+        saved, needed = ctx.saved_tensors, ctx.needs_input_grad[2:6]
         wanted = [t for t, need in zip(saved, needed, strict=False) if need]
         with without_autocast(dout.device):
             with torch.enable_grad():
-                out = attend(ctx.scale, *saved, ctx.first_key)
+                out = attend(ctx.scale, Slices(*saved), ctx.first_key)
             grads = map(torch.zeros_like, wanted)
             if out.requires_grad:  # which a bias alone does not bring about without keys
                 grads = iter(torch.autograd.grad(out, wanted, dout, **options))
-        return None, *(next(grads) if need else None for need in needed), *[None] * 4
+        return None, None, *(next(grads) if need else None for need in needed), *[None] * 3
 
 
 def pairs(t: Tensor | None, regions: list[Region]) -> list[tuple]:

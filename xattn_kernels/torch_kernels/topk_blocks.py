@@ -102,7 +102,7 @@ def parts(call: TopKBlocksCall) -> Iterator[Part]:
     first = torch.arange(call.Hkv, device=call.device)[:, None, None] * call.Nk
     per_query = keys * max(call.Hq, call.Hkv * (call.D + call.Dv) // QUERIES_PER_CHOICE)
     none = dict.fromkeys(("bias", "start", "stop", "seed", "softcap"))
-    shared = shared_fields(call, CrossAttentionCall) | none
+    shared = shared_fields(call, "CrossAttentionCall") | none
     for b, tiles, queries in tiles_at_once(call, per_query):
         j, exists = keys_of(call, call.chosen[b, :, tiles])
         allowed = allowed_at(call, b, queries, j, exists)
