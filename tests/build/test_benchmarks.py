@@ -8,22 +8,24 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks.__main__ import main
 from benchmarks.attention import (
     case,
-    truth as check,
     document,
     workloads,
 )
+from benchmarks.attention import (
+    truth as check,
+)
+from benchmarks.attention.case import Case
+from benchmarks.attention.providers import BY_NAME, Provider, prepare_eager
+from benchmarks.attention.workloads import Workload, fit
 from benchmarks.harness import (
     memory,
     rows,
     runner,
     timing,
 )
-from benchmarks.__main__ import main
-from benchmarks.attention.case import Case
-from benchmarks.attention.providers import BY_NAME, Provider, prepare_eager
-from benchmarks.attention.workloads import Workload, fit
 from xattn_kernels import KeyInterval
 
 ALL = workloads.load()
@@ -52,7 +54,9 @@ def dense(c: Case) -> torch.Tensor:
 
 def run_one(provider: Provider, c: Case, modes=("both",), **settings) -> list[rows.Row]:
     chosen = runner.Settings(modes=modes, budget=120.0, memory=False, **settings)
-    return [row for group in runner.run([c], 1, [provider], chosen) for row in group]
+    return [
+        row for group in runner.run([c], 1, [provider], chosen, check.truth_of) for row in group
+    ]
 
 
 def test_flops_are_those_of_the_attended_pairs(tiny):
@@ -207,7 +211,7 @@ def test_reasons_and_a_spent_budget_become_rows(tiny):
     (row,) = run_one(replace(BY_NAME["eager"], reasons=lambda c, mode: ["no", "never"]), tiny)
     assert (row.status, row.reason, row.ms) == ("unsupported", "no; never", None)
     settings = runner.Settings(modes=("both",), budget=0.0)
-    ((row,),) = runner.run([tiny], 1, [BY_NAME["eager"]], settings)
+    ((row,),) = runner.run([tiny], 1, [BY_NAME["eager"]], settings, check.truth_of)
     assert row.status == "skipped" and row.ms is None
 
 

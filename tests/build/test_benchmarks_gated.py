@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.gated import workloads as gated, providers as gated_providers
-from benchmarks.harness import memory, rows, runner
 from benchmarks.__main__ import main
-from benchmarks.gated.workloads import GatedCase, GatedWorkload
 from benchmarks.attention.providers import Provider
+from benchmarks.gated import providers as gated_providers
+from benchmarks.gated import workloads as gated
+from benchmarks.gated.workloads import GatedCase, GatedWorkload
+from benchmarks.harness import memory, rows, runner
 
 TINY = {
     form: GatedWorkload("tiny", 6, 16, form, width=8 * (form == "projection"))

@@ -8,8 +8,10 @@ from dataclasses import replace
 
 import pytest
 
-from tools.gpu import phases as gpu, sharded_tests
+from benchmarks.harness import machine
+from tools.gpu import phases as gpu
 from tools.gpu import sanitizer_probe as probe
+from tools.gpu import sharded_tests
 
 
 def test_gpu_phases_end_by_themselves_or_at_their_limit(tmp_path):
@@ -28,7 +30,7 @@ def test_gpu_phases_fit_ten_minutes_with_the_tests_last():
     parser = argparse.ArgumentParser()
     gpu.add_options(parser)
     chosen = parser.parse_args([])
-    phases = gpu.phases(chosen, gpu.RESULTS)
+    phases = gpu.phases(chosen, machine.RESULTS)
     assert 60 * chosen.minutes <= 570 and sum(p.seconds for p in phases[:-1]) < 60 * chosen.minutes
     assert phases[-1].command[2] == "tools.gpu.sharded_tests" and "tests" in phases[-1].command
 

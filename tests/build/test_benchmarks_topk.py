@@ -7,10 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.harness import memory, rows, runner
-from benchmarks.topk import workloads as topk, error as topk_error, providers as topk_providers
 from benchmarks.__main__ import main
 from benchmarks.attention.providers import Provider
+from benchmarks.harness import memory, rows, runner
+from benchmarks.topk import error as topk_error
+from benchmarks.topk import providers as topk_providers
+from benchmarks.topk import workloads as topk
 from benchmarks.topk.workloads import TopKCase, TopKWorkload
 from xattn_kernels import topk_attention
 from xattn_kernels.reference import named

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import build_backend
+from support.checkout import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 COMPILER = [
     "nvidia-cuda-nvcc==13.0.*",
     "nvidia-nvvm==13.0.*",

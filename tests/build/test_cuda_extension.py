@@ -6,9 +6,7 @@ import shutil
 
 import pytest
 
-from tools.machine_code import cuda_grid
 from benchmarks.harness.machine import RESULTS
-from tools.machine_code.triton_grid import ARCHS
 from support.standalone import (
     assert_a_launch_says_that_there_is_no_device,
     assert_needs_neither_torch_nor_cudart_and_shows_one_symbol,
@@ -16,6 +14,8 @@ from support.standalone import (
     installed,
     run_without_torch,
 )
+from tools.machine_code import cuda_grid
+from tools.machine_code.triton_grid import ARCHS
 from xattn_kernels.cuda_kernels import launch
 
 SPILLS = """

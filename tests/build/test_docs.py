@@ -7,14 +7,13 @@ import doctest
 import importlib
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
 
 import xattn_kernels
+from support.checkout import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PAGES = [page.name for page in sorted(DOCS.glob("*.md")) if ">>> " in page.read_text()]
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
-import os
 import re
-import subprocess
 import sys
 import types
 from graphlib import TopologicalSorter
@@ -16,17 +14,16 @@ from pathlib import Path
 import pytest
 
 import xattn_kernels
+from support.checkout import KERNELS, PACKAGE, ROOT, python_in, run_python
 from tools import evidence
 
-ROOT = Path(__file__).resolve().parents[2]
-PACKAGE, KERNELS = ROOT / "xattn_kernels", ROOT / "triton_kernels"
 README = (ROOT / "README.md").read_text()
 BUILT = {"build/", "dist/"}  # what a command makes, and a checkout may lack
 # Imports point from a higher floor to a lower one, or stay on their own.
 FLOORS = {
     "masks": 0, "reference": 0, "core": 1, "triton_kernels": 2, "cuda_kernels": 2,
-    "torch_kernels": 2, "ops": 3, "losses": 4, "modules": 4, "stability": 4, "distributed": 5, "integrations": 5,
-    "viz": 5, "__main__": 6,
+    "torch_kernels": 2, "ops": 3, "losses": 4, "modules": 4, "stability": 4, "distributed": 5,
+    "integrations": 5, "viz": 5, "__main__": 6,
 }  # fmt: skip
 
 
@@ -39,10 +36,6 @@ def module_files() -> dict[str, Path]:
     found = {".".join(f.relative_to(PACKAGE).with_suffix("").parts): f for f in python_in(PACKAGE)}
     found |= {f"triton_kernels.{f.stem}": f for f in python_in(KERNELS)}
     return {name.removesuffix(".__init__"): file for name, file in found.items()}
-
-
-def python_in(folder: Path) -> list[Path]:
-    return [f for f in sorted(folder.rglob("*.py")) if "__pycache__" not in f.parts]
 
 
 def imports_of(module: str, file: Path) -> tuple[set[str], set[str]]:
@@ -70,22 +63,6 @@ def imports_of(module: str, file: Path) -> tuple[set[str], set[str]]:
     known = module_files()
     inside = {n if n in known else n.rpartition(".")[0] for n in inside}
     return inside, {n.split(".")[0] for n in names} - {"xattn_kernels"}
-
-
-def run_python(*arguments: str, **environment: str) -> str:
-    """Standard output of a fresh interpreter outside the repository, as a user would start it."""
-    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTHONPATH")}
-    env.pop("XATTN_TRITON_ON_CPU", None)
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        env=env | environment,
-        cwd=ROOT.anchor,
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 def test_imports_point_down():

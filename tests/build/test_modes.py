@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from support.modes import has_its_turn, without_assembler
+from conftest import has_its_turn
+from support.modes import without_assembler
 
 
 def test_turns_reach_both_architectures_with_every_value():

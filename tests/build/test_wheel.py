@@ -14,17 +14,11 @@ from pathlib import Path
 import pytest
 
 import xattn_kernels
+from support.checkout import KERNELS, PACKAGE, ROOT, python_in, run_python
 from support.standalone import (
     assert_a_launch_says_that_there_is_no_device,
     assert_needs_neither_torch_nor_cudart_and_shows_one_symbol,
     installed,
-)
-from build.test_house import (
-    KERNELS,
-    PACKAGE,
-    ROOT,
-    python_in,
-    run_python,
 )
 from xattn_kernels.cuda_kernels import launch
 

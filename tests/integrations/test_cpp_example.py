@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from support.checkout import ROOT
 from xattn_kernels import masks
 from xattn_kernels.cuda_kernels import cross_attention, launch
 
-ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 DOCUMENT = (ROOT / "docs" / "cpp.md").read_text()
 # What the document's snippets take from their surroundings.

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,11 +18,11 @@ from stability.test_stability_monitor import (
     inputs,
     trained,
 )
+from support.checkout import ROOT
 from xattn_kernels import StabilityMonitor
 
 WAITS = ("aten._local_scalar_dense.default", "aten.is_nonzero.default", "aten.equal.default")
 BOUND = 0.03
-ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "amd-epyc-1-thread"
 
 

@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from support import launches
+from support.checkout import ROOT
 from support.cuda_emulation import cuda_on_cpu
 from support.quick_interpreter import quick_interpreter
 
-ROOT = Path(__file__).resolve().parents[2]
 EMULATED = {"sm_80": 80, "sm_89": 89, "sm_90": 90}
 # decoded kernels, shared by the tests of a process
 COMPILED: dict[str, dict] = {name: {} for name in EMULATED}
