@@ -310,22 +310,22 @@ def selection(D: int, itemsize: int, rows: int, Nk: int) -> tuple[Config, int]:
     return Config(block_q, block_k, num_warps, 2, register_bound(num_warps)), 0
 
 
-# of a row whose keys several programs search: what they found must fit one search in registers
+# Several programs may search the keys of one row; what they found must fit one search in registers.
 MOST_CANDIDATES = 2048
 
 
 def parts_to_search(n_splits: int, D: int, itemsize: int, Nk: int, top_k: int) -> int:
-    """Parts into which a row's keys are cut where n_splits programs would fill the device: not more
-    than leave MOST_CANDIDATES or a quarter of the keys, and if possible so many that each keeps its
-    scores."""
+    """The number of parts into which a row's keys are cut, where n_splits programs would fill the
+    device. The parts leave at most MOST_CANDIDATES and at most a quarter of the keys; if possible
+    there are so many that each program keeps its scores."""
     if n_splits > 1 and (kept := most_kept(D, itemsize)):
         n_splits = max(n_splits, -(-Nk // kept))
     return max(1, min(n_splits, min(MOST_CANDIDATES, Nk // 4) // top_k))
 
 
 def candidates(n: int, itemsize: int) -> Config:
-    """Of the search among n candidates of one row, `block_q` of whose columns are read at a time:
-    16 bytes, which with a row's neighbours make whole sectors."""
+    """The configuration of the search among n candidates of one row. It reads `block_q` columns at
+    a time: 16 bytes, which make whole sectors together with those of the row's neighbours."""
     block_k = 1 << max(6, (n - 1).bit_length())
     num_warps = 8 if block_k > 512 else 4
     return Config(16 // itemsize, block_k, num_warps, 1, register_bound(num_warps))

@@ -45,7 +45,8 @@ from .tiles import (
     times,
 )
 
-COLUMNS = 16  # of the values of the gradient: the narrowest that the kernels multiply
+# The values of the gradient have so many columns: the narrowest that the kernels multiply.
+COLUMNS = 16
 
 
 @triton.jit
@@ -79,7 +80,7 @@ def mass_kernel(
     k_tile = load_tile(x.k.ptr, run, exists, T.D, CHUNKS, T.ALIGN)
     # [BLOCK_K, BLOCK_Q]
     acc = tl.full([BLOCK_K, BLOCK_Q], 0.0, tl.float32)
-    # of intervals first the row tiles that see every key of this tile, without looking at bounds
+    # With intervals, the row tiles that see every key of this tile come first: they need no bounds.
     WHOLE_FIRST: tl.constexpr = s.start.ptr is not None
     for PART in tl.static_range(WHOLE if WHOLE_FIRST else ALL, ALL if WHOLE_FIRST else ALL + 1):
         run_begin, run_end = begin, begin

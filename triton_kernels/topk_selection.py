@@ -32,7 +32,8 @@ from .scores import (
 from .structs import Enclosure, Indexing, KeyRange, SearchedRows
 from .tiles import ALL, dot_nt, load_tile, packed_rows, program, split_range
 
-MODEL_STEPS = tl.constexpr(8)  # of a search, before every other one halves the integers between
+# A search trusts its model for so many steps; then every other step halves the integers between.
+MODEL_STEPS = tl.constexpr(8)
 
 
 @triton.jit
@@ -216,7 +217,8 @@ def n_bits(word):
 @triton.jit
 def lowest_bits(word, n):
     """The n lowest of the set bits, all of them where there are fewer."""
-    width = tl.zeros_like(word)  # of the longest run of low bits with at most n set ones, below 32
+    # `width` becomes that of the longest run of low bits with at most n set ones, below 32.
+    width = tl.zeros_like(word)
     for STEP in tl.static_range(5):
         wider = width + (16 >> STEP)
         width = tl.where(n_bits(word & ((1 << wider) - 1)) <= n, wider, width)
@@ -295,7 +297,7 @@ def select_kernel(
     top_k,
     n_parts,  # programs that each choose top_k of their own part of the keys, or None for one
     T: tl.constexpr,  # Tiling
-    TILES: tl.constexpr,  # of keys, all of whose scores are kept; 0: computed in every step
+    TILES: tl.constexpr,  # so many tiles of keys keep their scores; 0: every step computes them
     INDEXED: tl.constexpr,
 ):
     CHUNKS: tl.constexpr = T.CHUNKS
@@ -396,7 +398,8 @@ def bits_kernel(
         tl.atomic_or(words, 1 << (j & 31), mask=keep & (j >= 0))
 
 
-ROWS, COLUMNS = 8, 128  # of a program between bits and indices
+# A program that turns bits into indices, or back, has so many rows and columns.
+ROWS, COLUMNS = 8, 128
 MAX_REGISTERS = register_bound(num_warps=4)
 
 

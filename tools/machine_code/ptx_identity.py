@@ -77,12 +77,12 @@ def body_of_ttir(ttir: str, kernel: str) -> str:
 
 
 def digest(text: str) -> str:
-    """A few letters that are another text's with next to no probability."""
+    """Sixteen hexadecimal digits by which a text is recognised."""
     return hashlib.sha1(text.encode()).hexdigest()[:16]
 
 
 def digest_of_any_order(body: str) -> str:
-    """Of the instructions without the names of their values, in whatever order they come."""
+    """The digest of the instructions without the names of their values, in whatever order."""
     return digest("\n".join(sorted(re.sub(r"%[\w.#]+", "%", body).splitlines())))
 
 

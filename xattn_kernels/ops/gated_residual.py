@@ -23,7 +23,7 @@ from ..cuda_kernels import gated_residual as cuda_kernels
 from ..cuda_kernels import launch as cuda
 
 NORMS = ("layer", "rms")
-# of each dtype of x those of h: the same, or one whose numbers it holds
+# For each dtype of x, the dtypes that h may have: the same, or one whose numbers x's dtype holds.
 NARROWER = {
     torch.float64: (torch.float64, torch.float32, torch.float16, torch.bfloat16),
     torch.float32: (torch.float32, torch.float16, torch.bfloat16),
