@@ -189,9 +189,10 @@ def probabilities(call: AttentionCall) -> Tensor:
 def attention_weights(call: AttentionWeightsCall) -> Tensor:
     """The weights p after dropout: [B, Nq, Nk] (the mean over heads) or [B, Hq, Nq, Nk].
 
-    With an lse [B, Hq, Nq] the probabilities are exp(s - lse), and lse receives a gradient.
+    With an lse [B, Hq, Nq] the probabilities are exp(s - lse), and lse receives a gradient, unless
+    it is the scores' own: then the probabilities are their softmax.
     """
-    s, lse = scores(call), call.lse
+    s, lse = scores(call), None if call.lse_is_own else call.lse
     if lse is None:
         p = softmax(s)[0]
     else:

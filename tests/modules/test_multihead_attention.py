@@ -133,6 +133,13 @@ def test_same_results_and_gradients(constructor, call, need_weights):
     assert_same(theirs, ours, inputs(theirs), call)
 
 
+@pytest.mark.parametrize("backend", ["eager", "torch"])
+@pytest.mark.parametrize("call", ["plain", "per_head", "both_bool", "attn_float_3d"])
+def test_a_named_backend_gives_the_same_gradients(backend, call):
+    theirs, ours = pair(backend=backend)
+    assert_same(theirs, ours, inputs(theirs), CALLS[call]())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("call", ["plain", "both_bool", "attn_float_3d", "causal_hint"])
 def test_same_results_in_lower_precision(dtype, call):

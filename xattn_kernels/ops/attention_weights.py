@@ -118,7 +118,8 @@ def check_lse(lse, q: Tensor) -> Tensor | None:
 
 
 def run_torch(call: AttentionWeightsCall) -> Tensor:
-    return torch_weights.attend(call, lse=call.lse, out=False, average_heads=call.average_heads)[1]
+    lse = None if call.lse_is_own else call.lse
+    return torch_weights.attend(call, lse=lse, out=False, average_heads=call.average_heads)[1]
 
 
 def run_eager(call: AttentionWeightsCall) -> Tensor:

@@ -192,15 +192,19 @@ def gradients_of_part(call: CrossAttentionCall, upstream: list[Tensor | None]) -
     inputs = {name: getattr(call, name) for name in names}
     if call.scale_tensor is not None:
         inputs["scale_tensor"] = call.scale_tensor.to(call.q.dtype)
-    inputs = {name: t.detach().requires_grad_() for name, t in inputs.items()}
+    wanted = [n for n, g in enumerate(upstream) if g is not None]
+
+    def attend(*tensors: Tensor) -> tuple[Tensor, ...]:
+        results = reference.cross_attention(
+            replace(call, **dict(zip(inputs, tensors, strict=True)))
+        )
+        return tuple(results[n] for n in wanted)
+
+    # A transform differentiates inside a custom op too, where autograd records nothing.
     with torch.enable_grad():
-        results = reference.cross_attention(replace(call, **inputs))
-    pairs = [(t, g) for t, g in zip(results[:3], upstream, strict=True) if g is not None]
-    grads = torch.autograd.grad(
-        [t for t, _ in pairs],
-        list(inputs.values()),
-        [g.view(t.shape) for t, g in pairs],
-        materialize_grads=True,
+        results, pull_back = torch.func.vjp(attend, *inputs.values())
+    grads = pull_back(
+        tuple(upstream[n].view(t.shape) for n, t in zip(wanted, results, strict=True))
     )
     return dict(zip(inputs, grads, strict=True))
 
