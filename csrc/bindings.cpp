@@ -123,9 +123,6 @@ struct FieldOf<M[N]> {
   }
 };
 
-// The name of a member and the member, so that no member can be given the name of another.
-#define XATTN_FIELD(Struct, name) #name, &Struct::name
-
 // The Python class of a struct S of params.
 template <class S>
 class ParamsClass {
@@ -144,8 +141,9 @@ class ParamsClass {
     }));
   }
 
-  template <class M>
-  ParamsClass& Field(const char* field, M S::* member) {
+  // Takes the name and the member of one field after the other.
+  template <class M, class... Rest>
+  void Define(const char* field, M S::* member, Rest... rest) {
     using Value = typename FieldOf<M>::Value;
     class_.def_property(
         field, [=](S& params) -> decltype(auto) { return FieldOf<M>::Get(params.*member); },
@@ -158,7 +156,7 @@ class ParamsClass {
                              py::cast<std::string>(py::repr(value)));
       }
     };
-    return *this;
+    if constexpr (sizeof...(Rest) > 0) Define(rest...);
   }
 
  private:
@@ -173,14 +171,27 @@ class ParamsClass {
   py::class_<S> class_;
 };
 
+// Defines the Python class of a struct with these fields, under their names in C++.
+#define XATTN_PARAMS(m, Struct, ...) \
+  ParamsClass<Struct>(m, #Struct).Define(XATTN_RESCAN(XATTN_FIELDS(Struct, __VA_ARGS__)))
+
+// #a, &Struct::a, #b, &Struct::b and so on. A macro is not expanded inside itself, so the one for
+// the other fields is only named, and each rescan expands one more of them.
+#define XATTN_FIELDS(Struct, name, ...) \
+  #name, &Struct::name __VA_OPT__(, XATTN_MORE_FIELDS XATTN_NO_ARGUMENTS(Struct, __VA_ARGS__))
+#define XATTN_MORE_FIELDS() XATTN_FIELDS
+#define XATTN_NO_ARGUMENTS ()
+#define XATTN_RESCAN(...) XATTN_RESCAN_4(XATTN_RESCAN_4(XATTN_RESCAN_4(__VA_ARGS__)))
+#define XATTN_RESCAN_4(...) XATTN_RESCAN_2(XATTN_RESCAN_2(XATTN_RESCAN_2(__VA_ARGS__)))
+#define XATTN_RESCAN_2(...) XATTN_RESCAN_1(XATTN_RESCAN_1(XATTN_RESCAN_1(__VA_ARGS__)))
+#define XATTN_RESCAN_1(...) __VA_ARGS__
+
 void DefineTensors(py::module_& m) {
   py::enum_<DType>(m, "DType")
       .value("float32", DType::kFloat32)
       .value("float16", DType::kFloat16)
       .value("bfloat16", DType::kBFloat16);
-  ParamsClass<Numbers>(m, "Numbers")
-      .Field(XATTN_FIELD(Numbers, data))
-      .Field(XATTN_FIELD(Numbers, dtype));
+  XATTN_PARAMS(m, Numbers, data, dtype);
 }
 
 void DefineGatedResidual(py::module_& m) {
@@ -189,150 +200,44 @@ void DefineGatedResidual(py::module_& m) {
       .value("none", Norm::kNone)
       .value("layer", Norm::kLayer)
       .value("rms", Norm::kRms);
-  ParamsClass<RowTensor>(m, "RowTensor")
-      .Field(XATTN_FIELD(RowTensor, data))
-      .Field(XATTN_FIELD(RowTensor, strides));
-  ParamsClass<RowSizes>(m, "RowSizes")
-      .Field(XATTN_FIELD(RowSizes, rows))
-      .Field(XATTN_FIELD(RowSizes, sizes));
-  using Shape = GatedResidualShape;
-  ParamsClass<Shape>(m, "GatedResidualShape")
-      .Field(XATTN_FIELD(Shape, rows))
-      .Field(XATTN_FIELD(Shape, dim))
-      .Field(XATTN_FIELD(Shape, x_dtype))
-      .Field(XATTN_FIELD(Shape, h_dtype))
-      .Field(XATTN_FIELD(Shape, norm))
-      .Field(XATTN_FIELD(Shape, eps))
-      .Field(XATTN_FIELD(Shape, gate_is_vector));
-  using Forward = GatedResidualForwardParams;
-  ParamsClass<Forward>(m, "GatedResidualForwardParams")
-      .Field(XATTN_FIELD(Forward, y))
-      .Field(XATTN_FIELD(Forward, normed))
-      .Field(XATTN_FIELD(Forward, x))
-      .Field(XATTN_FIELD(Forward, h))
-      .Field(XATTN_FIELD(Forward, row_mask))
-      .Field(XATTN_FIELD(Forward, gate))
-      .Field(XATTN_FIELD(Forward, weight))
-      .Field(XATTN_FIELD(Forward, bias))
-      .Field(XATTN_FIELD(Forward, shape));
-  using Backward = GatedResidualBackwardParams;
-  ParamsClass<Backward>(m, "GatedResidualBackwardParams")
-      .Field(XATTN_FIELD(Backward, dx))
-      .Field(XATTN_FIELD(Backward, dh))
-      .Field(XATTN_FIELD(Backward, dgate))
-      .Field(XATTN_FIELD(Backward, dweight))
-      .Field(XATTN_FIELD(Backward, dbias))
-      .Field(XATTN_FIELD(Backward, gate_parts))
-      .Field(XATTN_FIELD(Backward, weight_parts))
-      .Field(XATTN_FIELD(Backward, bias_parts))
-      .Field(XATTN_FIELD(Backward, dy))
-      .Field(XATTN_FIELD(Backward, dnormed))
-      .Field(XATTN_FIELD(Backward, h))
-      .Field(XATTN_FIELD(Backward, y))
-      .Field(XATTN_FIELD(Backward, row_mask))
-      .Field(XATTN_FIELD(Backward, gate))
-      .Field(XATTN_FIELD(Backward, weight))
-      .Field(XATTN_FIELD(Backward, shape));
+  XATTN_PARAMS(m, RowTensor, data, strides);
+  XATTN_PARAMS(m, RowSizes, rows, sizes);
+  XATTN_PARAMS(m, GatedResidualShape, rows, dim, x_dtype, h_dtype, norm, eps, gate_is_vector);
+  XATTN_PARAMS(m, GatedResidualForwardParams, y, normed, x, h, row_mask, gate, weight, bias, shape);
+  XATTN_PARAMS(m, GatedResidualBackwardParams, dx, dh, dgate, dweight, dbias, gate_parts,
+               weight_parts, bias_parts, dy, dnormed, h, y, row_mask, gate, weight, shape);
   m.def("gated_residual_parts", &GatedResidualParts);
   m.def("widest_normed_row", &WidestNormedRow);
-  DefineOp<Forward>(m, "gated_residual_forward", &GatedResidualForward);
-  DefineOp<Backward>(m, "gated_residual_backward", &GatedResidualBackward);
+  DefineOp(m, "gated_residual_forward", &GatedResidualForward);
+  DefineOp(m, "gated_residual_backward", &GatedResidualBackward);
 }
 
 void DefineCrossAttention(py::module_& m) {
-  ParamsClass<HeadTensor>(m, "HeadTensor")
-      .Field(XATTN_FIELD(HeadTensor, data))
-      .Field(XATTN_FIELD(HeadTensor, strides));
-  ParamsClass<RowBounds>(m, "RowBounds")
-      .Field(XATTN_FIELD(RowBounds, data))
-      .Field(XATTN_FIELD(RowBounds, strides));
-  ParamsClass<PairTensor>(m, "PairTensor")
-      .Field(XATTN_FIELD(PairTensor, data))
-      .Field(XATTN_FIELD(PairTensor, strides))
-      .Field(XATTN_FIELD(PairTensor, dtype));
-  using Shape = CrossAttentionShape;
-  ParamsClass<Shape>(m, "CrossAttentionShape")
-      .Field(XATTN_FIELD(Shape, B))
-      .Field(XATTN_FIELD(Shape, Hq))
-      .Field(XATTN_FIELD(Shape, Hkv))
-      .Field(XATTN_FIELD(Shape, Nq))
-      .Field(XATTN_FIELD(Shape, Nk))
-      .Field(XATTN_FIELD(Shape, D))
-      .Field(XATTN_FIELD(Shape, Dv))
-      .Field(XATTN_FIELD(Shape, dtype));
+  XATTN_PARAMS(m, HeadTensor, data, strides);
+  XATTN_PARAMS(m, RowBounds, data, strides);
+  XATTN_PARAMS(m, PairTensor, data, strides, dtype);
+  XATTN_PARAMS(m, CrossAttentionShape, B, Hq, Hkv, Nq, Nk, D, Dv, dtype);
   // `aligned` is not a property, because the launchers set it.
-  using Call = CrossAttentionCall;
-  ParamsClass<Call>(m, "CrossAttentionCall")
-      .Field(XATTN_FIELD(Call, q))
-      .Field(XATTN_FIELD(Call, k))
-      .Field(XATTN_FIELD(Call, v))
-      .Field(XATTN_FIELD(Call, start))
-      .Field(XATTN_FIELD(Call, stop))
-      .Field(XATTN_FIELD(Call, mask))
-      .Field(XATTN_FIELD(Call, bias))
-      .Field(XATTN_FIELD(Call, scales))
-      .Field(XATTN_FIELD(Call, scale_stride))
-      .Field(XATTN_FIELD(Call, seed))
-      .Field(XATTN_FIELD(Call, threshold))
-      .Field(XATTN_FIELD(Call, scale))
-      .Field(XATTN_FIELD(Call, softcap))
-      .Field(XATTN_FIELD(Call, keep_scale))
-      .Field(XATTN_FIELD(Call, shape))
-      .Field(XATTN_FIELD(Call, mask_is_bits));
-  using Forward = CrossAttentionForwardParams;
-  ParamsClass<Forward>(m, "CrossAttentionForwardParams")
-      .Field(XATTN_FIELD(Forward, out))
-      .Field(XATTN_FIELD(Forward, lse))
-      .Field(XATTN_FIELD(Forward, lse_low))
-      .Field(XATTN_FIELD(Forward, entropy))
-      .Field(XATTN_FIELD(Forward, max_probability))
-      .Field(XATTN_FIELD(Forward, parts))
-      .Field(XATTN_FIELD(Forward, call))
-      .Field(XATTN_FIELD(Forward, n_splits));
-  using Backward = CrossAttentionBackwardParams;
-  ParamsClass<Backward>(m, "CrossAttentionBackwardParams")
-      .Field(XATTN_FIELD(Backward, dq))
-      .Field(XATTN_FIELD(Backward, dk))
-      .Field(XATTN_FIELD(Backward, dv))
-      .Field(XATTN_FIELD(Backward, dscale))
-      .Field(XATTN_FIELD(Backward, dbias))
-      .Field(XATTN_FIELD(Backward, out))
-      .Field(XATTN_FIELD(Backward, dout))
-      .Field(XATTN_FIELD(Backward, lse))
-      .Field(XATTN_FIELD(Backward, lse_low))
-      .Field(XATTN_FIELD(Backward, dlse))
-      .Field(XATTN_FIELD(Backward, dentropy))
-      .Field(XATTN_FIELD(Backward, entropy))
-      .Field(XATTN_FIELD(Backward, parts))
-      .Field(XATTN_FIELD(Backward, call))
-      .Field(XATTN_FIELD(Backward, dq_splits))
-      .Field(XATTN_FIELD(Backward, dkdv_splits))
-      .Field(XATTN_FIELD(Backward, dbias_splits))
-      .Field(XATTN_FIELD(Backward, bias_sizes));
+  XATTN_PARAMS(m, CrossAttentionCall, q, k, v, start, stop, mask, bias, scales, scale_stride, seed,
+               threshold, scale, softcap, keep_scale, shape, mask_is_bits);
+  XATTN_PARAMS(m, CrossAttentionForwardParams, out, lse, lse_low, entropy, max_probability, parts,
+               call, n_splits);
+  XATTN_PARAMS(m, CrossAttentionBackwardParams, dq, dk, dv, dscale, dbias, out, dout, lse, lse_low,
+               dlse, dentropy, entropy, parts, call, dq_splits, dkdv_splits, dbias_splits,
+               bias_sizes);
   m.def("cross_attention_forward_splits", &CrossAttentionForwardSplits);
   m.def("cross_attention_backward_splits", &CrossAttentionBackwardSplits);
   m.def("cross_attention_forward_parts", &CrossAttentionForwardParts);
   m.def("cross_attention_backward_parts", &CrossAttentionBackwardParts);
-  DefineOp<Forward>(m, "cross_attention_forward", &CrossAttentionForward);
-  DefineOp<Backward>(m, "cross_attention_backward", &CrossAttentionBackward);
+  DefineOp(m, "cross_attention_forward", &CrossAttentionForward);
+  DefineOp(m, "cross_attention_backward", &CrossAttentionBackward);
 }
 
 void DefineTopKAttention(py::module_& m) {
-  using Selection = TopKSelectionParams;
-  ParamsClass<Selection>(m, "TopKSelectionParams")
-      .Field(XATTN_FIELD(Selection, bits))
-      .Field(XATTN_FIELD(Selection, call))
-      .Field(XATTN_FIELD(Selection, top_k));
-  using Indices = TopKIndicesParams;
-  ParamsClass<Indices>(m, "TopKIndicesParams")
-      .Field(XATTN_FIELD(Indices, indices))
-      .Field(XATTN_FIELD(Indices, bits))
-      .Field(XATTN_FIELD(Indices, rows))
-      .Field(XATTN_FIELD(Indices, Nk))
-      .Field(XATTN_FIELD(Indices, top_k))
-      .Field(XATTN_FIELD(Indices, to_bits));
-  DefineOp<Selection>(m, "topk_selection", &TopKSelection);
-  DefineOp<Indices>(m, "topk_indices", &TopKIndices);
+  XATTN_PARAMS(m, TopKSelectionParams, bits, call, top_k);
+  XATTN_PARAMS(m, TopKIndicesParams, indices, bits, rows, Nk, top_k, to_bits);
+  DefineOp(m, "topk_selection", &TopKSelection);
+  DefineOp(m, "topk_indices", &TopKIndices);
 }
 
 }  // namespace

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits, load_sample_images
-from torch import Tensor
+from torch import Tensor, nn
 
 CAPTION = "{photo} with the digit {digit} at {row} {column} ."
 KINDS = {
@@ -86,3 +86,14 @@ class Album:
 def some_content(n: int, generator: torch.Generator) -> Tensor:
     """Random contents, [n, 4]."""
     return every_content()[torch.randint(80, (n,), generator=generator)]
+
+
+def picture_features(dim: int) -> nn.Sequential:
+    """Convolutions of pictures [B, 3, n, n] to features [B, dim, n / 4, n / 4]."""
+    return nn.Sequential(
+        nn.Conv2d(3, dim // 2, 3, stride=2, padding=1),
+        nn.GELU(),
+        nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1),
+        nn.GELU(),
+        nn.Conv2d(dim, dim, 3, padding=1),
+    )

@@ -34,15 +34,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
-from xattn_kernels import (
-    GatedCrossAttentionBlock,
-    MediaCache,
-    attention_weights,
-    masks,
-)
+from xattn_kernels import GatedCrossAttentionBlock, MediaCache, attention_weights, masks
 
 try:
     import matplotlib
+    from captioned_digits import KINDS, picture_features
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -51,16 +47,10 @@ except ImportError as error:
     sys.exit(f"{error}; this example needs: pip install 'xattn-kernels[bench]'")
 
 CAPTION = "<image> {photo} with the digit {digit} at {row} {column} ."
-WORDS = {
-    "photo": ["china", "flower"],
-    "digit": "zero one two three four five six seven eight nine".split(),
-    "row": ["top", "bottom"],
-    "column": ["left", "right"],
-}
 VOCABULARY = ["<start>", *[word for word in CAPTION.split() if "{" not in word]]
-VOCABULARY += [word for words in WORDS.values() for word in words]
+VOCABULARY += [word for words in KINDS.values() for word in words]
 TOKEN = {word: i for i, word in enumerate(VOCABULARY)}
-SLOTS = {kind: CAPTION.split().index(f"{{{kind}}}") for kind in WORDS}
+SLOTS = {kind: CAPTION.split().index(f"{{{kind}}}") for kind in KINDS}
 LENGTH = len(CAPTION.split())
 PICTURES = 2  # in each document
 SIDE, GRID = 32, 8  # pixels and patches, along each side of a picture
@@ -119,14 +109,14 @@ def write(content: Tensor) -> Tensor:
     words of each kind."""
     caption = torch.tensor([TOKEN.get(word, 0) for word in CAPTION.split()])
     tokens = caption.repeat(*content.shape[:2], 1)
-    for kind, which in zip(WORDS, content.unbind(2), strict=True):
-        tokens[..., SLOTS[kind]] = TOKEN[WORDS[kind][0]] + which
+    for kind, which in zip(KINDS, content.unbind(2), strict=True):
+        tokens[..., SLOTS[kind]] = TOKEN[KINDS[kind][0]] + which
     return F.pad(tokens.flatten(1), (1, 0), value=TOKEN["<start>"])
 
 
 def random_text(n: int, generator: torch.Generator) -> Tensor:
     """The tokens [n, 1 + PICTURES * LENGTH] of random captions without pictures."""
-    kinds = [torch.randint(len(w), (n, PICTURES), generator=generator) for w in WORDS.values()]
+    kinds = [torch.randint(len(w), (n, PICTURES), generator=generator) for w in KINDS.values()]
     return write(torch.stack(kinds, dim=2))
 
 
@@ -170,13 +160,7 @@ class SeeingModel(nn.Module):
     def __init__(self, lm: LanguageModel, dim: int = 64) -> None:
         super().__init__()
         self.lm = lm.requires_grad_(False)
-        self.look = nn.Sequential(
-            nn.Conv2d(3, dim // 2, 3, stride=2, padding=1),
-            nn.GELU(),
-            nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1),
-            nn.GELU(),
-            nn.Conv2d(dim, dim, 3, padding=1),
-        )
+        self.look = picture_features(dim)
         self.places = nn.Parameter(torch.randn(GRID**2, dim) * 0.1)
         self.norm = nn.LayerNorm(dim)
         sizes = dict(dim=lm.head.in_features, dim_visual=dim, dim_head=16, heads=4)
@@ -369,9 +353,9 @@ def report(written: Tensor, tokens: Tensor, maps: Tensor) -> None:
     right = written == tokens
     print(f"held-out captions, words one after the other, right of {len(right)}:")
     for kind, slot in SLOTS.items():
-        print(f"  {kind:7} {right[:, slot].float().mean():6.1%}, chance {1 / len(WORDS[kind]):.0%}")
+        print(f"  {kind:7} {right[:, slot].float().mean():6.1%}, chance {1 / len(KINDS[kind]):.0%}")
     print(f"  all     {right.all(1).float().mean():6.1%}")
-    row, column = (tokens[:, SLOTS[kind]] - TOKEN[WORDS[kind][0]] for kind in ("row", "column"))
+    row, column = (tokens[:, SLOTS[kind]] - TOKEN[KINDS[kind][0]] for kind in ("row", "column"))
     quarters = maps.flatten(0, 1).unflatten(2, (2, -1)).unflatten(1, (2, -1)).sum((2, 4))
     share = quarters[torch.arange(len(quarters)), row, column].mean()
     print(f"attention on the digit's quarter of the picture: {share:.0%}, uniform 25%")
@@ -429,7 +413,7 @@ def main(arguments: list[str] | None = None) -> None:
     held_out = tokens, images = Album(held_out=True).documents(128, generator)
     with torch.no_grad():
         alone = nats_per_caption(lm(tokens), tokens).item()
-    blind = sum(math.log(len(words)) for words in WORDS.values())
+    blind = sum(math.log(len(words)) for words in KINDS.values())
     print(f"language only, held out: {alone:.3f} nats per caption; at best, blind: {blind:.3f}")
 
     before, model = copy.deepcopy(lm), SeeingModel(lm)

@@ -40,18 +40,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xattn_kernels import (
-    QFormer,
-    alignment_stage,
-    attention_map,
-    generation_stage,
-    hard_negatives,
-    image_text_similarity,
-    itc_loss,
-    itm_loss,
-    lm_loss,
-    matching_pairs,
-)
+import xattn_kernels as xattn
 
 try:
     from captioned_digits import (
@@ -105,7 +94,7 @@ class Aligned(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.qformer = QFormer(
+        self.qformer = xattn.QFormer(
             dim=DIM, depth=3, heads=4, dim_visual=DIM, num_queries=QUERIES,
             vocab_size=len(VOCABULARY), max_positions=LENGTH,
         )  # fmt: skip
@@ -131,18 +120,20 @@ class Aligned(nn.Module):
         tokens, ids = write(content), number_of(content)
         image, text = self.image(features), self.text(tokens)
         options = dict(temperature=self.log_temperature.exp(), ids=ids)
-        similarity = image_text_similarity(image, text).detach()
-        negatives = hard_negatives(
+        similarity = xattn.image_text_similarity(image, text).detach()
+        negatives = xattn.hard_negatives(
             similarity if hard else torch.zeros_like(similarity), sample=True,
             generator=generator, temperature=options["temperature"].detach(), ids=ids,
         )  # fmt: skip
-        pairs = matching_pairs(negatives)
+        pairs = xattn.matching_pairs(negatives)
         captions = write(content, "<dec>")
         rows = self.qformer(features, captions, objective="itg")[:, QUERIES:]
         return {
-            "itc": itc_loss(image, text, **options),
-            "itm": itm_loss(self.match(features[pairs.images], tokens[pairs.texts]), pairs.labels),
-            "itg": lm_loss(self.lm_head(rows), captions),
+            "itc": xattn.itc_loss(image, text, **options),
+            "itm": xattn.itm_loss(
+                self.match(features[pairs.images], tokens[pairs.texts]), pairs.labels
+            ),
+            "itg": xattn.lm_loss(self.lm_head(rows), captions),
         }
 
 
@@ -172,7 +163,7 @@ class LanguageModel(nn.Module):
         tokens = write(content, "<dec>")
         labels = tokens.masked_fill(tokens == TOKEN["<dec>"], -100)
         logits = self(prefix, tokens)
-        return lm_loss(logits, labels, n_prefix=prefix.shape[1]) * (LENGTH - 1)
+        return xattn.lm_loss(logits, labels, n_prefix=prefix.shape[1]) * (LENGTH - 1)
 
 
 class Pool(NamedTuple):
@@ -251,7 +242,7 @@ def pretrain_reader(steps: int, generator: torch.Generator) -> LanguageModel:
 def recalls(model: Aligned, gallery: Pool, again: int = 8) -> dict[str, float]:
     """Recall at 1 both ways, and as "..., again" with the best `again` reranked by matching."""
     features, tokens = gallery.features, write(gallery.content)
-    similarity = image_text_similarity(model.image(features), model.text(tokens))
+    similarity = xattn.image_text_similarity(model.image(features), model.text(tokens))
     recall = {}
     for name, s in (("image to text", similarity), ("text to image", similarity.T)):
         truth, best = torch.arange(len(s)), s.topk(again, dim=1).indices
@@ -327,7 +318,7 @@ def head_maps(model: Aligned, features: Tensor) -> Tensor:
         look.attention[name](x).unflatten(-1, (-1, look.dim_head)).transpose(1, 2)
         for name, x in zip(("query", "key"), seen[0][:2], strict=True)
     )
-    return attention_map(q, k, rows=[0], grid=(GRID, GRID), average_heads=False)[:, :, 0]
+    return xattn.attention_map(q, k, rows=[0], grid=(GRID, GRID), average_heads=False)[:, :, 0]
 
 
 # Output
@@ -389,7 +380,7 @@ def main(arguments: list[str] | None = None) -> None:
     near = encode(encoder, others, some_content(160, generator), generator)
 
     stages, histories = {"before": Aligned()}, {}
-    first = alignment_stage(vision_encoder=encoder, qformer=stages["before"].qformer)
+    first = xattn.alignment_stage(vision_encoder=encoder, qformer=stages["before"].qformer)
     for name, start, steps, hard in (
         ("first half", "before", range(n), False),
         ("random on", "first half", range(n, 2 * n), False),
@@ -401,7 +392,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     model, projection = stages["hard on"], nn.Linear(DIM, DIM)
     parts = dict(vision_encoder=encoder, qformer=model.qformer, language_model=reader)
-    generation_stage(**parts, projection=projection)
+    xattn.generation_stage(**parts, projection=projection)
     before = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
     generate(model, reader, projection, pool, n, generator)
     report_reader(model, reader, projection, gallery)

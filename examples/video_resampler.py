@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from xattn_kernels import KeyInterval, PerceiverResampler, attention_map
 
 try:
+    from captioned_digits import picture_features
     from sklearn.datasets import load_digits, load_sample_images
 
     from xattn_kernels import viz
@@ -123,13 +124,7 @@ class VideoModel(nn.Module):
 
     def __init__(self, dim: int = 64, num_latents: int = 8) -> None:
         super().__init__()
-        self.look = nn.Sequential(
-            nn.Conv2d(3, dim // 2, 3, stride=2, padding=1),
-            nn.GELU(),
-            nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1),
-            nn.GELU(),
-            nn.Conv2d(dim, dim, 3, padding=1),
-        )
+        self.look = picture_features(dim)
         self.places = nn.Parameter(torch.randn(GRID**2, dim) * 0.1)
         self.resampler = PerceiverResampler(
             dim=dim, depth=2, dim_head=16, heads=4, num_latents=num_latents, max_num_frames=FRAMES

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from support import launches
-from support.modes import Mode, enter, modes
+from support.modes import CHOICES, Mode, enter, modes
 
 
 @pytest.fixture(params=modes("interpreter", "sm_80", "sm_90", "gpu"))
@@ -17,6 +18,19 @@ def mode(request) -> Iterator[Mode]:
     """Runs the test once in each mode that this process, this machine and its markers allow."""
     with enter(request.param) as found:
         yield found
+
+
+@pytest.fixture
+def seed() -> None:
+    """The same random numbers in each test, whichever ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def as_users_run_it(monkeypatch) -> None:
+    """On a CPU with its backends, without Triton's interpreter and without emulation."""
+    for name in CHOICES:
+        monkeypatch.delenv(name, raising=False)
 
 
 def pytest_addoption(parser):

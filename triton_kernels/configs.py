@@ -229,21 +229,13 @@ def tf32_fits(arch: int, D: int, Dv: int) -> bool:
     return max(D, Dv) <= 128 or FAMILIES.get(arch, "small") not in SMALL
 
 
+def lookup(*call, **flags) -> Config | None:
+    """The configuration of a kernel for the arguments of `find_row`; None where it should not be
+    used (`fused`)."""
+    return find_row(*call, **flags).config
+
+
 @cache
-def lookup(
-    kernel: str,
-    arch: int,
-    D: int,
-    Dv: int,
-    itemsize: int,
-    plain: bool,
-    rows: int,
-    bits: bool = False,
-) -> Config | None:
-    """The configuration of `kernel`; None where it should not be used (`fused`)."""
-    return find_row(kernel, arch, D, Dv, itemsize, plain, rows, bits).config
-
-
 def find_row(
     kernel: str,
     arch: int,

@@ -8,6 +8,7 @@ rows of one group of tiles; a last kernel adds up the groups, in the same order 
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,11 +17,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..core.call import GatedResidualCall
-from ..core.kernel_op import Gradients, Needs
+from ..core.kernel_op import Gradients
 from ..core.layout import (
     GatedResults,
     empty_gated,
-    empty_like,
+    gated_gradients,
     merged_rows,
     row_alignment,
     unit_stride,
@@ -375,26 +376,11 @@ def forward(call: GatedResidualCall) -> GatedResults:
     return results
 
 
-def backward(
-    upstream: GatedResults, call: GatedResidualCall, results: GatedResults, needs: Needs
-) -> Gradients:
-    """The gradients that `needs` names, of x, h, gate, weight and bias. That of x is asked for with
-    a gradient of the norm alone, without which it is dy; y is there then."""
-    norm, y = (None, None) if upstream.normed is None else (call.norm, results.y)
-    grads = {"x": y, "h": call.h, "gate": call.gate, "weight": call.weight, "bias": call.bias}
-    grads = {name: empty_like(like) for name, like in grads.items() if name in needs}
-    if call.h.numel() == 0:
-        return {name: t.zero_() for name, t in grads.items()}
-    if grads:
-        write_gradients(grads, upstream, call, y, norm)
-    return grads
-
-
 def write_gradients(
-    grads: Gradients, upstream: GatedResults, call: GatedResidualCall, y: Tensor | None,
-    norm: str | None,
-) -> None:  # fmt: skip
-    """Fills the gradients."""
+    grads: Gradients, upstream: GatedResults, call: GatedResidualCall, results: GatedResults
+) -> None:
+    """Fills the gradients of x, h, gate, weight and bias that are in `grads`."""
+    norm, y = (None, None) if upstream.normed is None else (call.norm, results.y)
     dy, dnormed, gate, weight = (unit_stride(t) for t in (*upstream, call.gate, call.weight))
     sums = GatedSums(*(grads.get(name) for name in GatedSums._fields))
     h = None if sums.gate is None else call.h
@@ -419,3 +405,6 @@ def write_gradients(
                 PARTS=min(triton.next_power_of_2(n_parts), PARTS), COLUMNS=SUMMED,
                 num_warps=4, **compiler_options(None),
             )  # fmt: skip
+
+
+backward = partial(gated_gradients, write_gradients)

@@ -15,7 +15,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import xattn_kernels
 
-from ..harness.provider import Attend, Provider, needs_half_on_cuda, needs_package, too_large
+from ..harness.provider import (
+    Attend,
+    Provider,
+    needs_half_on_cuda,
+    needs_package,
+    our_backend,
+    too_large,
+)
 from .case import Case
 from .modules import module_reasons, prepare_module
 
@@ -197,9 +204,7 @@ def prepare_xattn(backend: str, case: Case) -> Attend:
     return partial(xattn_kernels.cross_attention, mask=case.interval, backend=backend)
 
 
-def ours(backend: str) -> Provider:
-    functions = partial(xattn_reasons, backend), partial(prepare_xattn, backend)
-    return Provider(f"xattn-{backend}", *functions, compiles=backend == "triton")
+ours = partial(our_backend, xattn_reasons, prepare_xattn)
 
 
 def sdpa(word: str, backend: SDPBackend) -> Provider:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import xattn_kernels
 
-from ..harness.provider import Provider, needs_half_on_cuda, needs_package
+from ..harness.provider import Provider, needs_half_on_cuda, needs_package, no_reasons, our_backend
 from ..harness.steps import results
 from ..harness.truth import Truth, allow
 from .workloads import GatedCase
@@ -123,15 +123,7 @@ def prepare_ours(backend: str, case: GatedCase) -> Callable:
     return partial(op, backend=backend, **options)
 
 
-def ours(backend: str) -> Provider:
-    functions = partial(ours_reasons, backend), partial(prepare_ours, backend)
-    return Provider(f"xattn-{backend}", *functions, compiles=backend == "triton")
-
-
-def no_reasons(case: GatedCase, mode: str) -> list[str]:
-    return []
-
-
+ours = partial(our_backend, ours_reasons, prepare_ours)
 # Providers run in this order; where time is short, the last are left out.
 PROVIDERS = (
     ours("triton"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -31,6 +32,16 @@ class Provider:
     reasons: Callable[[Any, str], list[str]]
     prepare: Callable[[Any], Attend]
     compiles: bool = False
+
+
+def our_backend(reasons: Callable, prepare: Callable, name: str) -> Provider:
+    """One of our backends; `reasons` and `prepare` take its name first."""
+    functions = partial(reasons, name), partial(prepare, name)
+    return Provider(f"xattn-{name}", *functions, compiles=name == "triton")
+
+
+def no_reasons(case: Any, mode: str) -> list[str]:
+    return []
 
 
 def too_large(case: Any, mode: str, tensors: int) -> list[str]:

@@ -5,8 +5,7 @@ All work on the keys of a call is timed, the choice and masks that are made of i
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -18,7 +17,7 @@ from xattn_kernels.reference import named
 
 from ..attention.providers import flex_reasons, repeat_heads
 from ..attention.truth import truth_of as truth_of_attention
-from ..harness.provider import Attend, Provider, too_large
+from ..harness.provider import Attend, Provider, no_reasons, our_backend, too_large
 from ..harness.truth import Truth
 from .workloads import TopKCase
 
@@ -123,37 +122,32 @@ def prepare_dense(case: TopKCase) -> Attend:
     return xattn_kernels.cross_attention
 
 
-def provider(name: str, reasons: Callable, prepare: Callable, compiles: bool = False) -> Provider:
-    """A provider that is not timed where rounding leaves too few rows with a certain choice."""
+def where_certain(provider: Provider) -> Provider:
+    """The provider, not timed where rounding leaves too few rows with a certain choice."""
 
-    def all_reasons(case: TopKCase, mode: str) -> list[str]:
+    def reasons(case: TopKCase, mode: str) -> list[str]:
         rows = int((~case.left_out).sum())
-        if name == "dense" or rows >= FEWEST_ROWS:
-            return reasons(case, mode)
+        if provider.name == "dense" or rows >= FEWEST_ROWS:
+            return provider.reasons(case, mode)
         return [f"rounding to {case.dtype} leaves the choice of {rows} rows certain"]
 
-    return Provider(name, all_reasons, prepare, compiles)
+    return replace(provider, reasons=reasons)
 
 
-def ours(backend: str) -> Provider:
-    functions = partial(ours_reasons, backend), partial(prepare_ours, backend)
-    return provider(f"xattn-{backend}", *functions, compiles=backend == "triton")
-
-
-def no_reasons(case: TopKCase, mode: str) -> list[str]:
-    return []
-
-
+ours = partial(our_backend, ours_reasons, prepare_ours)
 # Providers run in this order; where time is short, the last are left out.
-PROVIDERS = (
-    ours("triton"),
-    ours("cuda"),
-    ours("torch"),
-    provider("dense", no_reasons, prepare_dense),
-    provider("sdpa-mask", mask_reasons, prepare_mask),
-    provider("eager-topk", eager_reasons, prepare_eager),
-    provider("flex", chosen_flex_reasons, prepare_flex, compiles=True),
-    ours("eager"),
+PROVIDERS = tuple(
+    where_certain(provider)
+    for provider in (
+        ours("triton"),
+        ours("cuda"),
+        ours("torch"),
+        Provider("dense", no_reasons, prepare_dense),
+        Provider("sdpa-mask", mask_reasons, prepare_mask),
+        Provider("eager-topk", eager_reasons, prepare_eager),
+        Provider("flex", chosen_flex_reasons, prepare_flex, compiles=True),
+        ours("eager"),
+    )
 )
 BY_NAME = {p.name: p for p in PROVIDERS}
 

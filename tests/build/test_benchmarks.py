@@ -21,11 +21,11 @@ from benchmarks.attention.case import Case
 from benchmarks.attention.providers import BY_NAME, Provider, prepare_eager
 from benchmarks.attention.workloads import Workload, fit
 from benchmarks.harness import (
-    memory,
     rows,
     runner,
     timing,
 )
+from support.benchmark_runs import resident_peak
 from xattn_kernels import KeyInterval
 
 ALL = workloads.load()
@@ -224,11 +224,8 @@ def test_the_truth_in_pieces_is_the_truth(tiny, monkeypatch):
 
 def test_peak_memory_sees_what_a_provider_allocates(tmp_path):
     w = replace(TINY, Nq=1024, Nk=1024)
-    case.build(w, w, "cpu", torch.float32).save(tmp_path / "case.pt")
     scores = 4 * w.B * w.Hq * w.Nq * w.Nk
-    peak = memory.resident_peak(case.Case.suite, "eager", tmp_path / "case.pt", "forward", 60.0)
-    if peak is None:
-        pytest.skip("this system cannot reset the peak of a process")
+    peak = resident_peak(case.build(w, w, "cpu", torch.float32), "eager", tmp_path)
     assert 2 * scores <= peak <= 8 * scores
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -12,23 +13,19 @@ from benchmarks.attention.providers import Provider
 from benchmarks.gated import providers as gated_providers
 from benchmarks.gated import workloads as gated
 from benchmarks.gated.workloads import GatedCase, GatedWorkload
-from benchmarks.harness import memory, rows, runner
+from benchmarks.harness import rows
+from support import benchmark_runs
 
 TINY = {
     form: GatedWorkload("tiny", 6, 16, form, width=8 * (form == "projection"))
     for form in ("plain", "layer", "rms", "projection")
 }
+run_one = partial(benchmark_runs.run_one, gated_providers.truth_of)
 
 
 @pytest.fixture(params=TINY)
 def tiny(request) -> GatedCase:
     return gated.build(TINY[request.param], TINY[request.param], "cpu", torch.float32)
-
-
-def run_one(provider: Provider, case: GatedCase, modes=("both",)) -> list[rows.Row]:
-    settings = runner.Settings(modes=modes, budget=120.0, memory=False)
-    found = runner.run([case], 1, [provider], settings, gated_providers.truth_of)
-    return [row for group in found for row in group]
 
 
 def test_bytes_are_those_of_distinct_inputs_and_outputs(tiny):
@@ -85,10 +82,8 @@ def test_few_rows_fit_a_small_machine_and_the_label_says_so():
 
 def test_peak_memory_sees_what_eager_code_allocates(tmp_path):
     w = replace(TINY["plain"], rows=4096, dim=256)
-    gated.build(w, w, "cpu", torch.float32).save(tmp_path / "case.pt")
-    peak = memory.resident_peak(GatedCase.suite, "eager", tmp_path / "case.pt", "forward", 60.0)
-    if peak is None:
-        pytest.skip("this system cannot reset the peak of a process")
+    case = gated.build(w, w, "cpu", torch.float32)
+    peak = benchmark_runs.resident_peak(case, "eager", tmp_path)
     assert 1.9 * 4 * w.elements <= peak <= 4 * 4 * w.elements  # the product and the sum
 
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from benchmarks.__main__ import main
 from benchmarks.attention.providers import Provider
-from benchmarks.harness import memory, rows, runner
+from benchmarks.harness import rows
 from benchmarks.topk import error as topk_error
 from benchmarks.topk import providers as topk_providers
 from benchmarks.topk import workloads as topk
 from benchmarks.topk.workloads import TopKCase, TopKWorkload
+from support import benchmark_runs
 from xattn_kernels import topk_attention
 from xattn_kernels.reference import named
 
@@ -23,6 +25,7 @@ TINY = {
     "blocks": TopKWorkload("tiny", **SIZES, topk_blocks=(16, 2)),
 }
 MODES = ("forward", "backward", "both")
+run_one = partial(benchmark_runs.run_one, topk_providers.truth_of)
 
 
 @pytest.fixture(autouse=True)
@@ -34,12 +37,6 @@ def without_interpreter(monkeypatch):
 @pytest.fixture(params=TINY)
 def tiny(request) -> TopKCase:
     return topk.build(TINY[request.param], TINY[request.param], "cpu", torch.float32)
-
-
-def run_one(provider: Provider, case: TopKCase, modes=("both",)) -> list[rows.Row]:
-    settings = runner.Settings(modes=modes, budget=120.0, memory=False)
-    found = runner.run([case], 1, [provider], settings, topk_providers.truth_of)
-    return [row for group in found for row in group]
 
 
 def chosen_by_eager(case: TopKCase) -> torch.Tensor:
@@ -173,10 +170,8 @@ def test_dense_attention_is_a_yardstick_and_nobodys_rival():
 
 def test_peak_memory_sees_the_gathered_values(tmp_path):
     w = replace(TINY["keys"], Nq=512, Dv=64)
-    topk.build(w, w, "cpu", torch.float32).save(tmp_path / "case.pt")
-    peak = memory.resident_peak(TopKCase.suite, "eager-topk", tmp_path / "case.pt", "forward", 60.0)
-    if peak is None:
-        pytest.skip("this system cannot reset the peak of a process")
+    case = topk.build(w, w, "cpu", torch.float32)
+    peak = benchmark_runs.resident_peak(case, "eager-topk", tmp_path)
     gathered = 4 * w.B * w.Hq * w.Nq * w.top_k * w.Dv
     assert gathered <= peak <= 3 * gathered
 

@@ -7,10 +7,10 @@ import shutil
 import pytest
 
 from benchmarks.harness.machine import RESULTS
+from support.modes import needs_extension
 from support.standalone import (
     assert_a_launch_says_that_there_is_no_device,
     assert_needs_neither_torch_nor_cudart_and_shows_one_symbol,
-    built,
     installed,
     run_without_torch,
 )
@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(1024, 2) spilling_kernel(float* x, int n) {
 """
 
 
-@built
+@needs_extension
 def test_it_loads_and_plans_where_torch_cannot_be_imported():
     done = run_without_torch(installed(), "print(m.gated_residual_forward_plan(params)[0][:4])")
     assert done.returncode == 0, done.stderr
@@ -40,12 +40,12 @@ def test_it_loads_and_plans_where_torch_cannot_be_imported():
     assert done.stdout.strip() == repr((name, (1, 1, 1), (32, 16, 1), 0))
 
 
-@built
+@needs_extension
 def test_a_launch_without_a_device_says_so():
     assert_a_launch_says_that_there_is_no_device(installed())
 
 
-@built
+@needs_extension
 @pytest.mark.parametrize(
     ("error", "said"),
     [
@@ -66,14 +66,14 @@ def test_each_failure_is_one_clear_error(error, said):
         launch.extension().check(error, "op")
 
 
-@built
+@needs_extension
 def test_types_without_a_kernel_are_an_error():
     last = "m.gated_residual_forward_plan(params)"
     done = run_without_torch(installed(), last, "float16", "bfloat16")
     assert "RuntimeError: gated_residual_forward: invalid argument" in done.stderr
 
 
-@built
+@needs_extension
 def test_it_needs_neither_torch_nor_cudart_and_shows_one_symbol():
     assert_needs_neither_torch_nor_cudart_and_shows_one_symbol(installed())
 

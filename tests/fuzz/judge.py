@@ -20,14 +20,7 @@ from fuzz.draws import Drawn
 from fuzz.gated import DrawnGated
 from fuzz.module import ModuleCase
 from fuzz.topk import DrawnBlocks, DrawnTopK
-from support.calls import (
-    Call,
-    Tensors,
-    assert_as_expected,
-    build,
-    compute_expected,
-    run,
-)
+from support.calls import Call, Tensors, assert_as_expected, build, compute_expected, run
 from support.cases import Case
 from support.cuda_emulation import splits_of
 from xattn_kernels import KeyInterval, cross_attention, reference

@@ -9,17 +9,7 @@ import torch
 
 from support import example_programs
 
-
-@pytest.fixture(autouse=True)
-def as_users_run_them(monkeypatch):
-    """With the backends of a CPU, not through Triton's interpreter."""
-    for name in example_programs.CHOICES:
-        monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture(scope="module")
-def example():
-    return example_programs.load("flamingo_blocks")
+pytestmark = pytest.mark.usefixtures("as_users_run_it")
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +92,8 @@ def test_captions_say_where_the_digit_is(example, album):
     for caption, corner in zip(example.by_caption(tokens).flatten(0, 1), corners, strict=True):
         words = example.read(caption).split()
         row, column = (
-            example.WORDS["row"].index(words[-3]),
-            example.WORDS["column"].index(words[-2]),
+            example.KINDS["row"].index(words[-3]),
+            example.KINDS["column"].index(words[-2]),
         )
         assert corner.flatten().argmin() == 2 * row + column and corner[row, column] == 0
 

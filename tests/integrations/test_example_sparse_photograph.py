@@ -10,21 +10,12 @@ import torch
 from support import example_programs
 from xattn_kernels import cross_attention, kept_mass, topk_attention
 
-
-@pytest.fixture(scope="module")
-def example():
-    return example_programs.load("sparse_photograph")
+pytestmark = pytest.mark.usefixtures("as_users_run_it")
 
 
 @pytest.fixture(scope="module")
 def photo(example):
     return example.load()
-
-
-@pytest.fixture(autouse=True)
-def as_users_run_them(monkeypatch):
-    for name in example_programs.CHOICES:
-        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.mark.slow

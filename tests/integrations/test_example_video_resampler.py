@@ -9,16 +9,7 @@ import torch
 
 from support import example_programs
 
-
-@pytest.fixture(scope="module")
-def example():
-    return example_programs.load("video_resampler")
-
-
-@pytest.fixture(autouse=True)
-def as_users_run_them(monkeypatch):
-    for name in example_programs.CHOICES:
-        monkeypatch.delenv(name, raising=False)
+pytestmark = pytest.mark.usefixtures("as_users_run_it")
 
 
 @pytest.fixture

@@ -12,12 +12,9 @@ from support.numerics import assert_as_accurate
 from xattn_kernels import masks
 from xattn_kernels.modules import MultiheadAttention, replace_multihead_attention
 
+pytestmark = pytest.mark.usefixtures("seed")
+
 B, H, NQ, NK, E = 2, 4, 5, 7, 32
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
 
 
 def test_from_torch_shares_parameters():

@@ -6,18 +6,11 @@ import pytest
 import torch
 from torch.export import Dim, export
 
-from support.modes import modes
-from xattn_kernels import (
-    cross_attention,
-    gated_residual,
-    gated_residual_norm,
-    topk_attention,
-)
+from support.modes import modes, needs_extension
+from xattn_kernels import cross_attention, gated_residual, gated_residual_norm, topk_attention
 from xattn_kernels.cuda_kernels import launch
 
-pytestmark = pytest.mark.skipif(
-    launch.extension() is None, reason="the package is built without its CUDA kernels"
-)
+pytestmark = needs_extension
 CUDA = dict(backend="cuda")
 ATTENTION = [(2, 2, n, 16) for n in (5, 7, 7)]
 ROWS = [(2, 5, 32), (2, 5, 32), (1,), (32,)]

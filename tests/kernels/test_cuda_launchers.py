@@ -8,15 +8,14 @@ import pytest
 import torch
 
 from benchmarks.harness.machine import RESULTS
+from support.modes import needs_extension
 from tools.machine_code import cuda_grid
 from xattn_kernels.core.tensor_arguments import check_attention
 from xattn_kernels.cuda_kernels import cross_attention, launch
 from xattn_kernels.cuda_kernels import gated_residual as gated
 from xattn_kernels.ops.cross_attention import cuda_reasons
 
-pytestmark = pytest.mark.skipif(
-    launch.extension() is None, reason="the package is built without its CUDA kernels"
-)
+pytestmark = needs_extension
 _cuda = launch.extension()
 SIZES = dict(B=2, Hq=4, Hkv=2, Nq=5, Nk=70, D=16, Dv=16)
 WRONG_SIZES = [

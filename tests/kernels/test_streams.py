@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -63,9 +64,11 @@ CALLS: dict[str, tuple[Call, Callable[..., list[Tensor]]]] = {
     "topk": (chosen, lambda device="cuda": attention(40, 600, device)),
     "gated": (gated, gated_leaves),
 }
-on_a_gpu = pytest.mark.gpu
-each_call = pytest.mark.parametrize("name", CALLS)
-each_backend = pytest.mark.parametrize("backend", ["triton", "cuda"])
+
+
+def each_call_on_a_gpu(test):
+    each_backend = pytest.mark.parametrize("backend", ["triton", "cuda"])
+    return pytest.mark.gpu(each_backend(pytest.mark.parametrize("name", CALLS)(test)))
 
 
 def needs(n_devices: int, backend: str) -> None:
@@ -73,6 +76,16 @@ def needs(n_devices: int, backend: str) -> None:
         pytest.skip(f"fewer than {n_devices} CUDA devices")
     if backend == "cuda" and launch.extension() is None:
         pytest.skip("the package is built without its CUDA kernels")
+
+
+@contextmanager
+def another_stream() -> Iterator[None]:
+    """A stream that begins after the current one, which goes on after it."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        yield
+    torch.cuda.current_stream().wait_stream(side)
 
 
 def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
@@ -85,9 +98,7 @@ def assign(leaves: list[Tensor], values: list[Tensor]) -> None:
             t.copy_(value)
 
 
-@on_a_gpu
-@each_backend
-@each_call
+@each_call_on_a_gpu
 def test_the_current_stream_is_the_one_that_works(name, backend):
     """The inputs are right only after what the stream did before."""
     needs(1, backend)
@@ -95,28 +106,20 @@ def test_the_current_stream_is_the_one_that_works(name, backend):
     values = new_leaves()
     expected = call(values, backend)
     leaves = [torch.full_like(t, float("nan")).requires_grad_() for t in values]
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    with another_stream():
         torch.cuda._sleep(100_000_000)
         assign(leaves, values)
         found = call(leaves, backend)
-    torch.cuda.current_stream().wait_stream(side)
     assert_same(found, expected)
 
 
-@on_a_gpu
-@each_backend
-@each_call
+@each_call_on_a_gpu
 def test_a_graph_is_captured_and_replayed_on_other_numbers(name, backend):
     needs(1, backend)
     call, new_leaves = CALLS[name]
     leaves, values = new_leaves(), new_leaves()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # kernels are compiled and loaded before the capture
+    with another_stream():  # kernels are compiled and loaded before the capture
         call(leaves, backend)
-    torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         found = call(leaves, backend)
@@ -125,9 +128,7 @@ def test_a_graph_is_captured_and_replayed_on_other_numbers(name, backend):
     assert_same(found, call(values, backend))
 
 
-@on_a_gpu
-@each_backend
-@each_call
+@each_call_on_a_gpu
 def test_the_tensors_device_is_the_one_that_works(name, backend):
     """Whichever is current, and it stays current."""
     needs(2, backend)

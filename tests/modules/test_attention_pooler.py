@@ -11,13 +11,10 @@ from torch import nn
 
 from support.modes import modes
 from support.numerics import assert_as_accurate
-from support.recordings import (
-    assert_is_original,
-    load,
-    recorded,
-    results,
-)
+from support.recordings import assert_is_original, load, recorded, results
 from xattn_kernels import AttentionPooler, CoCaCrossAttention, masks
+
+pytestmark = pytest.mark.usefixtures("seed")
 
 CASES = load("coca_cross_attention")
 WIDTHS = dict(dim=24, context_dim=14, heads=3)
@@ -25,11 +22,6 @@ FORMS = [dict(n_queries=1), dict(n_queries=7), dict(n_queries=7, one_kv_head=Tru
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
 each_form = pytest.mark.parametrize("form", FORMS, ids=str)
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
 
 
 def run(case: dict, dtype: torch.dtype, backend: str | None, device="cpu") -> dict:
@@ -48,9 +40,7 @@ def test_from_the_kernels(mode):
 
 
 @each_case
-def test_default_off_the_gpu(case, monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.delenv("XATTN_TRITON_ON_CPU", raising=False)
+def test_default_off_the_gpu(case, as_users_run_it):
     assert_accurate(case, run(case, torch.float32, None))
 
 

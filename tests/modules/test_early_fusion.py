@@ -24,12 +24,9 @@ from support.modes import modes
 from support.numerics import assert_as_accurate
 from xattn_kernels import EarlyFusion
 
+pytestmark = pytest.mark.usefixtures("seed")
+
 each_early = pytest.mark.parametrize("form", EARLY, ids=str)
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
 
 
 def real(outs) -> tuple:

@@ -8,12 +8,7 @@ import torch
 import xattn_kernels
 from support.modes import modes
 from support.numerics import assert_as_accurate
-from support.recordings import (
-    assert_is_original,
-    load,
-    recorded,
-    results,
-)
+from support.recordings import assert_is_original, load, recorded, results
 
 CASES = load("gated_cross_attention_block", "masked_cross_attention", "perceiver_resampler")
 
@@ -40,9 +35,7 @@ def test_eager_in_float64_is_the_original(case):
 
 
 @each_case
-def test_default_off_the_gpu(case, monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.delenv("XATTN_TRITON_ON_CPU", raising=False)
+def test_default_off_the_gpu(case, as_users_run_it):
     assert_accurate(case, run(case, torch.float32, None))
 
 

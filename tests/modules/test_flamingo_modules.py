@@ -10,28 +10,14 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from support.flamingo import (
-    DIM,
-    FLAVOURS,
-    SIZES,
-    VISUAL,
-    B,
-    block,
-    brute_force,
-    call,
-    run,
-)
-from support.modes import modes
+from support.flamingo import DIM, FLAVOURS, SIZES, VISUAL, B, block, brute_force, call, run
+from support.modes import modes, needs_extension
 from support.numerics import assert_as_accurate
 from xattn_kernels import GatedCrossAttentionBlock, MaskedCrossAttention
-from xattn_kernels.cuda_kernels import launch
+
+pytestmark = pytest.mark.usefixtures("seed")
 
 each_flavour = pytest.mark.parametrize("flavour", FLAVOURS)
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
 
 
 def assert_definition(flavour, dtype, backend, device="cpu"):
@@ -61,7 +47,7 @@ def test_flavours_from_the_kernels(mode, flavour):
     assert_definition(flavour, torch.float32, "triton", mode.device)
 
 
-@pytest.mark.skipif(launch.extension() is None, reason="the package is built without CUDA kernels")
+@needs_extension
 @pytest.mark.parametrize("mode", modes("cuda_sm_80", "cuda_gpu"), indirect=True)
 @each_flavour
 def test_flavours_from_the_cuda_kernels(mode, flavour):

@@ -22,10 +22,7 @@ from support.fusion_cases import (
 )
 from xattn_kernels import MidFusion
 
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("seed")
 
 
 def made(name: str, **options) -> nn.Module:

@@ -23,10 +23,7 @@ from support.fusion_cases import (
 )
 from xattn_kernels import LateFusion
 
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("seed")
 
 
 @pytest.mark.parametrize("every, n_blocks", [(1, 3), (2, 2), (3, 1), (9, 1)])

@@ -18,13 +18,10 @@ from xattn_kernels import (
     stage_one_losses,
 )
 
+pytestmark = pytest.mark.usefixtures("seed")
+
 B, n, DIM = 5, 3, 8
 IDS = torch.tensor([7, 2, 7, 4, 2])
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
 
 
 def features(dtype=torch.float64, queries=n):

@@ -18,10 +18,7 @@ from support.flamingo import (
 )
 from support.numerics import assert_as_accurate
 
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("seed")
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)

@@ -13,6 +13,8 @@ from support.numerics import assert_as_accurate
 from xattn_kernels import masks
 from xattn_kernels.modules import MultiheadAttention
 
+pytestmark = pytest.mark.usefixtures("seed")
+
 B, H, NQ, NK, E = 2, 4, 5, 7, 32
 
 CONSTRUCTORS = {
@@ -26,11 +28,6 @@ CONSTRUCTORS = {
         "kdim": 12, "add_bias_kv": True, "add_zero_attn": True, "batch_first": True,
     },
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
 
 
 def forbidden(*shape):

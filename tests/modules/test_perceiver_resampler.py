@@ -11,14 +11,11 @@ from support.modes import modes
 from support.numerics import assert_as_accurate
 from xattn_kernels import PerceiverResampler
 
+pytestmark = pytest.mark.usefixtures("seed")
+
 B, T, n, DIM = 2, 3, 7, 24
 SIZES = dict(dim=DIM, depth=2, dim_head=8, heads=2, num_latents=5)
 LENGTHS = torch.tensor([[7, 3, 1], [0, 7, 6]])
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
 
 
 def run(module, x, *lengths):

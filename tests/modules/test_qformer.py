@@ -30,12 +30,9 @@ from xattn_kernels import QFormer, masks
 from xattn_kernels.core.call import CrossAttentionResult
 from xattn_kernels.modules import qformer as qformer_module
 
+pytestmark = pytest.mark.usefixtures("seed")
+
 each_objective = pytest.mark.parametrize("objective", OBJECTIVES)
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
 
 
 @each_objective

@@ -29,14 +29,11 @@ from support.qformer_cases import (
 )
 from xattn_kernels import masks
 
+pytestmark = pytest.mark.usefixtures("seed")
+
 # Pinned in requirements/dev.txt, from Python 3.11 on as there is none for 3.10: the classes put
 # together here, and how they read a mask, are no stable interface of it.
 pytest.importorskip("transformers", reason="the Q-Former that ours must agree with")
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
 
 
 class HuggingFace(nn.Module):

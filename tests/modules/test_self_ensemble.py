@@ -15,12 +15,9 @@ from support.largest_tensor import LargestTensor
 from support.numerics import assert_as_accurate
 from xattn_kernels import SelfEnsemble
 
+pytestmark = pytest.mark.usefixtures("seed")
+
 B, N, DIM, FUSED, VOCAB, IGNORED = 2, 11, 8, 6, 37, -100
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
 
 
 def ensemble(**options) -> SelfEnsemble:

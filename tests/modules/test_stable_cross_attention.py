@@ -17,13 +17,10 @@ from xattn_kernels import (
     masks,
 )
 
+pytestmark = pytest.mark.usefixtures("seed")
+
 B, N, NK, DIM, VISUAL, HEADS = 2, 5, 9, 24, 14, 3
 LENGTHS = [4, 9]
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
 
 
 def layer(cls=StableCrossAttention, **options):
@@ -116,9 +113,7 @@ def assert_accurate(backend, device="cpu", statistics=True):
         assert_as_accurate(ours[name].cpu(), eager[name], expected, name, size=size)
 
 
-def test_default_off_the_gpu(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.delenv("XATTN_TRITON_ON_CPU", raising=False)
+def test_default_off_the_gpu(as_users_run_it):
     assert_accurate(None, statistics=False)
     assert_accurate("torch", statistics=False)
 

@@ -9,23 +9,15 @@ import torch
 
 from support.modes import modes
 from support.numerics import assert_as_accurate
-from support.recordings import (
-    assert_is_original,
-    load,
-    recorded,
-    results,
-)
+from support.recordings import assert_is_original, load, recorded, results
 from xattn_kernels import SRAU, VisualGPTBlock, masks
+
+pytestmark = pytest.mark.usefixtures("seed")
 
 CASES = load("visualgpt_block")
 DIM = 24
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
 
 
 def block(backend=None, **options) -> VisualGPTBlock:
@@ -54,9 +46,7 @@ def test_from_the_kernels(mode):
     assert_accurate(run(CASES[1], torch.float32, "triton", mode.device))
 
 
-def test_default_off_the_gpu(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.delenv("XATTN_TRITON_ON_CPU", raising=False)
+def test_default_off_the_gpu(as_users_run_it):
     assert_accurate(run(CASES[1], torch.float32, None))
 
 

@@ -7,21 +7,12 @@ import torch
 from torch import Tensor
 
 from support.largest_tensor import LargestTensor
-from support.modes import enter, modes
+from support.modes import enter_backend, modes
 from support.numerics import assert_as_accurate
-from support.weights_cases import (
-    CASES,
-    NQ,
-    B,
-    exact_in,
-    make,
-)
-from xattn_kernels import (
-    attention_map,
-    attention_weights,
-    cross_attention,
-    masks,
-)
+from support.weights_cases import CASES, NQ, B, exact_in, make
+from xattn_kernels import attention_map, attention_weights, cross_attention, masks
+
+pytestmark = pytest.mark.usefixtures("seed")
 
 NAMES = [name for name in CASES if name != "dropout"]
 GRID, FIRST = (4, 7), 6
@@ -29,19 +20,11 @@ SHARED = [3, -1, 1, 0, 3]
 OWN = torch.tensor([[0, 5, 1], [18, -2, 1]])
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 @pytest.fixture(params=["torch", *modes("interpreter", "gpu")])
 def backend(request):
     """ "torch", or "triton" where this process can run it; tensors are made on its device."""
-    if request.param == "torch":
-        yield "torch"
-        return
-    with enter(request.param) as mode, torch.device(mode.device):
-        yield "triton"
+    with enter_backend(request.param) as (name, device), torch.device(device):
+        yield name
 
 
 def leaves_of(case: str, dtype: torch.dtype) -> dict:

@@ -8,7 +8,7 @@ import torch
 import xattn_kernels
 from support import custom_ops
 from support.largest_tensor import LargestTensor
-from support.modes import enter, modes
+from support.modes import enter_backend, modes
 from support.numerics import assert_as_accurate
 from support.weights_cases import (
     CASES,
@@ -23,28 +23,17 @@ from support.weights_cases import (
     interval,
     make,
 )
-from xattn_kernels import (
-    KeyInterval,
-    attention_weights,
-    cross_attention,
-    masks,
-)
+from xattn_kernels import KeyInterval, attention_weights, cross_attention, masks
 from xattn_kernels.ops.attention_weights import weights_op
 
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("seed")
 
 
 @pytest.fixture(params=["torch", *modes("interpreter", "sm_90", "gpu")])
 def backend(request):
     """ "torch", or "triton" where this process can run it; tensors are made on its device."""
-    if request.param == "torch":
-        yield "torch"
-        return
-    with enter(request.param) as mode, torch.device(mode.device):
-        yield "triton"
+    with enter_backend(request.param) as (name, device), torch.device(device):
+        yield name
 
 
 @pytest.mark.parametrize("average", [True, False])

@@ -18,10 +18,8 @@ each_mask = pytest.mark.parametrize("mask", MASKS)
 
 
 @pytest.fixture(autouse=True)
-def on_cpu(monkeypatch):
+def on_cpu(as_users_run_it):
     """Without Triton's interpreter, as on a machine without a GPU."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.delenv("XATTN_TRITON_ON_CPU", raising=False)
     torch._dynamo.reset()
     torch.manual_seed(0)
 

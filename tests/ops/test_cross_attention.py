@@ -10,6 +10,7 @@ import torch
 from support.calls import assert_right, build
 from support.cases import CASES, PAIRS, Case
 from support.cases import FLAGS as PAIRED
+from support.modes import case_params
 from xattn_kernels.ops.cross_attention import cross_attention, triton_reasons
 from xattn_kernels.torch_kernels import cross_attention as torch_attention
 
@@ -58,10 +59,7 @@ def everywhere() -> list:
             arch, dtype = once[case.name]
             found.append((arch, case, dtype, [pytest.mark.emulated]))
         found += [("gpu", case, dtype, [pytest.mark.gpu]) for dtype in DTYPES]
-    return [
-        pytest.param(mode, case, dtype, id=f"{mode}-{case}-{str(dtype)[6:]}", marks=marks)
-        for mode, case, dtype, marks in found
-    ]
+    return case_params(found)
 
 
 @pytest.mark.parametrize(("mode", "case", "dtype"), everywhere(), indirect=["mode"])

@@ -9,25 +9,17 @@ import pytest
 import torch
 
 from ops.test_cross_attention_values import assert_exact_zeros, visible
-from support.calls import (
-    assert_agrees,
-    assert_right,
-    build,
-    run,
-    written_out,
-)
+from support.calls import assert_agrees, assert_right, build, run, written_out
 from support.cases import CASES, Case
 from support.cuda_emulation import splits_of
-from support.modes import modes
+from support.modes import case_params, modes, needs_extension
 from xattn_kernels import KeyInterval, cross_attention
 from xattn_kernels.cuda_kernels import cross_attention as launcher
 from xattn_kernels.cuda_kernels import launch
 from xattn_kernels.ops.cross_attention import cuda_reasons
 from xattn_kernels.reference import philox_keep
 
-pytestmark = pytest.mark.skipif(
-    launch.extension() is None, reason="the package is built without its CUDA kernels"
-)
+pytestmark = needs_extension
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # An instruction has the same meaning on each: one architecture for a dtype compiles half as much.
 ARCH_OF = {torch.float16: "sm_80", torch.bfloat16: "sm_90", torch.float32: "sm_80"}
@@ -45,10 +37,7 @@ def everywhere() -> list:
         dtype = DTYPES[n % 3]
         found.append((f"cuda_{ARCH_OF[dtype]}", case, dtype, [pytest.mark.emulated]))
         found += [("cuda_gpu", case, dtype, [pytest.mark.gpu]) for dtype in DTYPES]
-    return [
-        pytest.param(mode, case, dtype, id=f"{mode}-{case}-{str(dtype)[6:]}", marks=marks)
-        for mode, case, dtype, marks in found
-    ]
+    return case_params(found)
 
 
 @pytest.mark.parametrize(("mode", "case", "dtype"), everywhere(), indirect=["mode"])

@@ -19,7 +19,7 @@ from support.calls import (
 )
 from support.cases import Case
 from support.mask_kinds import MASKS
-from support.modes import modes, tf32_allowed
+from support.modes import each_compiled_mode, modes, tf32_allowed
 from support.numerics import assert_as_accurate
 
 SHORT, LONG = dict(Nq=6, Nk=75), dict(Nq=70, Nk=75)
@@ -80,8 +80,7 @@ def assert_right(case: Case, mode, dtype: torch.dtype) -> None:
     assert_agrees(ours, case, dtype, mode.device)
 
 
-@pytest.mark.taking_turns
-@pytest.mark.parametrize("mode", modes("sm_80", "sm_90", "gpu"), indirect=True)
+@each_compiled_mode
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("mask", MASKS)
 def test_mask(mode, mask, length):
@@ -89,8 +88,7 @@ def test_mask(mode, mask, length):
     assert_right(case, mode, mode.dtypes[0])
 
 
-@pytest.mark.taking_turns
-@pytest.mark.parametrize("mode", modes("sm_80", "sm_90", "gpu"), indirect=True)
+@each_compiled_mode
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("flag", FLAGS)
 def test_flag(mode, flag, length):

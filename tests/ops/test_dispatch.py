@@ -110,18 +110,14 @@ def test_a_triton_that_will_do(version, monkeypatch):
     assert dispatch.missing_triton() == []
 
 
-def test_triton_needs_a_gpu_or_a_word(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.delenv("XATTN_TRITON_ON_CPU", raising=False)
+def test_triton_needs_a_gpu_or_a_word(as_users_run_it):
     q, k, v = tensors(1, 2, 3, 16)
     with pytest.raises(RuntimeError, match="backend 'triton' cannot .*on cpu, Triton needs a GPU"):
         cross_attention(q, k, v, backend="triton")
 
 
-def test_statistics_off_the_gpu_name_every_reason(monkeypatch):
+def test_statistics_off_the_gpu_name_every_reason(as_users_run_it):
     """Today only the kernels and eager return statistics: without kernels the call is refused."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.delenv("XATTN_TRITON_ON_CPU", raising=False)
     with pytest.raises(RuntimeError, match="no backend can run this call") as refusal:
         cross_attention(*tensors(1, 2, 3, 16), return_statistics=True)
     for word in ("triton", "torch", "eager", "entropy", "backend='eager'"):

@@ -10,21 +10,10 @@ from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 
 from support import custom_ops
-from support.gated_cases import (
-    BY_NAME,
-    CASES,
-    GatedCase,
-    assert_right,
-    build,
-)
-from support.modes import modes
+from support.gated_cases import BY_NAME, CASES, GatedCase, assert_right, build
+from support.modes import each_compiled_mode, modes
 from support.numerics import assert_as_accurate
-from xattn_kernels import (
-    explain,
-    gated_projection,
-    gated_residual,
-    gated_residual_norm,
-)
+from xattn_kernels import explain, gated_projection, gated_residual, gated_residual_norm
 from xattn_kernels.ops.gated_residual import gated_op
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -37,8 +26,7 @@ def test_triton(mode, case, dtype):
     assert_right(case, "triton", dtype, mode.device)
 
 
-@pytest.mark.taking_turns
-@pytest.mark.parametrize("mode", modes("sm_80", "sm_90", "gpu"), indirect=True)
+@each_compiled_mode
 @each_case
 def test_compiled(mode, case):
     assert_right(case, "triton", mode.dtypes[0], mode.device)

@@ -7,26 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from support.gated_cases import (
-    BY_NAME,
-    CASES,
-    GatedCase,
-    assert_right,
-    build,
-)
-from support.modes import modes
+from support.gated_cases import BY_NAME, CASES, GatedCase, assert_right, build
+from support.modes import modes, needs_extension
 from support.numerics import assert_as_accurate
-from xattn_kernels import (
-    explain,
-    gated_projection,
-    gated_residual,
-    gated_residual_norm,
-)
-from xattn_kernels.cuda_kernels import launch
+from xattn_kernels import explain, gated_projection, gated_residual, gated_residual_norm
 
-pytestmark = pytest.mark.skipif(
-    launch.extension() is None, reason="the package is built without its CUDA kernels"
-)
+pytestmark = needs_extension
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 every_mode = pytest.mark.parametrize(

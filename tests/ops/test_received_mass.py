@@ -8,18 +8,9 @@ from torch import Tensor
 
 from support import custom_ops
 from support.largest_tensor import LargestTensor
-from support.modes import enter, modes
+from support.modes import each_compiled_mode, enter_backend, modes
 from support.numerics import assert_as_accurate
-from support.weights_cases import (
-    CASES,
-    NK,
-    NQ,
-    B,
-    exact_in,
-    interval,
-    make,
-    terms_of_dscale,
-)
+from support.weights_cases import CASES, NK, NQ, B, exact_in, interval, make, terms_of_dscale
 from xattn_kernels import (
     KeyInterval,
     attention_weights,
@@ -30,23 +21,17 @@ from xattn_kernels import (
 )
 from xattn_kernels.ops.received_mass import chunks, mass_op
 
+pytestmark = pytest.mark.usefixtures("seed")
+
 NAMES = [name for name in CASES if name != "dropout"]
 each_case = pytest.mark.parametrize("case", NAMES)
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
 
 
 @pytest.fixture(params=["torch", *modes("interpreter", "sm_90", "gpu")])
 def backend(request):
     """ "torch", or "triton" where this process can run it; tensors are made on its device."""
-    if request.param == "torch":
-        yield "torch"
-        return
-    with enter(request.param) as mode, torch.device(mode.device):
-        yield "triton"
+    with enter_backend(request.param) as (name, device), torch.device(device):
+        yield name
 
 
 def options_of(case: str, dtype: torch.dtype) -> dict:
@@ -101,8 +86,7 @@ def test_triton(mode, case, weighted):
         assert_right(case, "triton", torch.float32, weighted, average=weighted)
 
 
-@pytest.mark.taking_turns
-@pytest.mark.parametrize("mode", modes("sm_80", "sm_90", "gpu"), indirect=True)
+@each_compiled_mode
 @pytest.mark.parametrize("case", ["interval", "mask_and_bias", "bias_lowest", "everything"])
 def test_compiled(mode, case):
     with torch.device(mode.device):

@@ -10,20 +10,10 @@ import torch
 from support.calls import run
 from support.cases import Case
 from support.largest_tensor import LargestTensor
-from support.modes import modes
+from support.modes import each_compiled_mode, enter_backend, modes
 from support.numerics import assert_as_accurate
-from support.topk_cases import (
-    CASES,
-    assert_right,
-    case,
-    topk_call,
-)
-from xattn_kernels import (
-    KeyInterval,
-    cross_attention,
-    reference,
-    topk_attention,
-)
+from support.topk_cases import CASES, assert_right, case, topk_call
+from xattn_kernels import KeyInterval, cross_attention, reference, topk_attention
 
 QUICK = ("plain", "one", "many_keys", "mask_empty_rows", "ties", "everything")
 
@@ -59,15 +49,13 @@ def test_triton_of_long_rows(mode, name, scores_are):
     assert_right(*case(name), "triton", torch.float16, mode.device)
 
 
-@pytest.mark.taking_turns
-@pytest.mark.parametrize("mode", modes("sm_80", "sm_90", "gpu"), indirect=True)
+@each_compiled_mode
 @pytest.mark.parametrize("name", CASES)
 def test_compiled(mode, name):
     assert_right(*case(name, D=32), "triton", mode.dtypes[0], mode.device)
 
 
-@pytest.mark.taking_turns
-@pytest.mark.parametrize("mode", modes("sm_80", "sm_90", "gpu"), indirect=True)
+@each_compiled_mode
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("name", QUICK)
 def test_compiled_of_long_rows(mode, name, dtype, scores_are):
@@ -77,13 +65,8 @@ def test_compiled_of_long_rows(mode, name, dtype, scores_are):
 @pytest.fixture(params=["torch", "eager", *modes("interpreter", "sm_90", "gpu")])
 def backend(request):
     """(backend, device)."""
-    if request.param in ("torch", "eager"):
-        yield request.param, "cpu"
-        return
-    from support.modes import enter
-
-    with enter(request.param) as mode:
-        yield "triton", mode.device
+    with enter_backend(request.param) as found:
+        yield found
 
 
 def quantised(device: str, Nq=5, Nk=70):

@@ -8,14 +8,11 @@ import pytest
 import torch
 
 from ops.test_topk_attention import quantised
-from support.modes import modes
+from support.modes import modes, needs_extension
 from support.topk_cases import CASES, assert_right, case
 from xattn_kernels import KeyInterval, reference, topk_attention
-from xattn_kernels.cuda_kernels import launch
 
-pytestmark = pytest.mark.skipif(
-    launch.extension() is None, reason="the package is built without its CUDA kernels"
-)
+pytestmark = needs_extension
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 emulated = pytest.mark.parametrize("mode", modes("cuda_sm_80", "cuda_gpu"), indirect=True)
 

@@ -7,24 +7,13 @@ import math
 import pytest
 import torch
 
-from support.block_cases import (
-    CASES,
-    assert_right,
-    blocks_call,
-    case,
-)
+from support.block_cases import CASES, assert_right, blocks_call, case
 from support.calls import run
 from support.cases import Case
 from support.largest_tensor import LargestTensor
-from support.modes import modes
+from support.modes import each_compiled_mode, enter_backend, modes
 from support.topk_cases import dense_bool
-from xattn_kernels import (
-    KeyInterval,
-    cross_attention,
-    kept_mass,
-    reference,
-    topk_attention,
-)
+from xattn_kernels import KeyInterval, cross_attention, kept_mass, reference, topk_attention
 from xattn_kernels.ops.topk_blocks import importance_triton
 
 QUICK = ("plain", "long", "mask_padding", "mask_causal_long", "everything")
@@ -43,15 +32,13 @@ def test_triton(mode, name):
     assert_right(*case(name), "triton", torch.float32, mode.device)
 
 
-@pytest.mark.taking_turns
-@pytest.mark.parametrize("mode", modes("sm_80", "sm_90", "gpu"), indirect=True)
+@each_compiled_mode
 @pytest.mark.parametrize("name", CASES)
 def test_compiled(mode, name):
     assert_right(*case(name, D=32), "triton", mode.dtypes[0], mode.device)
 
 
-@pytest.mark.taking_turns
-@pytest.mark.parametrize("mode", modes("sm_80", "sm_90", "gpu"), indirect=True)
+@each_compiled_mode
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("name", QUICK)
 def test_compiled_of_other_dtypes(mode, name, dtype):
@@ -89,13 +76,8 @@ def test_every_output_is_written(mode, name):
 @pytest.fixture(params=["torch", "eager", *modes("interpreter", "sm_90", "gpu")])
 def backend(request):
     """(backend, device)."""
-    if request.param in ("torch", "eager"):
-        yield request.param, "cpu"
-        return
-    from support.modes import enter
-
-    with enter(request.param) as mode:
-        yield "triton", mode.device
+    with enter_backend(request.param) as found:
+        yield found
 
 
 def test_lower_blocks_win_ties(backend):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from support.cases import Case
-from support.modes import modes
+from support.modes import each_compiled_mode, modes
 from support.topk_cases import assert_right, case
 from xattn_kernels import reference, topk_attention
 
@@ -46,8 +46,7 @@ def test_triton(mode, name, in_parts):
     assert_right(*case(name, Nk=150), "triton", torch.float32, mode.device)
 
 
-@pytest.mark.taking_turns
-@pytest.mark.parametrize("mode", modes("sm_80", "sm_90", "gpu"), indirect=True)
+@each_compiled_mode
 @pytest.mark.parametrize("name", NAMES)
 def test_compiled(mode, name, in_parts):
     assert_right(*case(name, D=32, Nk=150), "triton", mode.dtypes[0], mode.device)

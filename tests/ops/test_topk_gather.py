@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from support.largest_tensor import LargestTensor
-from support.modes import modes
+from support.modes import each_compiled_mode, modes
 from support.topk_cases import assert_right, case
 from xattn_kernels import topk_attention
 
@@ -35,15 +35,13 @@ def test_triton(mode, name, always):
     assert_right(*case(name), "triton", mode.dtypes[0], mode.device)
 
 
-@pytest.mark.taking_turns
-@pytest.mark.parametrize("mode", modes("sm_80", "sm_90", "gpu"), indirect=True)
+@each_compiled_mode
 @pytest.mark.parametrize("name", NAMES)
 def test_compiled(mode, name, always):
     assert_right(*case(name, D=32), "triton", mode.dtypes[0], mode.device)
 
 
-@pytest.mark.taking_turns
-@pytest.mark.parametrize("mode", modes("sm_80", "sm_90", "gpu"), indirect=True)
+@each_compiled_mode
 @pytest.mark.parametrize("name", ["plain", "everything"])
 def test_compiled_in_float32(mode, name, always):
     assert_right(*case(name, D=32), "triton", torch.float32, mode.device)

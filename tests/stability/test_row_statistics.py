@@ -20,15 +20,9 @@ from xattn_kernels.stability import row_statistics as chunked
 from xattn_kernels.stability.row_statistics import row_statistics
 from xattn_kernels.torch_kernels import topk_attention as torch_topk
 
+pytestmark = pytest.mark.usefixtures("as_users_run_it")
 NAMES = ("lse", "entropy", "max_probability")
 CHOSEN = [c for c in CASES if c.op == "cross_attention" and c.values == "normal" and c.Nq < 40]
-
-
-@pytest.fixture(autouse=True)
-def on_cpu(monkeypatch):
-    """As on a machine without a GPU."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.delenv("XATTN_TRITON_ON_CPU", raising=False)
 
 
 def leaves_of(x) -> list[torch.Tensor]:

@@ -12,16 +12,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from support.calls import (
-    Call,
-    Tensors,
-    assert_as_expected,
-    build,
-    compute_expected,
-    run,
-)
+from support.calls import Call, Tensors, assert_as_expected, build, compute_expected, run
 from support.cases import Case
-from support.topk_cases import dense_bool
+from support.topk_cases import dense_bool, sparse_call
 from xattn_kernels import reference, topk_attention
 from xattn_kernels.reference import QUERIES_PER_CHOICE
 
@@ -81,14 +74,7 @@ def case(name: str, **sizes) -> tuple[Case, tuple[int, int]]:
 
 def blocks_call(c: Case, blocks: tuple[int, int], dtype: torch.dtype, device: str = "cpu") -> Call:
     """The case as a call by blocks that returns them."""
-    call = build(c, dtype, device)
-    taken = ("mask", "scale", "return_lse", "return_statistics")
-    options = {name: t for name, t in call.options.items() if name in taken}
-
-    def op(**arguments):
-        return topk_attention(topk_blocks=blocks, return_indices=True, **arguments)
-
-    return replace(call, options=options, op=op)
+    return sparse_call(c, dtype, device, topk_blocks=blocks)
 
 
 @torch.no_grad()

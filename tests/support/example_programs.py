@@ -11,8 +11,9 @@ from types import ModuleType
 
 import pytest
 
+from support.modes import CHOICES
+
 FOLDER = Path(__file__).resolve().parents[2] / "examples"
-CHOICES = ("TRITON_INTERPRET", "XATTN_TRITON_ON_CPU")  # of the tests, not of users
 
 
 def load(name: str) -> ModuleType:

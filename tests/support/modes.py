@@ -19,7 +19,9 @@ from support import launches
 from support.checkout import ROOT
 from support.cuda_emulation import cuda_on_cpu
 from support.quick_interpreter import quick_interpreter
+from xattn_kernels.cuda_kernels import launch
 
+CHOICES = ("TRITON_INTERPRET", "XATTN_TRITON_ON_CPU")  # of the tests, not of users
 EMULATED = {"sm_80": 80, "sm_89": 89, "sm_90": 90}
 # decoded kernels, shared by the tests of a process
 COMPILED: dict[str, dict] = {name: {} for name in EMULATED}
@@ -54,6 +56,25 @@ def modes(*names: str) -> list:
     marks = dict.fromkeys(EMULATED, pytest.mark.emulated) | {"gpu": pytest.mark.gpu}
     marks |= {f"cuda_{name}": mark for name, mark in marks.items()}
     return [pytest.param(n, marks=marks[n]) if n in marks else n for n in names]
+
+
+def case_params(found: list[tuple]) -> list:
+    """(mode, case, dtype, marks) as parameters of a test."""
+    return [
+        pytest.param(mode, case, dtype, id=f"{mode}-{case}-{str(dtype)[6:]}", marks=marks)
+        for mode, case, dtype, marks in found
+    ]
+
+
+def each_compiled_mode(test):
+    """A test of compiled kernels: on a GPU, and emulated on two architectures that take turns."""
+    compiled = modes("sm_80", "sm_90", "gpu")
+    return pytest.mark.taking_turns(pytest.mark.parametrize("mode", compiled, indirect=True)(test))
+
+
+needs_extension = pytest.mark.skipif(
+    launch.extension() is None, reason="the package is built without its CUDA kernels"
+)
 
 
 def find_ptxsim() -> ModuleType:
@@ -122,6 +143,16 @@ def enter(name: str) -> Iterator[Mode]:
         session.kernels = COMPILED[name]
         with launches.noted(name):
             yield Mode(name, "cpu", session)
+
+
+@contextmanager
+def enter_backend(name: str) -> Iterator[tuple[str, str]]:
+    """(backend, device) of "torch" or "eager", or of the Triton kernels in the mode `name`."""
+    if name in ("torch", "eager"):
+        yield name, "cpu"
+        return
+    with enter(name) as mode:
+        yield "triton", mode.device
 
 
 @contextmanager

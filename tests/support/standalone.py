@@ -12,9 +12,6 @@ import pytest
 
 from xattn_kernels.cuda_kernels import launch
 
-built = pytest.mark.skipif(
-    launch.extension() is None, reason="the package is built without its CUDA kernels"
-)
 # A call of two rows; its tensors are addresses that nobody reads.
 CALL = """
 import importlib.util, sys

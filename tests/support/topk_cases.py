@@ -7,18 +7,12 @@ results and gradients are then those of dense attention under exactly the chosen
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from support.calls import (
-    Call,
-    Tensors,
-    assert_as_expected,
-    build,
-    compute_expected,
-    run,
-)
+from support.calls import Call, Tensors, assert_as_expected, build, compute_expected, run
 from support.cases import Case
 from xattn_kernels import reference, topk_attention
 
@@ -84,14 +78,15 @@ def case(name: str, **sizes) -> tuple[Case, int]:
 
 def topk_call(c: Case, top_k: int, dtype: torch.dtype, device: str = "cpu") -> Call:
     """The case as a call of `topk_attention` that returns its indices."""
+    return sparse_call(c, dtype, device, top_k=top_k)
+
+
+def sparse_call(c: Case, dtype: torch.dtype, device: str, **choice) -> Call:
+    """The case with `choice`, which is top_k or topk_blocks, and with what is chosen returned."""
     call = build(c, dtype, device)
     taken = ("mask", "scale", "return_lse", "return_statistics")
     options = {name: t for name, t in call.options.items() if name in taken}
-
-    def op(**arguments):
-        return topk_attention(top_k=top_k, return_indices=True, **arguments)
-
-    return replace(call, options=options, op=op)
+    return replace(call, options=options, op=partial(topk_attention, return_indices=True, **choice))
 
 
 def dense_bool(indices: Tensor, Nk: int) -> Tensor:

@@ -128,35 +128,42 @@ def disassemble(cubin: bytes) -> str:
 
 def parse_sass(text: str) -> Code:
     """The flow graph of a disassembly; a call of a subroutine is one instruction."""
-    program: list[str | Instruction] = []
-    for line in text.splitlines():
-        if label := SASS_LABEL.match(line):
-            program.append(label[1])
-        elif match := SASS_LINE.match(line):
-            predicate, opcode, operands = (match[1] or "").strip(), match[2], match[3]
-            predicate = "" if predicate == "@PT" else predicate
-            root, target, falls = opcode.partition(".")[0], None, True
-            if root in ("BRA", "JMP", "CALL") and (to := SASS_TARGET.match(operands)):
-                target = to[2]
-                # `BRA P3, label` and `BRA.U UP0, label` are conditional as well
-                falls = bool(predicate or to[1].strip())
-            elif root in ("EXIT", "RET", "KILL", "BRX", "JMX"):
-                falls = bool(predicate)
-            program.append(Instruction(opcode, predicate, target, falls))
-    return graph(program)
+
+    def instruction(predicate: str, opcode: str, operands: str) -> Instruction:
+        predicate = "" if predicate == "@PT" else predicate
+        root, target, falls = opcode.partition(".")[0], None, True
+        if root in ("BRA", "JMP", "CALL") and (to := SASS_TARGET.match(operands)):
+            target = to[2]
+            # `BRA P3, label` and `BRA.U UP0, label` are conditional as well
+            falls = bool(predicate or to[1].strip())
+        elif root in ("EXIT", "RET", "KILL", "BRX", "JMX"):
+            falls = bool(predicate)
+        return Instruction(opcode, predicate, target, falls)
+
+    return parse(text, SASS_LABEL, SASS_LINE, instruction)
 
 
 def parse_ptx(text: str) -> Code:
     """The flow graph of a kernel's PTX."""
+
+    def instruction(predicate: str, opcode: str, operands: str) -> Instruction:
+        target = operands.strip() if opcode.partition(".")[0] == "bra" else None
+        falls = bool(predicate) or opcode not in ("ret", "exit", "trap") and target is None
+        return Instruction(opcode, predicate, target, falls)
+
+    return parse(text, PTX_LABEL, PTX_LINE, instruction)
+
+
+def parse(
+    text: str, a_label: re.Pattern, a_line: re.Pattern, instruction: Callable[..., Instruction]
+) -> Code:
+    """The flow graph of lines that are labels, or predicate, opcode and operands."""
     program: list[str | Instruction] = []
     for line in text.splitlines():
-        if label := PTX_LABEL.match(line):
+        if label := a_label.match(line):
             program.append(label[1])
-        elif match := PTX_LINE.match(line):
-            predicate, opcode, operands = (match[1] or "").strip(), match[2], match[3].strip()
-            target = operands if opcode.partition(".")[0] == "bra" else None
-            falls = bool(predicate) or opcode not in ("ret", "exit", "trap") and target is None
-            program.append(Instruction(opcode, predicate, target, falls))
+        elif match := a_line.match(line):
+            program.append(instruction((match[1] or "").strip(), match[2], match[3]))
     return graph(program)
 
 

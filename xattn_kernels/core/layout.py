@@ -88,6 +88,22 @@ def empty_gated(call: Any, backend: str = "triton") -> GatedResults:
     return GatedResults(empty_like(call.x), None if call.norm is None else empty_like(call.x))
 
 
+def gated_gradients(
+    write: Callable[..., None], upstream: GatedResults, call: Any, results: GatedResults,
+    needs: Collection[str],
+) -> dict[str, Tensor]:  # fmt: skip
+    """The gradients that `needs` names, of x, h, gate, weight and bias, which `write(grads,
+    upstream, call, results)` fills. That of x is asked for with a gradient of the norm alone,
+    without which it is dy; y is among the results then."""
+    inputs = {"h": call.h, "gate": call.gate, "weight": call.weight, "bias": call.bias}
+    grads = {n: empty_like(t) for n, t in ({"x": results.y} | inputs).items() if n in needs}
+    if call.h.numel() == 0:
+        return {name: t.zero_() for name, t in grads.items()}
+    if grads:
+        write(grads, upstream, call, results)
+    return grads
+
+
 def sum_dtype(t: Tensor) -> torch.dtype:
     """The dtype of sums of t: float32 at least."""
     return torch.promote_types(t.dtype, torch.float32)

@@ -5,20 +5,15 @@ Their arguments and results are those of the launchers in `triton_kernels/gated_
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..core.call import GatedResidualCall
-from ..core.kernel_op import Gradients, Needs
-from ..core.layout import (
-    GatedResults,
-    empty_gated,
-    empty_like,
-    merged_rows,
-    unit_stride,
-)
+from ..core.kernel_op import Gradients
+from ..core.layout import GatedResults, empty_gated, gated_gradients, merged_rows, unit_stride
 from . import launch
 from .launch import DTYPES, extension, numbers
 
@@ -107,28 +102,14 @@ def forward(call: GatedResidualCall) -> GatedResults:
     return results
 
 
-def backward(
-    upstream: GatedResults, call: GatedResidualCall, results: GatedResults, needs: Needs
-) -> Gradients:
-    """The gradients that `needs` names, as `backward` of the Triton kernels returns them."""
-    norm, y = (None, None) if upstream.normed is None else (call.norm, results.y)
-    grads = {"x": y, "h": call.h, "gate": call.gate, "weight": call.weight, "bias": call.bias}
-    grads = {name: empty_like(like) for name, like in grads.items() if name in needs}
-    if call.h.numel() == 0:
-        return {name: t.zero_() for name, t in grads.items()}
-    if grads:
-        write_gradients(grads, upstream, call, y, norm)
-    return grads
-
-
 def write_gradients(
-    grads: Gradients, upstream: GatedResults, call: GatedResidualCall, y: Tensor | None,
-    norm: str | None,
-) -> None:  # fmt: skip
-    """Fills the gradients."""
+    grads: Gradients, upstream: GatedResults, call: GatedResidualCall, results: GatedResults
+) -> None:
+    """Fills the gradients of x, h, gate, weight and bias that are in `grads`."""
+    _cuda = extension()
+    norm, y = (None, None) if upstream.normed is None else (call.norm, results.y)
     dy, dnormed, gate, weight = (unit_stride(t) for t in (*upstream, call.gate, call.weight))
     dnormed = None if norm is None else dnormed
-    _cuda = extension()
     walked = {f"d{name}": grads.get(name) for name in ("x", "h")}
     walked |= dict(dy=dy, dnormed=dnormed, h=call.h if "gate" in grads else None, y=y)
     mask = None if call.row_mask is None else call.row_mask[..., None]
@@ -153,3 +134,6 @@ def write_gradients(
     n = _cuda.gated_residual_parts(params({}))
     parts = {name: call.h.new_empty(n, dtype=torch.float32) for name in names if name in grads}
     launch.submit("gated_residual_backward", params(parts), call.h.device)
+
+
+backward = partial(gated_gradients, write_gradients)

@@ -6,20 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.arguments import (
-    check_bools,
-    check_choice,
-    check_sizes,
-    kind,
-)
+from ..core.arguments import check_bools, check_choice, check_sizes, kind
 from ..masks import KeyInterval
 from ..ops.cross_attention import cross_attention
-from .masked_cross_attention import (
-    BACKENDS,
-    check_tensor,
-    merge_heads,
-    split_heads,
-)
+from .masked_cross_attention import BACKENDS, check_tensor, merge_heads, split_heads
 from .multihead_attention import MultiheadAttention
 
 # the names of the parts of the pooler in the whole model of lucidrains, and their names here

@@ -20,12 +20,7 @@ from ..core.arguments import (
 from ..core.dispatch import run
 from ..core.tensor_arguments import check_attention, check_mask
 from ..masks import KeyInterval
-from .masked_cross_attention import (
-    BACKENDS,
-    check_tensor,
-    merge_heads,
-    split_heads,
-)
+from .masked_cross_attention import BACKENDS, check_tensor, merge_heads, split_heads
 from .stable_cross_attention import WITH_DROPOUT, check_dropout
 
 OBJECTIVES = ("itc", "itm", "itg")

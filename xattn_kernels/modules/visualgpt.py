@@ -9,22 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import masks
-from ..core.arguments import (
-    check_choice,
-    check_number,
-    check_positive,
-    check_sizes,
-    kind,
-)
+from ..core.arguments import check_choice, check_number, check_positive, check_sizes, kind
 from ..core.tensor_arguments import check_mask
 from ..masks import KeyInterval
 from ..ops.cross_attention import cross_attention
-from .masked_cross_attention import (
-    BACKENDS,
-    check_tensor,
-    merge_heads,
-    split_heads,
-)
+from .masked_cross_attention import BACKENDS, check_tensor, merge_heads, split_heads
 
 # buffers of the published layer: its causal mask, and its state between tokens
 BUFFERS = ("attn.bias", "attn.running_keys", "attn.running_values", "enc_dec_attn.bias")

@@ -72,18 +72,9 @@ def attention_weights(
     is that of Dao et al., "FlashAttention" (2022).
     """
     call = check(
-        q,
-        k,
-        lse=lse,
-        mask=mask,
-        bias=bias,
-        scale=scale,
-        softcap=softcap,
-        dropout_p=dropout_p,
-        seed=seed,
-        average_heads=average_heads,
-        validate=validate,
-    )
+        q, k, lse=lse, mask=mask, bias=bias, scale=scale, softcap=softcap, dropout_p=dropout_p,
+        seed=seed, average_heads=average_heads, validate=validate,
+    )  # fmt: skip
     return run("attention_weights", BACKENDS, call, backend)
 
 

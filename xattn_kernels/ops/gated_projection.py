@@ -53,11 +53,7 @@ def gated_projection(
         bias: [dim] in the dtype of a, or None.
 
     Returns:
-        y, in the shape and dtype of x.
-
-    Raises:
-        TypeError, ValueError: an argument of a wrong type, shape, dtype or device.
-        RuntimeError: the named backend has reasons against this call.
+        y, in the shape and dtype of x. The errors are those of `gated_residual`.
 
     Source: Alayrac et al., "Flamingo: a visual language model for few-shot learning" (2022).
     """

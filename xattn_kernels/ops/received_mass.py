@@ -17,7 +17,7 @@ from ..core.arguments import check_bools
 from ..core.call import ReceivedMassCall
 from ..core.dispatch import Backend, run
 from ..core.kernel_op import kernel_op
-from ..core.layout import MassResults, empty_mass, gradients_of
+from ..core.layout import MassResults, empty_mass, gradients_of, sum_dtype
 from ..core.tensor_arguments import attention_fields, check_tensors
 from ..torch_kernels import attention_weights as torch_weights
 from ..torch_kernels.topk_attention import chunks
@@ -78,17 +78,9 @@ def received_mass(
     oracle" (2023) rank keys by; computed from lse as Dao et al., "FlashAttention" (2022) do theirs.
     """
     call = check(
-        q,
-        k,
-        row_weight=row_weight,
-        lse=lse,
-        mask=mask,
-        bias=bias,
-        scale=scale,
-        softcap=softcap,
-        average_heads=average_heads,
-        validate=validate,
-    )
+        q, k, row_weight=row_weight, lse=lse, mask=mask, bias=bias, scale=scale, softcap=softcap,
+        average_heads=average_heads, validate=validate,
+    )  # fmt: skip
     mass = run("received_mass", BACKENDS, call, backend)
     return mass.mean(1) if call.average_heads else mass
 
@@ -126,10 +118,6 @@ def check_row_weight(w, q: Tensor) -> Tensor | None:
             f"{list(w.shape)} on {w.device}"
         )
     return w.to(sum_dtype(q)).expand(B, Nq)
-
-
-def sum_dtype(t: Tensor) -> torch.dtype:
-    return torch.promote_types(t.dtype, torch.float32)
 
 
 def over_heads(weights: Tensor, call: ReceivedMassCall) -> Tensor:

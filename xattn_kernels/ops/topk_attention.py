@@ -94,18 +94,9 @@ def topk_attention(
     keys as in Yuan et al., "Native sparse attention" (2025), without its other branches.
     """
     call = check(
-        q,
-        k,
-        v,
-        top_k,
-        topk_blocks=topk_blocks,
-        mask=mask,
-        scale=scale,
-        return_lse=return_lse,
-        return_indices=return_indices,
-        return_statistics=return_statistics,
-        validate=validate,
-    )
+        q, k, v, top_k, topk_blocks=topk_blocks, mask=mask, scale=scale, return_lse=return_lse,
+        return_indices=return_indices, return_statistics=return_statistics, validate=validate,
+    )  # fmt: skip
     result = run("topk_attention", BACKENDS, call, backend)
     return result if call.return_lse or call.return_indices else result.out
 
