@@ -10,7 +10,7 @@ An op has a module of its name for each backend that has kernels, `<backend>_ker
 
 Eager calls go straight to them, from an autograd Function. Under torch.compile and torch.export a
 launch is one node, a custom op whose schema is that of the call's fields; only there, where no
-result may be missing, does a tensor without elements stand for None.
+result may be missing, does a bool tensor stand for None, which no result is.
 """
 
 from __future__ import annotations
@@ -52,26 +52,30 @@ def launchers_of(backend: str, op: str) -> ModuleType:
 class KernelOp:
     """An op of two launchers; made by `kernel_op`, and called with a call and a backend's name."""
 
+    op: str
     apply: Callable  # of the autograd Function, on the fields of a call and the backend
     forward_op: Callable
     backward_op: Callable
     names: tuple[str, ...]
     Results: type
-    fake: Callable
 
     def __call__(self, call: Any, backend: str) -> Any:
         """The results, differentiable as often as once."""
         values = [getattr(call, name) for name in self.names]
         if not torch.compiler.is_compiling():
+            # A transform's tensors have no memory that a kernel could read.
+            if backend != "torch" and torch._C._are_functorch_transforms_active():
+                raise RuntimeError(
+                    f"{self.op}: torch.func cannot transform the kernels; use backend='eager'"
+                )
             return self.Results(*self.apply(*values, backend))
-        return present(self.forward_op(*values, backend), self.fake(call, backend))
+        return present(self.forward_op(*values, backend), self.Results)
 
 
-def present(results: Tensor | tuple[Tensor, ...], expected: Any) -> Any:
-    """The results of a custom op, None for those that were not expected."""
+def present(results: Tensor | tuple[Tensor, ...], Results: type) -> Any:
+    """The results of a custom op, with None in place of what stands for it."""
     results = (results,) if isinstance(results, Tensor) else results
-    pairs = zip(results, expected, strict=True)
-    return type(expected)(*(None if e is None else t for t, e in pairs))
+    return Results(*(None if t.dtype == torch.bool else t for t in results))
 
 
 def kernel_op(
@@ -124,7 +128,8 @@ def kernel_op(
 
     def filled(results, values) -> Tensor | tuple[Tensor, ...]:
         like = next(v for v in values if isinstance(v, Tensor))
-        results = tuple(like.new_empty(0) if t is None else t for t in results)
+        none = [like.new_empty(0, dtype=torch.bool) for t in results if t is None]
+        results = tuple(none.pop() if t is None else t for t in results)
         return results if len(results) > 1 else results[0]
 
     def op_forward(*values):
@@ -220,16 +225,24 @@ def kernel_op(
         def backward(ctx, *upstream):
             return differentiate(ctx, upstream, run_backward)
 
+        @staticmethod
+        def vmap(info, in_dims, *values):
+            raise RuntimeError(f"{op}: torch.vmap cannot map it; use backend='eager'")
+
+        @staticmethod
+        def jvp(ctx, *tangents):
+            raise RuntimeError(f"{op}: it has no forward mode; use backend='eager'")
+
     Function.setup_context = staticmethod(setup_context)
     if gradients:
 
         def setup_op(ctx, inputs, output):
-            setup_context(ctx, inputs, present(output, fake(build(inputs[:-1]), inputs[-1])))
+            setup_context(ctx, inputs, present(output, Results))
 
         forward_op.register_autograd(
             lambda ctx, *upstream: differentiate(ctx, upstream, launch_op), setup_context=setup_op
         )
-    return KernelOp(Function.apply, forward_op, backward_op, names, Results, fake)
+    return KernelOp(op, Function.apply, forward_op, backward_op, names, Results)
 
 
 def refuse_double_backward(
@@ -245,9 +258,12 @@ class RefuseDoubleBackward(torch.autograd.Function):
     """Identity on the first n of the tensors, without a derivative."""
 
     @staticmethod
-    def forward(ctx, op, instead, n, *tensors):
-        ctx.op, ctx.instead = op, instead
+    def forward(op, instead, n, *tensors):
         return tuple(None if g is None else g.view_as(g) for g in tensors[:n])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.op, ctx.instead = inputs[:2]
 
     @staticmethod
     def backward(ctx, *_):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..core.call import TopKAttentionCall
 from ..core.kernel_op import Gradients, Needs
-from ..core.layout import AttentionResults, TopKResults, empty_topk, zero_gradients
+from ..core.layout import AttentionResults, TopKResults, saves_indices, zero_gradients
 from . import cross_attention, launch
 from .launch import extension
 
@@ -56,12 +56,12 @@ def convert(indices: Tensor, bits: Tensor, Nk: int, to_bits: bool) -> None:
 
 def forward(call: TopKAttentionCall) -> TopKResults:
     """The results of a call, as `forward` of the Triton kernels returns them."""
-    expected, bits = empty_topk(call), choose(call)
+    bits, indexed, indices = choose(call), saves_indices(call.Nk, call.top_k), None
     attended = cross_attention.forward(replace(call, mask=bits))
-    indices = expected.indices
-    if indices is not None:
+    if indexed or call.return_indices:
+        indices = call.q.new_empty((*call.q.shape[:3], call.top_k), dtype=torch.int32)
         convert(indices, bits, call.Nk, False)
-    return TopKResults(*attended, None if expected.bits is None else bits, indices)
+    return TopKResults(*attended, None if indexed else bits, indices)
 
 
 def backward(
