@@ -80,6 +80,17 @@ def test_imports_point_down():
     list(TopologicalSorter(graph).static_order())
 
 
+def test_no_backend_imports_another():
+    """One may be left out, or replaced, without the others."""
+    backends = {"triton_kernels", "cuda_kernels", "torch_kernels"}
+    for module, file in module_files().items():
+        own = module.partition(".")[0]
+        if own in backends:
+            inside, _ = imports_of(module, file)
+            others = {m for m in inside if m.partition(".")[0] in backends - {own}}
+            assert not others, f"{module} imports {others}"
+
+
 def test_kernels_import_only_torch_triton_and_each_other():
     for module, file in module_files().items():
         if not module.startswith("triton_kernels"):

@@ -140,7 +140,11 @@ def write(file: Path, tasks: list[tuple[int, Case, str]], jobs: int) -> None:
 
 
 def compare(before: Path, after: Path) -> int:
-    """How many kernels of both tables differ, each of them printed."""
+    """How many kernels are not identical in both tables, each of them printed.
+
+    One in another order has the same instructions when the names of values are left out. That does
+    not prove it: operands of an instruction may have changed places.
+    """
     old, new = (json.loads(file.read_text()) for file in (before, after))
     if old["triton"] != new["triton"]:
         raise SystemExit(f"one table is of Triton {old['triton']}, the other of {new['triton']}")
@@ -148,19 +152,20 @@ def compare(before: Path, after: Path) -> int:
     both = [name for name in new if name in old]
     changed, reordered = [], []
     for name in both:
-        before, after = ([line.split(" ", 2) for line in set(t[name])] for t in (old, new))
-        if sorted(before) == sorted(after):
+        before, after = ([line.split(" ", 2) for line in t[name]] for t in (old, new))
+        if before == after:
             continue
-        same = sorted(line[1:] for line in before) == sorted(line[1:] for line in after)
+        same = [line[1:] for line in before] == [line[1:] for line in after]
         (reordered if same else changed).append(name)
     for word, names in (("reordered", reordered), ("changed", changed)):
         for name in names:
             print(f"{word}: {name}")
-    for name in sorted(old.keys() ^ new.keys()):
+    alone = sorted(old.keys() ^ new.keys())
+    for name in alone:
         print(f"only {'before' if name in old else 'after'}: {name}")
     n_same = len(both) - len(changed) - len(reordered)
     print(f"{len(both)} in both: {n_same} identical, {len(reordered)} in another order")
-    return len(changed)
+    return len(changed) + len(reordered) + len(alone)
 
 
 def main() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -36,7 +37,7 @@ MISSING_TRITON = missing_triton()  # looked up once, as a trace of torch.compile
 
 
 class Backend(NamedTuple):
-    """One implementation of an op: `reasons(inputs)` is empty if `run(inputs)` will work.
+    """One implementation of an op: `reasons(call)` is empty if `run(call)` will work.
 
     A backend with `by_name` runs only if asked for; `note` is what `explain` adds to its line.
     """
@@ -48,7 +49,7 @@ class Backend(NamedTuple):
     note: str = ""
 
 
-def choose(op: str, backends: Sequence[Backend], inputs: Any, name: str | None) -> Backend:
+def choose(op: str, backends: Sequence[Backend], call: Any, name: str | None) -> Backend:
     """The backend called `name`, or without a name the first that can run.
 
     Raises ValueError for an unknown name, else RuntimeError with the reasons of every backend.
@@ -60,30 +61,30 @@ def choose(op: str, backends: Sequence[Backend], inputs: Any, name: str | None) 
         if not named:
             names = ", ".join(repr(b.name) for b in backends)
             raise ValueError(f"{op}: unknown backend {name!r}; there are {names}")
-        reasons = named[0].reasons(inputs)
+        reasons = named[0].reasons(call)
         if reasons:
             raise RuntimeError(f"{op}: backend {name!r} cannot run this call: {'; '.join(reasons)}")
         return named[0]
     for backend in backends:
-        if not backend.by_name and not backend.reasons(inputs):
+        if not backend.by_name and not backend.reasons(call):
             return backend
-    raise RuntimeError(f"{op}: no backend can run this call\n{report(backends, inputs)}")
+    raise RuntimeError(f"{op}: no backend can run this call\n{report(backends, call)}")
 
 
-def run(op: str, backends: Sequence[Backend], inputs: Any, name: str | None) -> Any:
-    """The result of the chosen backend, computed in the dtypes of `inputs`."""
-    backend = choose(op, backends, inputs, name)
-    tell(inputs, backend.name)
-    with without_autocast(inputs.device):
-        return backend.run(inputs)
+def run(op: str, backends: Sequence[Backend], call: Any, name: str | None) -> Any:
+    """The result of the chosen backend, computed in the dtypes of `call`."""
+    backend = choose(op, backends, call, name)
+    tell(call, backend.name)
+    with without_autocast(call.device):
+        return backend.run(call)
 
 
 Observer = Callable[[Any, str], None]
 OBSERVERS: ContextVar[tuple[Observer, ...]] = ContextVar("xattn_kernels_observers", default=())
 
 
-def tell(inputs: Any, backend: str) -> None:
-    """Calls each of OBSERVERS with `inputs` and the backend's name, before the op runs.
+def tell(call: Any, backend: str) -> None:
+    """Calls each of OBSERVERS with `call` and the backend's name, before the op runs.
 
     Code that chooses a backend without `run` calls this itself. Calls by an observer are not
     observed, nor is anything that torch.compile traces.
@@ -93,7 +94,7 @@ def tell(inputs: Any, backend: str) -> None:
     token = OBSERVERS.set(())
     try:
         for observer in observers:
-            observer(inputs, backend)
+            observer(call, backend)
     finally:
         OBSERVERS.reset(token)
 
@@ -111,13 +112,13 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
     return nullcontext()
 
 
-def report(backends: Sequence[Backend], inputs: Any) -> str:
+def report(backends: Sequence[Backend], call: Any) -> str:
     """One line per backend: its reasons, or that it can run."""
     lines = []
     for b in backends:
         can_run = "can run" + (f" when asked for: backend={b.name!r}" if b.by_name else "")
         can_run += f" ({b.note})" if b.note else ""
-        lines.append(f"  {b.name:<8} {'; '.join(b.reasons(inputs)) or can_run}")
+        lines.append(f"  {b.name:<8} {'; '.join(b.reasons(call)) or can_run}")
     return "\n".join(lines)
 
 
@@ -133,18 +134,22 @@ def explanation(op: Callable, *args, **kwargs) -> str:
         raise TypeError(f"explain needs one of the package's ops, got {op!r}{hint}")
     kwargs = dict(kwargs)
     name = kwargs.pop("backend", None)
+    try:
+        inspect.signature(op).bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"{op.__name__}: {error}") from None
     if kwargs.get("dropout_p") and kwargs.get("seed") is None:
         kwargs["seed"] = 0  # drawing one would move torch's generator
     return choice(op.__name__, op.backends, op.check(*args, **kwargs), name)
 
 
-def choice(op: str, backends: Sequence[Backend], inputs: Any, name: str | None) -> str:
+def choice(op: str, backends: Sequence[Backend], call: Any, name: str | None) -> str:
     """The result of `choose` in words, and below it the report."""
     try:
-        chosen = f"takes {choose(op, backends, inputs, name).name!r}"
+        chosen = f"takes {choose(op, backends, call, name).name!r}"
     except RuntimeError:
         chosen = f"cannot run with backend={name!r}"
-    return f"{op} {chosen}\n{report(backends, inputs)}"
+    return f"{op} {chosen}\n{report(backends, call)}"
 
 
 def triton_on_cpu() -> bool:

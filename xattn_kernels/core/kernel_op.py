@@ -30,11 +30,9 @@ SCHEMA_TYPES = {
     Tensor | None: "Tensor?",
     float: "float",
     float | None: "float?",
-    int: "SymInt",
     int | None: "SymInt?",
     tuple[int, int] | None: "SymInt[]?",
     bool: "bool",
-    str: "str",
     str | None: "str?",
 }
 Needs = Collection[str]
@@ -60,7 +58,7 @@ class KernelOp:
     Results: type
 
     def __call__(self, call: Any, backend: str) -> Any:
-        """The results, differentiable as often as once."""
+        """The results, differentiable once."""
         values = [getattr(call, name) for name in self.names]
         if not torch.compiler.is_compiling():
             # A transform's tensors have no memory that a kernel could read.

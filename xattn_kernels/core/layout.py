@@ -63,7 +63,7 @@ class GatedResults(NamedTuple):
     normed: Tensor | None
 
 
-def empty_results(call: Any, backend: str = "triton") -> AttentionResults:
+def empty_results(call: Any) -> AttentionResults:
     """The results of a call of attention, uninitialised."""
     out = empty_rows(call.q, call.Dv)
     lse = call.q.new_empty(call.q.shape[:3], dtype=sum_dtype(call.q))
@@ -72,18 +72,18 @@ def empty_results(call: Any, backend: str = "triton") -> AttentionResults:
     return AttentionResults(out, lse, *(torch.empty_like(lse) if w else None for w in wanted))
 
 
-def empty_weights(call: Any, backend: str = "triton") -> WeightsResults:
+def empty_weights(call: Any) -> WeightsResults:
     """The weights of a call, uninitialised."""
     n_heads = 1 if call.average_heads else call.Hq
     return WeightsResults(call.q.new_empty((call.B, n_heads, call.Nq, call.Nk)))
 
 
-def empty_mass(call: Any, backend: str = "triton") -> MassResults:
+def empty_mass(call: Any) -> MassResults:
     """The masses of a call, uninitialised."""
     return MassResults(call.k.new_empty(call.k.shape[:3], dtype=torch.float32))
 
 
-def empty_gated(call: Any, backend: str = "triton") -> GatedResults:
+def empty_gated(call: Any) -> GatedResults:
     """The results of a call of the gated residual, uninitialised."""
     return GatedResults(empty_like(call.x), None if call.norm is None else empty_like(call.x))
 
@@ -231,7 +231,7 @@ def row_alignment(*tensors: Tensor) -> int:
     return align
 
 
-def empty_topk(call: Any, backend: str = "triton") -> TopKResults:
+def empty_topk(call: Any, backend: str) -> TopKResults:
     """The results of a call of top-k attention by keys, uninitialised."""
     rows, Nk, top_k = call.q.shape[:3], call.Nk, call.top_k
     indexed = backend == "torch" or saves_indices(Nk, top_k)
@@ -243,7 +243,7 @@ def empty_topk(call: Any, backend: str = "triton") -> TopKResults:
     return TopKResults(*empty_results(call), bits, indices)
 
 
-def empty_importance(call: Any, backend: str = "triton") -> ImportanceResults:
+def empty_importance(call: Any) -> ImportanceResults:
     """The importance of blocks, uninitialised."""
     tiles, blocks = -(-call.Nq // QUERIES_PER_CHOICE), -(-call.Nk // call.topk_blocks[0])
     shape = (call.B, call.Hkv, tiles, blocks)

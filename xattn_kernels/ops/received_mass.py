@@ -28,7 +28,7 @@ mass_op = kernel_op(
     "received_mass",
     ReceivedMassCall,
     MassResults,
-    empty_mass,
+    lambda call, backend: empty_mass(call),
     gradients=gradients_of("q", "k", "bias", "scale_tensor", "row_weight"),
     keep=lambda call, results, _: (replace(call, lse=None, lse_low=None), results),
 )
@@ -85,11 +85,16 @@ def received_mass(
     return mass.mean(1) if call.average_heads else mass
 
 
-def check(q, k, *, row_weight=None, lse=None, average_heads=True, **options) -> ReceivedMassCall:
+def check(
+    q, k, *, row_weight=None, lse=None, mask=None, bias=None, scale=None, softcap=None,
+    average_heads=True, validate=False,
+) -> ReceivedMassCall:  # fmt: skip
     """The call with these arguments; raises TypeError or ValueError naming the argument."""
     check_bools(average_heads=average_heads)
     check_tensors(q, k, k)
-    shared = attention_fields(q, k, **options)
+    shared = attention_fields(
+        q, k, mask=mask, bias=bias, scale=scale, softcap=softcap, validate=validate
+    )
     lse = check_lse(lse, q)
     return ReceivedMassCall(
         **shared,

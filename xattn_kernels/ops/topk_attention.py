@@ -137,8 +137,8 @@ def kept_mass(
 
 
 def check(
-    q, k, v, top_k=None, *, topk_blocks=None, return_indices=False, return_lse=False,
-    return_statistics=False, **options,
+    q, k, v, top_k=None, *, topk_blocks=None, mask=None, scale=None, return_indices=False,
+    return_lse=False, return_statistics=False, validate=False,
 ) -> TopKAttentionCall:  # fmt: skip
     """The call with these arguments; raises TypeError or ValueError naming the argument."""
     top_k, topk_blocks = check_chosen(top_k, topk_blocks)
@@ -147,7 +147,7 @@ def check(
     if topk_blocks is not None and isinstance(Nk, int):  # a block of all keys is not padded
         topk_blocks = (min(topk_blocks[0], max(16, 1 << (Nk - 1).bit_length())), topk_blocks[1])
     return TopKAttentionCall(
-        **attention_fields(q, k, **options),
+        **attention_fields(q, k, mask=mask, scale=scale, validate=validate),
         **value_fields(v, return_lse=return_lse, return_statistics=return_statistics),
         top_k=top_k,
         topk_blocks=topk_blocks,

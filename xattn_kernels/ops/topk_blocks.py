@@ -33,13 +33,17 @@ blocks_op = kernel_op(
     "topk_blocks",
     TopKBlocksCall,
     AttentionResults,
-    empty_results,
+    lambda call, backend: empty_results(call),
     gradients=gradients_of("q", "k", "v", "scale_tensor"),
     saved=("out", "lse", "entropy"),
     constant=lambda call, needs: ("max_probability",),
 )
 importance_op = kernel_op(
-    "topk_importance", TopKImportanceCall, ImportanceResults, empty_importance, gradients={}
+    "topk_importance",
+    TopKImportanceCall,
+    ImportanceResults,
+    lambda call, backend: empty_importance(call),
+    gradients={},
 )
 
 
