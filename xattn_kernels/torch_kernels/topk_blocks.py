@@ -8,7 +8,6 @@ keeps is its inputs and the chosen blocks. The equations are `importance` and `c
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -186,27 +185,37 @@ def backward(
 
 
 def gradients_of_part(call: CrossAttentionCall, upstream: list[Tensor | None]) -> dict[str, Tensor]:
-    """The gradients of a call that is computed again, by the names of its fields; `upstream` those
-    of out, lse and entropy."""
-    names = ["q", "k", "v"] + ["scale_tensor"] * (call.scale_tensor is not None)
-    inputs = {name: getattr(call, name) for name in names}
+    """The gradients of a call that is computed again, by the names of its fields and by eq. ds.
+
+    `upstream` are those of out, lse and entropy, [tiles, Hq, QUERIES_PER_CHOICE, width or 1].
+    """
+    dout, dlse, dentropy = upstream
+    s = reference.scores(call)
+    p, lse, entropy, _ = reference.softmax(s)
+    missing, empty = s == NEG_INF, (lse == NEG_INF)[..., None]
+    q = call.q.masked_fill(empty, 0.0)
+    k, v = (t.repeat_interleave(call.group, 1) for t in (call.k, call.v))
+    dp, dv = torch.zeros_like(p), torch.zeros_like(v)
+    if dout is not None:
+        dp = (dout @ v.mT).masked_fill(missing, 0.0)
+        dp = dp - (p * dp).sum(-1, keepdim=True)
+        dv = p.mT @ dout
+    if dlse is not None:
+        dp = dp + dlse
+    if dentropy is not None:
+        log_p = (s - lse[..., None]).masked_fill(p == 0, 0.0)
+        dp = dp - dentropy * (log_p + entropy[..., None])
+    ds = (p * dp).masked_fill(missing, 0.0)
+    grads = {}
     if call.scale_tensor is not None:
-        inputs["scale_tensor"] = call.scale_tensor.to(call.q.dtype)
-    wanted = [n for n, g in enumerate(upstream) if g is not None]
-
-    def attend(*tensors: Tensor) -> tuple[Tensor, ...]:
-        results = reference.cross_attention(
-            replace(call, **dict(zip(inputs, tensors, strict=True)))
-        )
-        return tuple(results[n] for n in wanted)
-
-    # A transform differentiates inside a custom op too, where autograd records nothing.
-    with torch.enable_grad():
-        results, pull_back = torch.func.vjp(attend, *inputs.values())
-    grads = pull_back(
-        tuple(upstream[n].view(t.shape) for n, t in zip(wanted, results, strict=True))
-    )
-    return dict(zip(inputs, grads, strict=True))
+        dscale = (ds * (q @ k.mT)).sum((0, 2, 3))
+        dscale = dscale if call.scale_tensor.numel() > 1 else dscale.sum()
+        grads["scale_tensor"] = dscale.view_as(call.scale_tensor)
+    ds = ds * call.scale_of_heads(ds.dtype)
+    grads |= {"q": ds @ k}
+    for name, g in (("k", ds.mT @ q), ("v", dv)):
+        grads[name] = g.unflatten(1, (call.Hkv, call.group)).sum(2)
+    return grads
 
 
 def row_gradient(t: Tensor, empty: Tensor) -> Tensor:
