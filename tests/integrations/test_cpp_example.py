@@ -13,6 +13,7 @@ import torch
 
 from support.checkout import ROOT
 from xattn_kernels import masks
+from xattn_kernels.core.tensor_arguments import check_attention
 from xattn_kernels.cuda_kernels import cross_attention, launch
 
 CSRC = ROOT / "csrc"
@@ -82,8 +83,7 @@ def plan_of_python(monkeypatch) -> list[str]:
     here = torch.zeros(2, 256, dtype=torch.bool)
     here[:, 20 : 20 + 7 * 32 : 7] = True
     seen = masks.media(here, tokens_per_media=64, n_media=32)
-    start, stop = (t.expand(2, 256) for t in (seen.start, seen.stop))
-    cross_attention.forward(q, k, v, None, None, start, stop, None, None, 0.125, 0.0, 0.0, False)
+    cross_attention.forward(check_attention(q, k, v, mask=seen, scale=0.125))
     return [
         " ".join([name, "grid", *map(str, grid), "block", *map(str, block), f"shared {shared}"])
         for name, grid, block, shared, _ in plans
