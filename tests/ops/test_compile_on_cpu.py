@@ -36,6 +36,13 @@ def assert_same(model, inputs: list, parameters: list) -> None:
             torch.testing.assert_close(compiled, plain)
 
 
+def test_sizes_that_change_without_a_mask_break_no_graph():
+    compiled = torch.compile(cross_attention, backend="aot_eager", fullgraph=True)
+    for N in (5, 6, 9):
+        q, k, v = (torch.randn(2, 2, n, 16) for n in (N, 2 * N, 2 * N))
+        torch.testing.assert_close(compiled(q, k, v), cross_attention(q, k, v))
+
+
 @each_mask
 def test_cross_attention(mask):
     mask = MASKS[mask]()

@@ -170,6 +170,8 @@ def test_few_rows_and_keys(backend, Nq, Nk):
     mass = received_mass(q, k, average_heads=False, backend=backend)
     assert mass.shape == (2, 1, Nk) and mass.dtype == torch.float32
     torch.testing.assert_close(mass, torch.full_like(mass, Nq / max(Nk, 1)))
+    (dk,) = torch.autograd.grad(mass.sum(), k)
+    torch.testing.assert_close(dk, torch.zeros_like(k))
 
 
 @pytest.mark.slow

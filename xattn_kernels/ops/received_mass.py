@@ -140,7 +140,8 @@ def run_eager(call: ReceivedMassCall) -> Tensor:
 def run_torch(call: ReceivedMassCall) -> Tensor:
     """The weights of some queries at a time, each head recomputed in the backward."""
     mass = call.k.new_zeros((call.B, call.Hkv, call.Nk), dtype=sum_dtype(call.q))
-    for rows in chunks(call.Nq, call.B * call.Hq * call.Nk):
+    # Without queries there is one part, so that the result has its zero gradients.
+    for rows in chunks(call.Nq, call.B * call.Hq * call.Nk) if call.Nq else (slice(0, 0),):
         part = call.part(slice(None), rows)
         _, weights = torch_weights.attend(part, out=False, average_heads=False)
         mass = mass + over_heads(weights, part)
