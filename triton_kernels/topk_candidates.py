@@ -56,7 +56,7 @@ def candidates_kernel(
     s = tl.where(exists, s, float("-inf"))
     always = tl.full([1], 1, tl.int1)
     t, n_reach, n_above = search((s[None, :],), None, 0, 0, n.Nk, always, top_k, T)
-    # Of the scores equal to the threshold the first ones are chosen, as many as are wanted.
+    # The first of the scores that equal the threshold are chosen, as many as are wanted.
     wanted = tl.where(n_reach > top_k, top_k - n_above, n_reach)
     equal = (s == t).to(tl.int32)
     chosen = (reaches(s, t) & (s != t)) | ((equal != 0) & (tl.cumsum(equal, 0) <= wanted))
